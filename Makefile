@@ -1,0 +1,43 @@
+# Every target sets up what it needs: a private .venv with the versions of constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help setup demo test test-all lint format bench clean
+help:
+	@echo "make demo      convert, save, load and generate with a small model"
+	@echo "make test      lint and the tests (a few minutes on 2 cores)"
+	@echo "make test-all  the tests and the long campaigns"
+	@echo "make bench     the benchmarks; tables go to benchmarks/results/"
+	@echo "make lint      ruff check and format check; make format applies them"
+
+$(VENV)/installed: setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "Python 3.10 or newer is needed, this is " + sys.version'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+setup: $(VENV)/installed
+
+demo: setup
+	$(BIN)/python scripts/demo.py
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow" -n 2
+
+test-all: lint
+	$(BIN)/python -m pytest -n 2
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/python benchmarks/generation.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
