@@ -94,10 +94,11 @@ def linear_and_norm_pairs(config: DifnetConfig) -> dict[str, str]:
         original = f"encoder.layers.{i}"
         if i < num_flow_layers:
             ours = f"model.encoder.flow_layers.{i}"
-            norms = {"lnorm": "grid_layer_norm", "lnorm1": "segmentation_layer_norm"}
-            norms |= {
-                "pwff.layer_norm": "grid_final_layer_norm",
-                "pwff.layer_norm1": "segmentation_final_layer_norm",
+            norms = {
+                "lnorm": "layer_norm.grid_layer_norm",
+                "lnorm1": "layer_norm.segmentation_layer_norm",
+                "pwff.layer_norm": "final_layer_norm.grid_layer_norm",
+                "pwff.layer_norm1": "final_layer_norm.segmentation_layer_norm",
             }
         else:
             ours = f"model.encoder.layers.{i - num_flow_layers}"

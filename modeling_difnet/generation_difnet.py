@@ -94,8 +94,9 @@ def original_beam_search(
     ).logits[:, -1:]  # (B, 1, V)
     scores = logits.new_zeros(batch_size, 1, dtype=torch.promote_types(logits.dtype, torch.float32))
     finished = torch.zeros_like(scores, dtype=torch.bool)
+    history = input_ids.new_zeros(batch_size, 1, 0)
     scores, _, tokens, token_log_probs = best_continuations(
-        logits, scores, finished, num_beams, logits_processor, input_ids.unsqueeze(1)
+        logits, scores, finished, num_beams, logits_processor, input_ids, history
     )
     finished = torch.isin(tokens, eos_token_ids)  # (B, beams)
     history = tokens.unsqueeze(-1)  # (B, beams, steps so far)
@@ -111,8 +112,9 @@ def original_beam_search(
     pictures = torch.arange(batch_size, device=device)
 
     for step in range(1, num_steps):
+        # Leaving pictures out copies the caches of the others, which pays when there are enough of them.
         is_open = ~finished.all(dim=1)  # (B,)
-        if not is_open.all():
+        if is_open.sum() <= 0.75 * len(pictures):
             all_tokens[pictures, :, :step], all_log_probs[pictures, :, :step] = history, log_probs
             all_scores[pictures] = scores
             kept = is_open.nonzero().squeeze(1)
@@ -136,9 +138,8 @@ def original_beam_search(
             past_key_values=cache,
             use_cache=True,
         ).logits  # (B, beams, V)
-        prefix = torch.cat([input_ids.unsqueeze(1).expand(-1, num_beams, -1), history], dim=2)
         scores, beams, tokens, token_log_probs = best_continuations(
-            logits, scores, finished, num_beams, logits_processor, prefix
+            logits, scores, finished, num_beams, logits_processor, input_ids, history
         )
         row = torch.arange(len(beams), device=device).unsqueeze(1)
         tokens = tokens.masked_fill(finished[row, beams], pad_token_id)
@@ -197,7 +198,8 @@ def best_continuations(
     finished: torch.Tensor,  # (B, k) bool
     num_beams: int,
     logits_processor: LogitsProcessorList,
-    prefix: torch.LongTensor,  # (B, k, tokens so far)
+    prompt: torch.LongTensor,  # (B, prompt)
+    history: torch.LongTensor,  # (B, k, steps so far)
 ) -> tuple[torch.Tensor, torch.LongTensor, torch.LongTensor, torch.Tensor]:
     """The `num_beams` best continuations of each picture: their scores, hypotheses, tokens and tokens' log-probabilities.
 
@@ -205,14 +207,11 @@ def best_continuations(
     Equal to sorting `scores + log_softmax(logits)` over all `k * V` continuations, as the original does: the best of a
     picture are among the `num_beams` best of each hypothesis. All results are (B, num_beams).
     """
-    logits = logits.to(scores.dtype)
+    log_probs = logits.to(scores.dtype).log_softmax(-1)  # (B, k, V)
     if logits_processor:
-        log_probs = logits_processor(prefix.flatten(0, 1), logits.log_softmax(-1).flatten(0, 1)).view_as(logits)
-        token_log_probs, tokens = log_probs.topk(num_beams)  # (B, k, num_beams)
-    else:
-        token_log_probs, tokens = logits.topk(num_beams)
-        token_log_probs = token_log_probs - logits.logsumexp(-1, keepdim=True)
-
+        prefix = torch.cat([prompt.unsqueeze(1).expand(-1, logits.shape[1], -1), history], dim=2)
+        log_probs = logits_processor(prefix.flatten(0, 1), log_probs.flatten(0, 1)).view_as(log_probs)
+    token_log_probs, tokens = log_probs.topk(num_beams)  # (B, k, num_beams)
     token_log_probs = token_log_probs.masked_fill(finished.unsqueeze(-1), 0)
     tokens = tokens.masked_fill(finished.unsqueeze(-1), 0)
     totals = scores.unsqueeze(-1) + token_log_probs  # (B, k, num_beams)

@@ -221,62 +221,6 @@ def double_residual(
     return outer_layer_norm(hidden_states + dropout(attention_output))
 
 
-class DifnetFlowLayer(GradientCheckpointingLayer):
-    """Iterative independent layer normalisation (IILN), section 3.3 of the paper: an encoder layer before the fusion.
-
-    Both flows pass `fusion_iterations` times through the same weights; only the layer norms outside the attention block
-    belong to one flow. One call handles both flows.
-    """
-
-    def __init__(self, config: DifnetConfig) -> None:
-        super().__init__()
-        self.fusion_iterations = config.fusion_iterations
-        self.self_attn = DifnetAttention(config, config.encoder_attention_heads)
-        self.self_attn_layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
-        self.grid_layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
-        self.segmentation_layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
-        self.feed_forward = DifnetFeedForward(config, config.encoder_ffn_dim)
-        self.grid_final_layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
-        self.segmentation_final_layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def refine(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        layer_norm: nn.Module,
-        final_layer_norm: nn.Module,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """One iteration on one flow, given the norms of that flow."""
-        attention_output, attention_weights = self.self_attn(hidden_states, attention_mask, **kwargs)
-        hidden_states = double_residual(
-            hidden_states, attention_output, self.dropout, self.self_attn_layer_norm, layer_norm
-        )
-        return final_layer_norm(hidden_states + self.feed_forward(hidden_states)), attention_weights
-
-    def forward(
-        self,
-        grid_states: torch.Tensor,  # (B, N, d_model)
-        segmentation_states: torch.Tensor,  # (B, N, d_model)
-        grid_attention_mask: torch.Tensor | None,
-        segmentation_attention_mask: torch.Tensor | None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        for _ in range(self.fusion_iterations):
-            grid_states, grid_attention = self.refine(
-                grid_states, grid_attention_mask, self.grid_layer_norm, self.grid_final_layer_norm, **kwargs
-            )
-            segmentation_states, segmentation_attention = self.refine(
-                segmentation_states,
-                segmentation_attention_mask,
-                self.segmentation_layer_norm,
-                self.segmentation_final_layer_norm,
-                **kwargs,
-            )
-        return grid_states, segmentation_states, grid_attention, segmentation_attention
-
-
 class DifnetEncoderLayer(GradientCheckpointingLayer):
     """An encoder layer of the fused stream, and of the baseline."""
 
@@ -300,6 +244,52 @@ class DifnetEncoderLayer(GradientCheckpointingLayer):
             hidden_states, attention_output, self.dropout, self.self_attn_layer_norm, self.layer_norm
         )
         return self.final_layer_norm(hidden_states + self.feed_forward(hidden_states)), attention_weights
+
+
+class DifnetIndependentLayerNorm(nn.Module):
+    """One layer norm for each flow, applied to the two flows stacked in the batch dimension."""
+
+    def __init__(self, config: DifnetConfig) -> None:
+        super().__init__()
+        self.grid_layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
+        self.segmentation_layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
+
+    def forward(self, flows: torch.Tensor) -> torch.Tensor:
+        grid_states, segmentation_states = flows.chunk(2)  # (2B, N, d_model) to twice (B, N, d_model)
+        return torch.cat([self.grid_layer_norm(grid_states), self.segmentation_layer_norm(segmentation_states)])
+
+
+class DifnetFlowLayer(GradientCheckpointingLayer):
+    """Iterative independent layer normalisation (IILN), section 3.3 of the paper: an encoder layer before the fusion.
+
+    Both flows pass `fusion_iterations` times through the same weights; only the layer norms outside the attention block
+    belong to one flow. The flows are stacked in the batch dimension, so that the shared weights are read once for both.
+    """
+
+    def __init__(self, config: DifnetConfig) -> None:
+        super().__init__()
+        self.fusion_iterations = config.fusion_iterations
+        self.self_attn = DifnetAttention(config, config.encoder_attention_heads)
+        self.self_attn_layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
+        self.layer_norm = DifnetIndependentLayerNorm(config)
+        self.feed_forward = DifnetFeedForward(config, config.encoder_ffn_dim)
+        self.final_layer_norm = DifnetIndependentLayerNorm(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        grid_states: torch.Tensor,  # (B, N, d_model)
+        segmentation_states: torch.Tensor,  # (B, N, d_model)
+        attention_mask: torch.Tensor | None,  # of the stacked flows, 2B in the batch dimension
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        flows = torch.cat([grid_states, segmentation_states])  # (2B, N, d_model)
+        for _ in range(self.fusion_iterations):
+            attention_output, attention_weights = self.self_attn(flows, attention_mask, **kwargs)
+            flows = double_residual(flows, attention_output, self.dropout, self.self_attn_layer_norm, self.layer_norm)
+            flows = self.final_layer_norm(flows + self.feed_forward(flows))
+        grid_weights, segmentation_weights = (None, None) if attention_weights is None else attention_weights.chunk(2)
+        return *flows.chunk(2), grid_weights, segmentation_weights
 
 
 class DifnetDecoderLayer(GradientCheckpointingLayer):
@@ -477,11 +467,14 @@ class DifnetEncoder(DifnetPreTrainedModel):
 
         segmentation_features = segmentation_features.flatten(2).transpose(1, 2)  # (B, N, classes), row by row
         segmentation_states = self.segmentation_embedding(segmentation_features)  # (B, N, d_model)
-        segmentation_mask = create_bidirectional_mask(self.config, segmentation_states, segmentation_attention_mask)
+        flow_masks = None
+        if grid_attention_mask is not None or segmentation_attention_mask is not None:
+            all_cells = torch.ones(grid_states.shape[:2], dtype=torch.bool, device=grid_states.device)
+            flow_masks = [all_cells if mask is None else mask.bool() for mask in (grid_attention_mask, segmentation_attention_mask)]
+            flow_masks = torch.cat(flow_masks)  # (2B, N)
+        flow_mask = create_bidirectional_mask(self.config, torch.cat([grid_states, segmentation_states]), flow_masks)
         for layer in self.flow_layers:
-            grid_states, segmentation_states, _, _ = layer(
-                grid_states, segmentation_states, grid_mask, segmentation_mask, **kwargs
-            )
+            grid_states, segmentation_states, _, _ = layer(grid_states, segmentation_states, flow_mask, **kwargs)
         hidden_states = grid_states + segmentation_states
         for layer in self.layers:
             hidden_states, _ = layer(hidden_states, grid_mask, **kwargs)
