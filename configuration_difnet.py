@@ -93,11 +93,20 @@ class DifnetConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Called by `@strict` when a configuration is made, loaded or saved."""
-        positive = (
-            "vocab_size grid_feature_size num_segmentation_classes d_model encoder_layers decoder_layers "
-            "encoder_attention_heads decoder_attention_heads head_dim encoder_ffn_dim decoder_ffn_dim "
-            "max_position_embeddings"
-        ).split()
+        positive = [
+            "vocab_size",
+            "grid_feature_size",
+            "num_segmentation_classes",
+            "d_model",
+            "encoder_layers",
+            "decoder_layers",
+            "encoder_attention_heads",
+            "decoder_attention_heads",
+            "head_dim",
+            "encoder_ffn_dim",
+            "decoder_ffn_dim",
+            "max_position_embeddings",
+        ]
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"DifnetConfig: `{name}` must be at least 1, got {getattr(self, name)}.")

@@ -213,7 +213,9 @@ def convert_state_dict(
                 f"{tuple(shapes[key])}. The file is damaged or belongs to a changed network."
             )
         if not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise ValueError(f"{name}: `{original_key}` holds values that are not finite numbers; training had diverged.")
+            raise ValueError(
+                f"{name}: `{original_key}` holds values that are not finite numbers; training had diverged."
+            )
         state_dict[key] = tensor.detach().clone()
     dropped = {key: reason for key, (reason, _) in unused.items() if key in original}
     shapes = {key: tuple(tensor.shape) for key, tensor in original.items()}
@@ -300,7 +302,9 @@ def to_original_state_dict(model: DifnetForConditionalGeneration, mode: str | No
     mode = mode or ("difnet_lrp" if config.use_segmentation else "base")
     if mode not in MODES or mode.startswith("difnet") != config.use_segmentation:
         fitting = ", ".join(m for m in MODES if m.startswith("difnet") == config.use_segmentation)
-        raise ValueError(f"Mode `{mode}` does not fit a model with use_segmentation={config.use_segmentation}: {fitting}.")
+        raise ValueError(
+            f"Mode `{mode}` does not fit a model with use_segmentation={config.use_segmentation}: {fitting}."
+        )
     state = model.state_dict()
     original = {original_key: state[key].detach().cpu() for original_key, key in key_pairs(config).items()}
     for key, (_, shape) in unused_keys(config, mode).items():
@@ -350,7 +354,9 @@ def load_original_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
             f"run code when loaded. {reason.strip()}".strip()
         ) from error
     except Exception as error:
-        raise ValueError(f"{path} cannot be read: the file is truncated or is no checkpoint of PyTorch ({error}).") from error
+        raise ValueError(
+            f"{path} cannot be read: the file is truncated or is no checkpoint of PyTorch ({error})."
+        ) from error
 
     state_dict = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else checkpoint
     if (
@@ -554,14 +560,18 @@ def main(arguments: list[str] | None = None) -> int:
         epilog="\n\n".join(__doc__.split("\n\n")[1:]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--checkpoint", required=True, help="the original's .pth (with --to-original: a checkpoint folder)")
+    parser.add_argument(
+        "--checkpoint", required=True, help="the original's .pth (with --to-original: a checkpoint folder)"
+    )
     parser.add_argument("--output", required=True, help="folder to make (with --to-original: .pth to write)")
     parser.add_argument("--vocab", help="the original's vocab.pkl, or a vocab.json; without it no processor is made")
     parser.add_argument("--num-heads", type=int, default=8, help="attention heads (default: 8)")
     parser.add_argument("--fusion-layers", type=int, default=1, help="the paper's Lf (default: 1)")
     parser.add_argument("--fusion-iterations", type=int, default=2, help="the paper's T (default: 2)")
     parser.add_argument("--to-original", action="store_true", help="convert a folder back to a .pth")
-    parser.add_argument("--mode", choices=MODES, help="with --to-original: whose keys to write (default: difnet_lrp, base)")
+    parser.add_argument(
+        "--mode", choices=MODES, help="with --to-original: whose keys to write (default: difnet_lrp, base)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
     options = parser.parse_args(arguments)
 

@@ -189,7 +189,9 @@ def check_arguments(
             )
     past_key_values = model_kwargs.get("past_key_values")
     if past_key_values is not None and past_key_values.get_seq_length() > 0:
-        raise ValueError("`original_beam_search` starts from `decoder_input_ids`; it takes no filled `past_key_values`.")
+        raise ValueError(
+            "`original_beam_search` starts from `decoder_input_ids`; it takes no filled `past_key_values`."
+        )
 
 
 def best_continuations(

@@ -174,7 +174,9 @@ class DifnetAttention(nn.Module):
         batch_size, length = hidden_states.shape[:2]
         query = self.q_proj(hidden_states)
         key, value = self.keys_and_values(hidden_states, encoder_hidden_states, past_key_values)
-        query = query.view(key.shape[0], -1, key.shape[1], self.head_dim).transpose(1, 2)  # (B, heads, K * L, head_dim)
+        query = query.view(key.shape[0], -1, key.shape[1], self.head_dim).transpose(
+            1, 2
+        )  # (B, heads, K * L, head_dim)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -316,9 +318,7 @@ class DifnetDecoderLayer(GradientCheckpointingLayer):
         past_key_values: EncoderDecoderCache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        attention_output, _ = self.self_attn(
-            hidden_states, attention_mask, past_key_values=past_key_values, **kwargs
-        )
+        attention_output, _ = self.self_attn(hidden_states, attention_mask, past_key_values=past_key_values, **kwargs)
         hidden_states = double_residual(
             hidden_states, attention_output, self.dropout, self.self_attn_layer_norm, self.layer_norm
         )
@@ -470,7 +470,10 @@ class DifnetEncoder(DifnetPreTrainedModel):
         flow_masks = None
         if grid_attention_mask is not None or segmentation_attention_mask is not None:
             all_cells = torch.ones(grid_states.shape[:2], dtype=torch.bool, device=grid_states.device)
-            flow_masks = [all_cells if mask is None else mask.bool() for mask in (grid_attention_mask, segmentation_attention_mask)]
+            flow_masks = [
+                all_cells if mask is None else mask.bool()
+                for mask in (grid_attention_mask, segmentation_attention_mask)
+            ]
             flow_masks = torch.cat(flow_masks)  # (2B, N)
         flow_mask = create_bidirectional_mask(self.config, torch.cat([grid_states, segmentation_states]), flow_masks)
         for layer in self.flow_layers:

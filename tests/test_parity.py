@@ -190,4 +190,6 @@ def test_training_curve() -> None:
 
 
 def test_all_cases_are_there() -> None:
-    assert sorted(CASES) == sorted(path.name for path in GOLDEN.iterdir() if path.is_dir() and path.name != "__pycache__")
+    assert sorted(CASES) == sorted(
+        path.name for path in GOLDEN.iterdir() if path.is_dir() and path.name != "__pycache__"
+    )
