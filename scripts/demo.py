@@ -6,6 +6,7 @@ The model is small and its weights are random, so the captions mean nothing; wha
 """
 
 import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -43,7 +44,7 @@ for caption in processor.batch_decode(sequences, skip_special_tokens=True):
 def run(*command: str) -> None:
     """Shows a command, runs it, and stops the demo if it fails."""
     print("$ python " + " ".join("-c ..." if "\n" in part else part for part in command if part != "-c"), flush=True)
-    subprocess.run([sys.executable, *command], check=True, cwd=ROOT, env=None)
+    subprocess.run([sys.executable, *command], check=True, cwd=ROOT)
 
 
 def main() -> None:
@@ -61,8 +62,7 @@ def main() -> None:
         DifnetConfig(vocab_size=len(tokens), d_model=128, head_dim=16, encoder_ffn_dim=256, decoder_ffn_dim=256)
     )
     torch.save({"state_dict": to_original_state_dict(model)}, output / "original.pth")
-    quoted = ",\n".join(f'"{token}"' for token in tokens)
-    (output / "vocab.json").write_text(f"[\n{quoted}\n]\n", encoding="utf-8")
+    (output / "vocab.json").write_text(json.dumps(tokens), encoding="utf-8")
 
     print("2. Converted to a folder", flush=True)
     folder, checkpoint = str(output / "difnet"), str(output / "original.pth")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,9 @@ from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration
 
 GOLDEN = Path(__file__).parent / "golden" / "model"
 CASES = [f"{mode}_{size}" for mode in ("base", "base_lrp", "difnet", "difnet_lrp") for size in ("small", "full")]
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the machine's cores
 
 specification = importlib.util.spec_from_file_location("reference_weights", GOLDEN / "reference_weights.py")
 reference_weights = importlib.util.module_from_spec(specification)
@@ -63,6 +67,27 @@ def golden_case(name: str) -> GoldenCase:
 @pytest.fixture(params=CASES)
 def golden(request: pytest.FixtureRequest) -> GoldenCase:
     return golden_case(request.param)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The largest difference from the original in each kind of comparison that ran (tests/test_parity.py)."""
+    reports = terminalreporter.stats.get("passed", []) + terminalreporter.stats.get("failed", [])
+    largest: dict[str, dict[str, float]] = {}
+    for report in reports:
+        for name, value in report.user_properties:
+            if name == "parity":
+                case, column, difference = value
+                row = largest.setdefault(case, {})
+                row[column] = max(difference, row.get(column, 0.0))
+    if not largest:
+        return
+    columns = sorted({column for row in largest.values() for column in row})
+    terminalreporter.section("largest differences from the original")
+    terminalreporter.write_line("| golden case | " + " | ".join(columns) + " |")
+    terminalreporter.write_line("| --- " * (len(columns) + 1) + "|")
+    for case in sorted(largest):
+        cells = [f"{largest[case][column]:.1e}" if column in largest[case] else "" for column in columns]
+        terminalreporter.write_line(f"| {case} | " + " | ".join(cells) + " |")
 
 
 @pytest.fixture

@@ -1,9 +1,10 @@
 """The rebuilt network against the original: every golden output of its four modes and two sizes.
 
-`pytest tests/test_parity.py -s` prints the largest difference of each comparison.
+The largest differences are printed as a table at the end of the run (conftest.py).
 """
 
 import json
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,12 +15,25 @@ from convert_checkpoint import key_pairs
 from modeling_difnet import original_beam_search, sequence_log_probs
 
 
-def compare(case: GoldenCase, what: str, ours: torch.Tensor, reference: torch.Tensor, tolerance: float) -> None:
-    """Asserts the largest difference, relative to the largest reference value, and prints it."""
-    assert ours.shape == reference.shape, what
-    difference = (ours.detach().double() - reference.double()).abs().max() / reference.double().abs().max()
-    print(f"{case.name:<16} {what:<32} {difference:.1e}  (allowed {tolerance:.0e})")
-    assert difference <= tolerance, f"{case.name}, {what}: {difference:.1e} > {tolerance:.0e}"
+Compare = Callable[[GoldenCase, str, float, float], None]
+
+
+@pytest.fixture
+def within(record_property: Callable) -> Compare:
+    """Asserts that a difference is small enough, and notes it for the table under a column's name."""
+
+    def assert_within(case: GoldenCase, column: str, difference: float, tolerance: float) -> None:
+        record_property("parity", (case.name, column, float(difference)))
+        assert difference <= tolerance, f"{case.name}, {column}: {difference:.1e} > {tolerance:.0e}"
+
+    return assert_within
+
+
+def relative(ours: torch.Tensor, reference: torch.Tensor) -> float:
+    """The largest difference over the largest reference value."""
+    assert ours.shape == reference.shape
+    reference = reference.double()
+    return ((ours.detach().double() - reference).abs().max() / reference.abs().max()).item()
 
 
 def log_probs_of(case: GoldenCase, model: nn.Module, inputs: dict, **masks: torch.Tensor) -> torch.Tensor:
@@ -28,7 +42,7 @@ def log_probs_of(case: GoldenCase, model: nn.Module, inputs: dict, **masks: torc
 
 
 def as_original(sequences: torch.Tensor) -> torch.Tensor:
-    """`<bos> w1 .. <eos> <pad> ..` to the original's 20 tokens, which are 0 after `<eos>` and at <bos>'s place absent."""
+    """`<bos> w1 .. <eos> <pad> ..` to the original's 20 tokens: no `<bos>`, and 0 after `<eos>`."""
     tokens = nn.functional.pad(sequences[:, 1:], (0, 21 - sequences.shape[1]), value=1)
     return tokens.masked_fill((tokens == 3).cumsum(-1) - (tokens == 3).long() > 0, 0)
 
@@ -49,25 +63,25 @@ def beam_search(case: GoldenCase, model: nn.Module, inputs: dict, num_beams: int
 
 
 @torch.no_grad()
-def test_log_probs(golden: GoldenCase) -> None:
+def test_log_probs(golden: GoldenCase, within: Compare) -> None:
     log_probs = log_probs_of(golden, golden.model(), golden.inputs)
     positions = golden.meta["log_prob_positions"]
-    compare(golden, "log_probs", log_probs[:, positions], golden.outputs["log_probs"], 1e-5)
+    within(golden, "log-probabilities", relative(log_probs[:, positions], golden.outputs["log_probs"]), 1e-5)
     assert torch.equal(log_probs.argmax(-1)[:, positions], golden.outputs["argmax"][:, positions])
     targets = golden.inputs["captions"][:, 1:].unsqueeze(-1)
     target_log_probs = log_probs[:, :-1].gather(-1, targets).squeeze(-1)
-    compare(golden, "target_log_probs", target_log_probs, golden.outputs["target_log_probs"], 1e-5)
+    within(golden, "log-probabilities", relative(target_log_probs, golden.outputs["target_log_probs"]), 1e-5)
 
 
 @torch.no_grad()
-def test_encoder_states(golden: GoldenCase) -> None:
+def test_encoder_states(golden: GoldenCase, within: Compare) -> None:
     states = golden.model().get_encoder()(**golden.features()).last_hidden_state
-    compare(golden, "encoder_output", states[:, ::6, ::8], golden.outputs["encoder_output"], 1e-5)
-    compare(golden, "encoder_output_sum", states.sum(-1), golden.outputs["encoder_output_sum"], 1e-5)
+    within(golden, "encoder", relative(states[:, ::6, ::8], golden.outputs["encoder_output"]), 1e-5)
+    within(golden, "encoder", relative(states.sum(-1), golden.outputs["encoder_output_sum"]), 1e-5)
 
 
 @torch.no_grad()
-def test_every_call_of_an_encoder_layer(golden: GoldenCase) -> None:
+def test_every_call_of_an_encoder_layer(golden: GoldenCase, within: Compare) -> None:
     """The original calls a flow layer T times for each flow, in turn; the outputs are those of the final norms."""
     calls = []
     model = golden.model()
@@ -75,15 +89,15 @@ def test_every_call_of_an_encoder_layer(golden: GoldenCase) -> None:
         if isinstance(module, nn.LayerNorm) and "final_layer_norm" in name:
             module.register_forward_hook(lambda module, args, output: calls.append(output[:, ::6, ::8]))
     model.get_encoder()(**golden.features())
-    compare(golden, "encoder_layer_calls", torch.stack(calls), golden.outputs["encoder_layer_calls"], 1e-5)
+    within(golden, "encoder", relative(torch.stack(calls), golden.outputs["encoder_layer_calls"]), 1e-5)
 
 
 @torch.no_grad()
-def test_empty_cells_are_cells_unless_masked(golden: GoldenCase) -> None:
+def test_empty_cells_are_cells_unless_masked(golden: GoldenCase, within: Compare) -> None:
     inputs = reference_weights.zero_cells(golden.inputs)
     positions = golden.meta["log_prob_positions"]
     log_probs = log_probs_of(golden, golden.model(), inputs)[:, positions]
-    compare(golden, "zero_cells_log_probs", log_probs, golden.outputs["zero_cells_log_probs"], 1e-5)
+    within(golden, "log-probabilities", relative(log_probs, golden.outputs["zero_cells_log_probs"]), 1e-5)
 
     model = golden.model(reference_weights.zero_sum_embedding(golden.state_dict))
     masks = {
@@ -91,15 +105,15 @@ def test_empty_cells_are_cells_unless_masked(golden: GoldenCase) -> None:
         "segmentation_attention_mask": (inputs["pixels"].flatten(2).abs().sum(1) > 0).long(),
     }
     log_probs = log_probs_of(golden, model, inputs, **masks)[:, positions]
-    compare(golden, "masked_cells_log_probs", log_probs, golden.outputs["masked_cells_log_probs"], 1e-5)
+    within(golden, "log-probabilities", relative(log_probs, golden.outputs["masked_cells_log_probs"]), 1e-5)
     tokens, log_probs = beam_search(golden, model, inputs, 5, 1, **masks)
     assert torch.equal(tokens, golden.outputs["masked_cells_beam5_tokens"])
-    compare(golden, "masked_cells_beam5_log_probs", log_probs, golden.outputs["masked_cells_beam5_log_probs"], 1e-4)
+    within(golden, "beams", relative(log_probs, golden.outputs["masked_cells_beam5_log_probs"]), 1e-4)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @torch.no_grad()
-def test_beams_token_for_token(golden: GoldenCase, attention: str) -> None:
+def test_beams_token_for_token(golden: GoldenCase, attention: str, within: Compare) -> None:
     model = golden.model()
     model.set_attn_implementation(attention)
     batch_size = golden.inputs["images"].shape[0]
@@ -108,7 +122,7 @@ def test_beams_token_for_token(golden: GoldenCase, attention: str) -> None:
         reference = golden.outputs[f"{name}_tokens"].reshape(batch_size * num_returned, 20)
         reference_log_probs = golden.outputs[f"{name}_log_probs"].reshape(batch_size * num_returned, 20)
         assert torch.equal(tokens, reference), name
-        compare(golden, f"{name}_log_probs ({attention})", log_probs, reference_log_probs, 1e-4)
+        within(golden, "beams", relative(log_probs, reference_log_probs), 1e-4)
 
 
 @torch.no_grad()
@@ -134,7 +148,9 @@ def scst_loss(case: GoldenCase, model: nn.Module, features: dict) -> torch.Tenso
 
 @pytest.mark.parametrize(("stage", "loss_function"), [("xe", xe_loss), ("scst", scst_loss)])
 @pytest.mark.parametrize("precision", ["float32", "float64"])
-def test_losses_and_gradients(golden: GoldenCase, stage: str, loss_function, precision: str) -> None:
+def test_losses_and_gradients(
+    golden: GoldenCase, stage: str, loss_function: Callable, precision: str, within: Compare
+) -> None:
     dtype, tolerance = getattr(torch, precision), {"float32": 1e-4, "float64": 1e-9}[precision]
     model = golden.model().to(dtype)
     features = {name: value.to(dtype) for name, value in golden.features().items()}
@@ -155,8 +171,7 @@ def test_losses_and_gradients(golden: GoldenCase, stage: str, loss_function, pre
         # A sum may cancel: it is compared on the scale that a sum of this many such entries has.
         scale = expected["norm"] * gradient.numel() ** 0.5
         largest = max(largest, abs(gradient.sum().item() - expected["sum"]) / scale)
-    print(f"{golden.name:<16} {stage} gradients, {precision:<20} {largest:.1e}  (allowed {tolerance:.0e})")
-    assert largest <= tolerance
+    within(golden, f"{stage.upper()} gradients, {precision}", largest, tolerance)
     trained = {pairs[key] for key, expected in gradients.items() if expected is not None}
     assert trained == set(parameters), "every parameter has a gradient, and the original's alike"
 
