@@ -24,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
@@ -372,6 +373,17 @@ class DifnetPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _can_compile_fullgraph = True
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """The library's, whose error about a truncated weights file does not say whose file it is."""
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{pretrained_model_name_or_path}: a safetensors file is truncated or damaged ({error}). Copy or "
+                "download it again."
+            ) from error
 
     def _init_weights(self, module: nn.Module) -> None:
         """The original's: Xavier-uniform matrices, attention biases 0, PyTorch's default for the other biases."""
