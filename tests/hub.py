@@ -4,8 +4,8 @@
         hub.publish("user/difnet", folder)
         subprocess.run(..., env={**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_TOKEN": "any"})
 
-`huggingface_hub` (and with it `from_pretrained` and `push_to_hub`) reads `HF_ENDPOINT` when it is imported, so start the
-process that talks to the look-alike with it. A push is one commit that holds the files themselves, so that neither Git
+`huggingface_hub` (and with it `from_pretrained` and `push_to_hub`) reads `HF_ENDPOINT` when it is imported, so it has to
+be set before the process that talks to the look-alike starts. A push is one commit that holds the files themselves, so that neither Git
 LFS nor Xet is needed. Every repository is public, every token welcome, and one branch, `main`, is all there is. The
 endpoints, as https://huggingface.co/docs/hub/api describes them:
 
@@ -42,8 +42,8 @@ class Repository:
 
     def commit(self, files: dict[str, bytes]) -> str:
         """Adds a commit that holds exactly these files; returns its hash."""
-        content = repr((list(self.commits), sorted(files.items())))
-        revision = hashlib.sha1(content.encode()).hexdigest()
+        hashes = [(path, hashlib.sha1(content).hexdigest()) for path, content in sorted(files.items())]
+        revision = hashlib.sha1(repr((len(self.commits), hashes)).encode()).hexdigest()
         self.commits[revision] = files
         return revision
 
