@@ -83,6 +83,9 @@ class DifnetConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        # `@strict` calls these as well, whenever a configuration is saved, but hides their `ValueError` in one of its own.
+        self.validate_architecture()
+        self.validate_token_ids()
         # A checkpoint carries its code. Saving a model or a processor registers the class that is saved; the classes
         # that are not saved under their own name are registered here.
         if getattr(self, "auto_map", None) is None:
@@ -92,8 +95,8 @@ class DifnetConfig(PreTrainedConfig):
             }
 
     def validate_architecture(self):
-        """Called by `@strict` when a configuration is made, loaded or saved."""
-        positive = [
+        """Sizes that make a network."""
+        for name in (
             "vocab_size",
             "grid_feature_size",
             "num_segmentation_classes",
@@ -106,8 +109,7 @@ class DifnetConfig(PreTrainedConfig):
             "encoder_ffn_dim",
             "decoder_ffn_dim",
             "max_position_embeddings",
-        ]
-        for name in positive:
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"DifnetConfig: `{name}` must be at least 1, got {getattr(self, name)}.")
         if self.d_model % 2:
@@ -128,7 +130,7 @@ class DifnetConfig(PreTrainedConfig):
                 )
 
     def validate_token_ids(self):
-        """Called by `@strict`. Unlike the library's own check, which warns, a token outside the vocabulary raises."""
+        """Tokens that are in the vocabulary: the library's own check only warns."""
         for name in ("unk_token_id", "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
             value = getattr(self, name)
             for token_id in value if isinstance(value, list) else [value]:
