@@ -356,7 +356,9 @@ class DifnetPositionTable(nn.Module):
     def __init__(self, num_positions: int, d_model: int) -> None:
         super().__init__()
         self.num_positions = num_positions
-        self.register_buffer("weight", sinusoid_table(num_positions + 1, d_model))
+        # In the model's own type, as parameters are: `from_pretrained(dtype=torch.bfloat16)` sets the default type.
+        table = sinusoid_table(num_positions + 1, d_model).to(torch.get_default_dtype())
+        self.register_buffer("weight", table)
 
     def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
         return nn.functional.embedding(position_ids, self.weight)  # (1 or B, L, d_model)
