@@ -4,10 +4,10 @@
         hub.publish("user/difnet", folder)
         subprocess.run(..., env={**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_TOKEN": "any"})
 
-`huggingface_hub`, and with it `from_pretrained` and `push_to_hub`, reads `HF_ENDPOINT` when it is imported, so it must be
-set before the process starts that talks to the look-alike. A push is one commit that holds the files themselves, so that
-neither Git LFS nor Xet is needed. Every repository is public, every token welcome, and one branch, `main`, is all there
-is. The endpoints, as https://huggingface.co/docs/hub/api describes them:
+`huggingface_hub`, and with it `from_pretrained` and `push_to_hub`, reads `HF_ENDPOINT` when it is imported, so it
+must be set before the process starts that talks to the look-alike. A push is one commit that holds the files
+themselves, so that neither Git LFS nor Xet is needed. Every repository is public, every token welcome, and one
+branch, `main`, is all there is. The endpoints, as https://huggingface.co/docs/hub/api describes them:
 
     GET   /api/models/{id}[/revision/{revision}]                 what is in a repository
     GET   /api/models/{id}/tree/{revision}[/{folder}]            its files
