@@ -429,12 +429,8 @@ def write_model_card(folder: str | Path, config: DifnetConfig, source: str, resu
         source: one sentence, where the weights come from.
         results: a `model-index` block for the card's YAML head; empty as long as nothing was measured.
     """
-    beside = Path(__file__).with_name("model_card.md")
-    if not beside.is_file():  # installed: the distribution knows where its data files went
-        files = importlib.metadata.files("difnet-transformers") or []
-        beside = Path(next(file for file in files if file.name == "model_card.md").locate())
     flows = "grid features and a panoptic segmentation map" if config.use_segmentation else "grid features alone"
-    card = string.Template(beside.read_text(encoding="utf-8")).substitute(
+    card = string.Template(model_card_template().read_text(encoding="utf-8")).substitute(
         source=source,
         flows=flows,
         results=results.strip() + "\n" if results.strip() else "",
@@ -444,6 +440,26 @@ def write_model_card(folder: str | Path, config: DifnetConfig, source: str, resu
         else "grid_features=grid_features",
     )
     Path(folder, "README.md").write_text(card, encoding="utf-8")
+
+
+def model_card_template() -> Path:
+    """`model_card.md`, wherever this copy of the project has it."""
+    here = Path(__file__).parent
+    installed = importlib.metadata.distributions(name="difnet-transformers")
+    places = [
+        here / "model_card.md",  # a clone
+        here / "share" / "difnet-transformers" / "model_card.md",  # `pip install --target`
+        *(
+            Path(file.locate())
+            for distribution in installed
+            for file in distribution.files or []
+            if file.name == "model_card.md"
+        ),
+    ]
+    for place in places:
+        if place.is_file():
+            return place
+    raise ValueError(f"{places[0]}: no such file, and no installed copy brings it. Install the project again.")
 
 
 def default_generation_config(config: DifnetConfig) -> GenerationConfig:
@@ -528,12 +544,25 @@ def convert(
 def convert_back(
     checkpoint: str | Path, output: str | Path, mode: str | None = None, overwrite: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Writes a checkpoint folder as the original's `.pth`: `{"state_dict": ...}`, for its strict `load_state_dict`."""
+    """Writes a checkpoint folder as the original's `.pth`: `{"state_dict": ...}`, for its strict `load_state_dict`.
+
+    Raises:
+        ValueError: the folder holds no complete captioner, or the mode does not fit it; an output that exists.
+    """
     output = Path(output)
     refuse_to_replace(output, overwrite)
     if not Path(checkpoint, "config.json").is_file():
         raise ValueError(f"{checkpoint} is no checkpoint folder: it has no config.json.")
-    model = DifnetForConditionalGeneration.from_pretrained(checkpoint)
+    model, loading = DifnetForConditionalGeneration.from_pretrained(
+        checkpoint, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    # The library goes on with random numbers in the place of these.
+    lost = sorted(loading["missing_keys"] | {key for key, *_ in loading["mismatched_keys"]})
+    if lost:
+        raise ValueError(
+            f"{checkpoint} is no complete captioner: {len(lost)} weights are missing or have other shapes than its "
+            f"config.json says{listing(lost)}."
+        )
     state_dict = to_original_state_dict(model, mode)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:

@@ -93,6 +93,11 @@ class DifnetTokenizer(PythonBackend):
         clean_up_tokenization_spaces: bool = True,
         **kwargs,
     ):
+        if vocab is None and vocab_file is None and kwargs.get("name_or_path"):
+            raise ValueError(
+                f"{kwargs['name_or_path']} has no {self.vocab_files_names['vocab_file']}, the vocabulary of its "
+                "tokenizer. Copy or download it again."
+            )
         if (vocab is None) == (vocab_file is None):
             raise ValueError(
                 "DifnetTokenizer needs a vocabulary: either vocab=, a list of tokens or a {token: id} dictionary, or "

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
@@ -355,7 +356,9 @@ class DifnetPositionTable(nn.Module):
     def __init__(self, num_positions: int, d_model: int) -> None:
         super().__init__()
         self.num_positions = num_positions
-        self.register_buffer("weight", sinusoid_table(num_positions + 1, d_model))
+        # In the model's own type, as parameters are: `from_pretrained(dtype=torch.bfloat16)` sets the default type.
+        table = sinusoid_table(num_positions + 1, d_model).to(torch.get_default_dtype())
+        self.register_buffer("weight", table)
 
     def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
         return nn.functional.embedding(position_ids, self.weight)  # (1 or B, L, d_model)
@@ -372,6 +375,17 @@ class DifnetPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _can_compile_fullgraph = True
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """The library's, whose error about a truncated weights file does not say whose file it is."""
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{pretrained_model_name_or_path}: a safetensors file is truncated or damaged ({error}). Copy or "
+                "download it again."
+            ) from error
 
     def _init_weights(self, module: nn.Module) -> None:
         """The original's: Xavier-uniform matrices, attention biases 0, PyTorch's default for the other biases."""

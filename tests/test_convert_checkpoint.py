@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from convert_checkpoint import (
     MODES,
     convert,
+    convert_back,
     convert_state_dict,
     load_original_checkpoint,
     main,
@@ -374,6 +375,26 @@ def test_files_that_cannot_be_read(checkpoint: Path, tmp_path: Path, capsys: pyt
     with pytest.raises(ValueError, match=r"absent.pth: no such file"):
         load_original_checkpoint(tmp_path / "absent.pth")
     assert not (tmp_path / "out").exists()
+
+
+def test_folders_that_are_no_whole_captioner(tmp_path: Path, tiny_config: DifnetConfig) -> None:
+    """The library would fill in random numbers; here nothing is written."""
+    model = DifnetForConditionalGeneration(tiny_config)
+    model.model.save_pretrained(tmp_path / "base")
+    model.save_pretrained(tmp_path / "other_sizes")
+    DifnetConfig(**{**tiny_config.to_dict(), "vocab_size": 40}).save_pretrained(tmp_path / "other_sizes")
+    model.save_pretrained(tmp_path / "truncated")
+    weights = tmp_path / "truncated" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    for name, message in {
+        "absent": "absent is no checkpoint folder",
+        "base": r"base is no complete captioner: 1 weights are missing or have .* \(`lm_head.weight`\)",
+        "other_sizes": r"other_sizes is no complete captioner: 2 weights .* `model.decoder.embed_tokens.weight`\)",
+        "truncated": "truncated: a safetensors file is truncated or damaged",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            convert_back(tmp_path / name, tmp_path / "back.pth")
+    assert not (tmp_path / "back.pth").exists()
 
 
 def test_vocabularies_that_do_not_fit(checkpoint: Path, tmp_path: Path) -> None:
