@@ -1,4 +1,4 @@
-"""Conversion of original checkpoints and vocabularies: exact, complete, and closed to anything but tensors and words."""
+"""Conversion of original checkpoints and vocabularies: exact, complete, closed to anything but tensors and words."""
 
 import io
 import json
