@@ -409,7 +409,7 @@ class DifnetPreTrainedModel(PreTrainedModel):
 
 
 def record_both_flows(forward: Callable) -> Callable:
-    """Lets `output_hidden_states` and `output_attentions` stand for both flows; the library's recorder takes one each."""
+    """Makes `output_hidden_states` and `output_attentions` ask for both flows: the library asks for each by name."""
 
     @wraps(forward)
     def wrapper(self: DifnetPreTrainedModel, *args, **kwargs):
