@@ -1,9 +1,10 @@
+# ruff: noqa: RUF001 (these characters are what the file is about)
 """Kinds of characters, as the tokenizer of Stanford CoreNLP 3.4.1 tells them apart.
 
-That tokenizer was generated in 2014 with the Unicode data of its time, so `str.isalpha` of any Python is a little too wide.
-Here every character outside ASCII is mapped to one representative of its kind, and the rules of `ptb_rules.py` are
-written over ASCII and these few representatives: the character classes stay small and readable, and the mapping keeps
-positions, so a token is cut out of the original text.
+That tokenizer was generated in 2014 with the Unicode data of its time, so `str.isalpha` of any Python is a little
+too wide. Here every character outside ASCII is mapped to one representative of its kind, and the rules of
+`ptb_rules.py` are written over ASCII and these few representatives: the character classes stay small and readable,
+and the mapping keeps positions, so a token is cut out of the original text.
 """
 
 # Hexadecimal code points and ranges outside ASCII, all in the Basic Multilingual Plane.

@@ -1,9 +1,10 @@
 """CIDEr-D (Vedantam et al., CVPR 2015), the metric that captioning papers call CIDEr, and the reward made of it.
 
 Equals `pycocoevalcap.cider.Cider` to rounding, and with `document="caption"` the reward of the original DIFNet and
-Meshed-Memory Transformer, whose `Cider` is handed a flat list of captions and so takes each *caption* for a document.
-What differs: whole batches are scored with arrays (the simple form is `tests/test_caption_metrics_scores.py::slow_cider_d`), and a
-look-up of an unknown n-gram does not add it to the table.
+Meshed-Memory Transformer, whose `Cider` is handed a flat list of captions and so takes each *caption* for a
+document. What differs: whole batches are scored with arrays (the simple form is
+`tests/test_caption_metrics_scores.py::slow_cider_d`), and a look-up of an unknown n-gram does not add it to the
+table.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from .captions import Caption, Score, ngram_words, tokenized
 from .ngrams import MAX_N, Document, DocumentFrequencies, Words, count_ngrams
 from .tokenizer import PTBTokenizer
 
@@ -24,25 +26,20 @@ EOS = "<eos>"
 _IMAGES_AT_ONCE = 256
 
 
-def ngram_words(tokens: Sequence[str]) -> list[str]:
-    """Words as BLEU and CIDEr-D count them: the original splits at every kind of space, so "10\xa01/2" is two words."""
-    return " ".join(tokens).split()
-
-
 def _cider_d(
     hypotheses: Sequence[Words],
     images: Sequence[int],
     references: Sequence[Sequence[Words]],
     frequencies: DocumentFrequencies,
 ) -> np.ndarray:
-    """CIDEr-D of every hypothesis against the references of its image, `references[images[i]]`; (hypotheses,) float64."""
+    """CIDEr-D of every hypothesis against the references of its image, `references[images[i]]`; (hypotheses,)."""
     number = len(hypotheses)
     captions = [*hypotheses, *(words for group in references for words in group)]
     groups = np.array([len(group) for group in references])
     reference_image = np.repeat(np.arange(len(references)), groups)
     # Place of each reference within its image, and for every hypothesis and place the reference there (or -1).
-    place = np.concatenate([np.arange(size) for size in groups]) if len(groups) else np.zeros(0, dtype=np.int64)
-    at = np.full((len(references), groups.max(initial=0)), -1)
+    place = np.concatenate([np.arange(size) for size in groups])
+    at = np.full((len(references), groups.max()), -1)
     at[reference_image, place] = np.arange(len(reference_image)) + number
     image = np.concatenate([np.asarray(images, dtype=np.int64), reference_image])
     pairs = at[image[:number]]  # (hypotheses, places)
@@ -71,32 +68,26 @@ def _cider_d(
 
 
 class CiderD:
-    """CIDEr-D with fixed document frequencies, for words (see `cider_d` for captions).
+    """CIDEr-D of captions, each against the references of its image.
 
-    `frequencies` as made by `DocumentFrequencies.from_documents`; in evaluation a document is an image with all of its references.
+    frequencies: document frequencies to use; without them those of the references being scored, an image with all of
+        its references as a document, which is how captions are evaluated.
     """
 
-    def __init__(self, frequencies: DocumentFrequencies):
+    def __init__(self, frequencies: DocumentFrequencies | None = None):
         self.frequencies = frequencies
 
-    @classmethod
-    def from_references(cls, references: Iterable[Sequence[Sequence[str]]]) -> CiderD:
-        """Document frequencies of the evaluated images themselves; `references`: for every image its tokenized captions."""
-        return cls(
-            DocumentFrequencies.from_documents([[ngram_words(tokens) for tokens in group] for group in references])
-        )
-
-    def score(
-        self, hypotheses: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]
-    ) -> tuple[float, np.ndarray]:
-        """Mean, and the score of each image: one tokenized hypothesis and a list of tokenized references for each."""
+    def score(self, hypotheses: Sequence[Caption], references: Sequence[Sequence[Caption]]) -> Score:
+        """Mean, and score of each image (0 to 10), of strings or lists of tokens. Errors as in `tokenized`."""
+        hypotheses, references = tokenized(hypotheses, references)
+        theirs = [[ngram_words(tokens) for tokens in group] for group in references]
+        frequencies = self.frequencies or DocumentFrequencies.from_documents(theirs)
         scores = np.zeros(len(hypotheses))
         for first in range(0, len(hypotheses), _IMAGES_AT_ONCE):
             part = slice(first, first + _IMAGES_AT_ONCE)
-            here = [ngram_words(tokens) for tokens in hypotheses[part]]
-            theirs = [[ngram_words(tokens) for tokens in group] for group in references[part]]
-            scores[part] = _cider_d(here, range(len(here)), theirs, self.frequencies)
-        return float(np.mean(scores)), scores
+            words = [ngram_words(tokens) for tokens in hypotheses[part]]
+            scores[part] = _cider_d(words, range(len(words)), theirs[part], frequencies)
+        return Score(float(scores.mean()), scores)
 
 
 class CiderReward:
@@ -166,7 +157,7 @@ class CiderReward:
 
     @property
     def signature(self) -> str:
-        """How the reward treats the end of a caption, in the terms of SacreEOS (Hu et al., 2023), to be reported with results."""
+        """How the reward treats the end of a caption, as SacreEOS (Hu et al., 2023) writes it, to be reported."""
         eos = "STANDARD_wInit" if self.count_eos else "NO<EOS>"
         return f"{eos}+Cider-D[n{MAX_N},s{SIGMA}]+document[{self.document}]"
 
@@ -191,7 +182,9 @@ class CiderReward:
         images = []
         for position, captions in enumerate(references):
             if isinstance(captions, str) or not len(captions):
-                raise ValueError(f"references[{position}] must be a list with at least one caption, got {captions!r:.80}")
+                raise ValueError(
+                    f"references[{position}] must be a list with at least one caption, got {captions!r:.80}"
+                )
             images.append(groups.setdefault(tuple(captions), len(groups)))
         words = [self._words(caption) for caption in hypotheses]
         if not words:

@@ -1,8 +1,8 @@
 """N-grams of many captions at once, and how many documents of a corpus hold each.
 
 Counting in Python dictionaries, as the original scorers do, costs a tuple for every n-gram: 356 MB for the document
-frequencies of the COCO training captions and most of the time of a reward. Here an n-gram is a number that is *exact*, no hash:
-the (n-1)-gram that it starts with (a number found before) together with its last word.
+frequencies of the COCO training captions and most of the time of a reward. Here an n-gram is a number that is
+*exact*, no hash: the (n-1)-gram that it starts with (a number found before) together with its last word.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class DocumentFrequencies:
         return cls(list(word_numbers), keys, counts, total)
 
     def extend(self, n: int, ngrams: np.ndarray, words: np.ndarray) -> np.ndarray:
-        """Numbers of the n-grams made of known (n-1)-grams and one more word each; -1 for one that the corpus lacks."""
+        """Numbers of the n-grams made of known (n-1)-grams and one more word each; -1 where the corpus has none."""
         keys = self.keys[n - 2]
         if not len(keys):
             return np.full(len(ngrams), -1, dtype=np.int64)

@@ -1,8 +1,9 @@
+# ruff: noqa: RUF001 (these characters are what the file is about)
 """The rules of the Penn Treebank tokenizer of Stanford CoreNLP 3.4.1, for captions.
 
-Each rule is a regular expression with a name and the case that it is for. As in the lexer generator that CoreNLP uses,
-all rules are tried where a token may start; the one whose match *and* look-ahead reach furthest wins, and of equals the
-one listed first. Group 1 is the token, what follows it in the expression is look-ahead.
+Each rule is a regular expression with a name and the case that it is for. As in the lexer generator that CoreNLP
+uses, all rules are tried where a token may start; the one whose match *and* look-ahead reach furthest wins, and of
+equals the one listed first. Group 1 is the token, what follows it in the expression is look-ahead.
 
 The expressions run over `characters.representatives(text)`: "ä" stands for any letter outside ASCII, "\u0301" for any
 combining mark, "٠" for any digit outside ASCII and so on. Spelt-out words ignore case, character classes do not.
@@ -140,9 +141,7 @@ _PATH = r'/[^ \t\n\f\r"<>|()]+[^ \t\n\f\r"<>|.!?(){},-]'
 _WWW = r'(?i:www)\.(?:[^ \t\n\f\r"<>|.!?(){},]+\.)+[a-zA-Z]{2,4}'
 # Between the dots of a host without "www", capitals, digits and "-" are excluded: an accident of the original, kept.
 _HOST = r"""(?:[^ \t\n\f\r"`'<>|!(){}$,-_]+\.)+(?i:com|net|org|edu)"""
-_MAIL = (
-    r'[a-zA-Z0-9][^ \t\n\f\r"<>|()\xa0{}]*@(?:[^ \t\n\f\r"<>|(){}.\xa0]+\.)*[^ \t\n\f\r"<>|(){}.\xa0]+'
-)
+_MAIL = r'[a-zA-Z0-9][^ \t\n\f\r"<>|()\xa0{}]*@(?:[^ \t\n\f\r"<>|(){}.\xa0]+\.)*[^ \t\n\f\r"<>|(){}.\xa0]+'
 
 # ----------------------------------------------------------------------------------------------------- abbreviations
 # May end a sentence: before a capital and at the end of the text, the period is read again as the sentence's own.
@@ -208,10 +207,15 @@ RULES = (
     Rule("C++, F#", r"([cC]\+\+|[cCfF]#)", "cCfF", needs=("+", "#")),
     Rule("y'|all", f"([yY]{APOSTROPHE})[{LETTERS}]", "yY", needs=_APOSTROPHES),
     # Addresses.
-    Rule("https://host/path", rf'((?i:https?)://[^ \t\n\f\r"<>|()]+[^ \t\n\f\r"<>|.!?(){{}},-])', _AL, needs=("://",)),
+    Rule("https://host/path", r'((?i:https?)://[^ \t\n\f\r"<>|()]+[^ \t\n\f\r"<>|.!?(){},-])', _AL, needs=("://",)),
     Rule("www.host.org/path", f"({_WWW}{_PATH})", _AL, needs=("www.",)),
     Rule("www.host.org", f"({_WWW})", _AL, needs=("www.",)),
-    Rule("host.com/path", f"({_HOST}(?:{_PATH})?)", r"^ \t\n\f\r\"`'<>|!(){}$,-_", needs=(".com", ".net", ".org", ".edu")),
+    Rule(
+        "host.com/path",
+        f"({_HOST}(?:{_PATH})?)",
+        r"^ \t\n\f\r\"`'<>|!(){}$,-_",
+        needs=(".com", ".net", ".org", ".edu"),
+    ),
     Rule("mail@host", f"((?:(?i:&lt;)|<)?{_MAIL}>?)", "&<A-Za-z0-9", needs=("@",)),
     Rule("@name", "(@[a-zA-Z_][a-zA-Z_0-9]*)", "@"),
     Rule("#tag", f"(#(?:[{WORD_LETTERS}]|{ENTITY_LETTER})+)", "#"),
@@ -224,8 +228,12 @@ RULES = (
     Rule("x² H₂", "(⁺?(?:²+|₂+))", "⁺²₂"),
     Rule("1 1/2", rf"((?:[{_D}]{{1,4}}[- \xa0])?[{_D}]{{1,4}}(?:\\?/|⁄)[{_D}]{{1,4}})", _D, _one_word),
     Rule("½", "(½)", "½", lambda text: _FRACTIONS.get(text, text)),
-    Rule("c'est, pro-", f"((?i:c{APOSTROPHE}est|cap{APOSTROPHE}n|s(?:&|&amp;)p-500|s(?:&|&amp;)ls|pro-|anti-|-[lr][rcs]b-))",
-         _AL + "-", _ampersand),
+    Rule(
+        "c'est, pro-",
+        f"((?i:c{APOSTROPHE}est|cap{APOSTROPHE}n|s(?:&|&amp;)p-500|s(?:&|&amp;)ls|pro-|anti-|-[lr][rcs]b-))",
+        _AL + "-",
+        _ampersand,
+    ),
     Rule("'05", f"({APOSTROPHE}[0-9][0-9])(?:{SPACE})", _Q),
     Rule("AT&T", f"({AMPERSAND_WORD})", "A-Z", _ampersand, needs=("+", "&")),
     Rule("and/or", f"({SLASHED})", "A-Za-z0-9", needs=("/",)),
@@ -250,9 +258,9 @@ RULES = (
     Rule("555-123-4567", f"({PHONE})", "0-9(+", lambda text: _parentheses(_one_word(text))),
     # Quotation marks, brackets, smileys.
     Rule('"', '("|(?i:&quot;))', '"&', _right_quotes),
-    Rule("'quoted", rf"(')[A-Za-z][^ \t\n\r\xa0]", "'", _left_quotes),
+    Rule("'quoted", r"(')[A-Za-z][^ \t\n\r\xa0]", "'", _left_quotes),
     Rule("'s and n't at the end", f"({CONTRACTION}|{NEGATION})", _Q + "nN", _right_quotes),
-    Rule(":-)", f"([<>]?[:;=][-o*']?[()DPdpO\\\\{{@|\\[\\]])[^A-Za-z0-9]", "<>:;=", _parentheses),
+    Rule(":-)", "([<>]?[:;=][-o*']?[()DPdpO\\\\{@|\\[\\]])[^A-Za-z0-9]", "<>:;=", _parentheses),
     Rule(
         "(^_^)",
         r"([\^x=~<>]\.\[\^(?i:x)=[^<]*<>\]|[-^x=~<>']_[-^x=~<>']|\([-^x=~<>'][_.]?[-^x=~<>']\)|\([\^x=~<>']-[\^x=~<>'`]\))",
@@ -270,6 +278,8 @@ RULES = (
     Rule("@@, ##, __", "(@+|#+|_+)", "@#_"),
     Rule("''", "(''|[`’‘“]{1,2}|(?i:&apos;)|')", _Q + "“", _right_quotes),
     Rule("x-1.5-ray", f"({DOTTED_COMPOUND})", "A-Za-z0-9", _without_soft_hyphens, needs=("-",)),
-    Rule("space", f"([ \t\xa0\u2000]+|(?i:&nbsp;)|\u200b|\x7f|\x01|Ⅰ|‐|٫)", " \t\xa0\u2000&\u200b\x7f\x01Ⅰ‐٫", _dropped),
+    Rule(
+        "space", "([ \t\xa0\u2000]+|(?i:&nbsp;)|\u200b|\x7f|\x01|Ⅰ|‐|٫)", " \t\xa0\u2000&\u200b\x7f\x01Ⅰ‐٫", _dropped
+    ),
     Rule("symbol", "(.)", "^ \t\xa0\u2000\u200b\x7f\x01Ⅰ‐٫"),
 )

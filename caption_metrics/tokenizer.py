@@ -1,9 +1,9 @@
 """The Penn Treebank tokenizer of the captioning tools, without Java.
 
-Equals `pycocoevalcap.tokenizer.ptbtokenizer.PTBTokenizer` (Stanford CoreNLP 3.4.1 with `-preserveLines -lowerCase`, then
-17 punctuation tokens dropped), with one difference: each caption is tokenized on its own. In a batch, Java's result for
-the last word of a caption can depend on the first word of the next one, and a line separator inside of a caption shifts
-all captions that follow.
+Equals `pycocoevalcap.tokenizer.ptbtokenizer.PTBTokenizer` (Stanford CoreNLP 3.4.1 with `-preserveLines -lowerCase`,
+then 17 punctuation tokens dropped), with one difference: each caption is tokenized on its own. In a batch, Java's
+result for the last word of a caption can depend on the first word of the next one, and a line separator inside of a
+caption shifts all captions that follow.
 """
 
 from __future__ import annotations
