@@ -26,6 +26,11 @@ EOS = "<eos>"
 _IMAGES_AT_ONCE = 256
 
 
+def _sums(place: np.ndarray, weight: np.ndarray, size: int) -> np.ndarray:
+    """Sums of the weights at each place, (size,) float64; `bincount` alone gives integers where there is nothing."""
+    return np.bincount(place, weight, minlength=size).astype(np.float64, copy=False)
+
+
 def _cider_d(
     hypotheses: Sequence[Words],
     images: Sequence[int],
@@ -50,9 +55,9 @@ def _cider_d(
     for n, counts in enumerate(count_ngrams(captions, image, frequencies), start=1):
         inverse = log_documents - np.log(np.maximum(1.0, counts.document_frequency))
         weight = counts.count * inverse[counts.ngram]
-        norm = np.sqrt(np.bincount(counts.caption, weight**2, minlength=len(captions)))
+        norm = np.sqrt(_sums(counts.caption, weight**2, len(captions)))
         if n == 2:
-            bigrams = np.bincount(counts.caption, counts.count, minlength=len(captions))
+            bigrams = _sums(counts.caption, counts.count, len(captions))
             delta = bigrams[:number, None] - bigrams[pairs]
         split = np.searchsorted(counts.caption, number)
         of_references = np.zeros((len(inverse), pairs.shape[1]))
@@ -60,7 +65,7 @@ def _cider_d(
         theirs = of_references[counts.ngram[:split]]  # (entries of hypotheses, places)
         clipped = np.minimum(weight[:split, None], theirs) * theirs
         cell = counts.caption[:split, None] * pairs.shape[1] + np.arange(pairs.shape[1])
-        products = np.bincount(cell.ravel(), clipped.ravel(), minlength=pairs.size).reshape(pairs.shape)
+        products = _sums(cell.ravel(), clipped.ravel(), pairs.size).reshape(pairs.shape)
         norms = norm[:number, None] * norm[pairs]
         total += np.divide(products, norms, out=products, where=norms != 0)
     total *= np.exp(-(delta**2) / (2 * SIGMA**2)) * (pairs >= 0)

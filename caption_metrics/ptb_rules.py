@@ -281,5 +281,5 @@ RULES = (
     Rule(
         "space", "([ \t\xa0\u2000]+|(?i:&nbsp;)|\u200b|\x7f|\x01|Ⅰ|‐|٫)", " \t\xa0\u2000&\u200b\x7f\x01Ⅰ‐٫", _dropped
     ),
-    Rule("symbol", "(.)", "^ \t\xa0\u2000\u200b\x7f\x01Ⅰ‐٫"),
+    Rule("symbol", r"([^ \t\xa0\u2000\u200b\x7f\x01Ⅰ‐٫])", r"^ \t\xa0\u2000\u200b\x7f\x01Ⅰ‐٫"),
 )
