@@ -1,10 +1,10 @@
 """How fast the captioning metrics are, and how much memory the document frequencies take.
 
-    python benchmarks/metrics.py                                          # everything; beside Java if pycocoevalcap is there
+    python benchmarks/metrics.py                 # everything; beside Java if pycocoevalcap is there
     python benchmarks/metrics.py --captions annotations/captions_train2014.json
 
-Without --captions the corpus is made of the captions in tests/golden: pairs of them are cut at a word and joined, which
-gives about as many distinct n-grams as the COCO captions have (2.3 million). Tables go to benchmarks/results/.
+Without --captions the corpus is made of the captions in tests/golden: pairs of them are cut at a word and joined,
+which gives nearly as many distinct n-grams as the COCO captions have (2.3 million). Tables go to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def reward_rows(images: list[list[str]]) -> list[tuple[str, str]]:
 
 
 def evaluation_rows(images: list[list[str]], number: int) -> list[tuple[str, str]]:
-    """The time of BLEU, ROUGE-L and CIDEr-D for `number` images, tokenizing included, and of pycocoevalcap in the same run."""
+    """Time of BLEU, ROUGE-L and CIDEr-D for `number` images, tokenizing included; of pycocoevalcap in the same run."""
     images = [captions for captions in images if len(captions) > 4][:number]
     hypotheses = [captions[0] for captions in images[1:] + images[:1]]
     # A hypothesis of another image with a few words of its own: matches as a captioner's has.
@@ -174,8 +174,8 @@ def main() -> None:
     lines = [
         f"# Captioning metrics, {datetime.date.today()}",
         "",
-        f"`python benchmarks/metrics.py` on one core of {processor()} ({platform.machine()}), Python {platform.python_version()};",
-        f"corpus: {made}.",
+        f"`python benchmarks/metrics.py` on one core of {processor()} ({platform.machine()}),",
+        f"Python {platform.python_version()}; corpus: {made}.",
         "",
         "| what | measured |",
         "|---|---|",
