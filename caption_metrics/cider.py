@@ -119,6 +119,11 @@ class CiderReward:
         self._tokenizer = PTBTokenizer()
         # References come again in every epoch and with every hypothesis; hypotheses hardly ever do.
         self._reference = lru_cache(maxsize=cached_captions)(self._words)
+        self._cached_captions = cached_captions
+
+    def __reduce__(self):
+        # To other processes without the cache, which can't go there and would be found again anyway.
+        return CiderReward, (self.frequencies, self.document, self.count_eos, self.corpus, self._cached_captions)
 
     @classmethod
     def from_captions(
@@ -186,9 +191,9 @@ class CiderReward:
         groups: dict[tuple[str, ...], int] = {}
         images = []
         for position, captions in enumerate(references):
-            if isinstance(captions, str) or not len(captions):
+            if isinstance(captions, str) or not len(captions) or not all(isinstance(c, str) for c in captions):
                 raise ValueError(
-                    f"references[{position}] must be a list with at least one caption, got {captions!r:.80}"
+                    f"references[{position}] must be a list with at least one caption, all strings, got {captions!r:.80}"
                 )
             images.append(groups.setdefault(tuple(captions), len(groups)))
         words = [self._words(caption) for caption in hypotheses]

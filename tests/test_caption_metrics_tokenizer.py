@@ -117,13 +117,13 @@ captions = st.one_of(
 
 
 @given(st.lists(captions, max_size=6))
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 def test_a_batch_is_its_captions(batch):
     assert tokenizer.tokenize_batch(batch) == [tokenizer.tokenize(caption) for caption in batch]
 
 
 @given(captions)
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=200)
 def test_tokens_hold_no_line_separator_space_or_capital(caption):
     for token in tokenizer.tokenize(caption):
         assert token
@@ -151,11 +151,11 @@ def test_a_rule_starts_where_it_says(caption):
         ("word ", 200_000),
         ("a", 1),
         ("!", 1),
-        ("(", 1_000_000),
         ("a.", 1),
-        ("1 ", 500_000),
-        ("<b ", 666_666),
         ("😀", 0),
+        pytest.param("(", 1_000_000, marks=pytest.mark.slow),
+        pytest.param("1 ", 500_000, marks=pytest.mark.slow),
+        pytest.param("<b ", 666_666, marks=pytest.mark.slow),
     ],
 )
 def test_a_caption_of_a_megabyte(piece, tokens):
