@@ -193,7 +193,7 @@ class CiderReward:
         for position, captions in enumerate(references):
             if isinstance(captions, str) or not len(captions) or not all(isinstance(c, str) for c in captions):
                 raise ValueError(
-                    f"references[{position}] must be a list with at least one caption, all strings, got {captions!r:.80}"
+                    f"references[{position}] must be a list with at least one string, got {captions!r:.80}"
                 )
             images.append(groups.setdefault(tuple(captions), len(groups)))
         words = [self._words(caption) for caption in hypotheses]
