@@ -1,0 +1,198 @@
+"""How fast the captioning metrics are, and how much memory the document frequencies take.
+
+    python benchmarks/metrics.py                 # everything; beside Java if pycocoevalcap is there
+    python benchmarks/metrics.py --captions annotations/captions_train2014.json
+
+Without --captions the corpus is made of the captions in tests/golden: pairs of them are cut at a word and joined,
+which gives nearly as many distinct n-grams as the COCO captions have (2.3 million). Tables go to benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import gzip
+import io
+import json
+import os
+import platform
+import random
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from caption_metrics import CiderD, CiderReward, PTBTokenizer, bleu, rouge_l  # noqa: E402
+from caption_metrics.captions import tokenized  # noqa: E402
+
+GOLDEN = ROOT / "tests" / "golden" / "metrics"
+LIMITS = {"batch": 3.0, "table": 150.0, "ratio": 3.0}
+
+
+def golden(name: str) -> list[dict]:
+    with gzip.open(GOLDEN / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def corpus(path: Path | None, number: int) -> list[list[str]]:
+    """About `number` captions, in lists for each image."""
+    if path is not None:
+        images: dict[int, list[str]] = {}
+        for row in json.loads(path.read_text("utf-8"))["annotations"]:
+            images.setdefault(row["image_id"], []).append(row["caption"])
+        return list(images.values())
+    captions = [caption.split() for row in golden("scst_corpus") for caption in row["captions"]]
+    draw = random.Random(0)
+    made = []
+    for _ in range(number):
+        one, other = draw.choice(captions), draw.choice(captions)
+        made.append(" ".join(one[: draw.randint(1, len(one))] + other[draw.randint(0, len(other)) :]))
+    return [made[first : first + 5] for first in range(0, number, 5)]
+
+
+def resident() -> float:
+    """MB that the process holds now."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize() / 1e6
+
+
+def seconds(function, times: int) -> float:
+    taken = []
+    for _ in range(times):
+        start = time.perf_counter()
+        function()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+def reward_rows(images: list[list[str]]) -> list[tuple[str, str]]:
+    before = resident()
+    start = time.perf_counter()
+    reward = CiderReward.from_captions(images)
+    built = time.perf_counter() - start
+    table = reward.frequencies
+    words = sum(map(sys.getsizeof, table.words)) + sys.getsizeof(table.word_numbers) + sys.getsizeof(table.words)
+    size = (table.nbytes + words) / 1e6
+    rows = [
+        ("captions in the table", f"{table.documents:,}"),
+        ("n-grams in the table", f"{sum(map(len, table.counts)):,}"),
+        ("table built in", f"{built:.1f} s"),
+        ("memory of the table", f"{size:.0f} MB (at most {LIMITS['table']:.0f})"),
+        ("resident memory after building", f"{resident() - before:.0f} MB more"),
+    ]
+    batches = [(row["hyps"], [row["refs"][i // 5] for i in range(50)]) for row in golden("scst_batches")]
+    for batch in batches:
+        reward.reward(*batch)
+    times = []
+    memory = resident()
+    for number in range(1000):
+        start = time.perf_counter()
+        reward.reward(*batches[number % len(batches)])
+        times.append((time.perf_counter() - start) * 1e3)
+    rows += [
+        ("SCST batch, median of 1,000", f"{statistics.median(times):.2f} ms (at most {LIMITS['batch']:.0f})"),
+        (
+            "SCST batch, first 100 / last 100",
+            f"{statistics.median(times[:100]):.2f} / {statistics.median(times[-100:]):.2f} ms",
+        ),
+        ("memory grown over 1,000 batches", f"{resident() - memory:.1f} MB"),
+    ]
+    fresh = CiderReward(table, cached_captions=0)
+    times = []
+    for number in range(100):
+        start = time.perf_counter()
+        fresh.reward(*batches[number % len(batches)])
+        times.append((time.perf_counter() - start) * 1e3)
+    rows.append(("SCST batch, references not cached", f"{statistics.median(times):.2f} ms"))
+    return rows
+
+
+def evaluation_rows(images: list[list[str]], number: int) -> list[tuple[str, str]]:
+    """Time of BLEU, ROUGE-L and CIDEr-D for `number` images, tokenizing included; of pycocoevalcap in the same run."""
+    images = [captions for captions in images if len(captions) > 4][:number]
+    hypotheses = [captions[0] for captions in images[1:] + images[:1]]
+    # A hypothesis of another image with a few words of its own: matches as a captioner's has.
+    hypotheses = [f"{hypothesis} {captions[1]}"[:60] for hypothesis, captions in zip(hypotheses, images, strict=True)]
+    flat = [caption for captions in images for caption in captions]
+
+    def ours():
+        given = tokenized(hypotheses, images)
+        return [score.corpus for score in bleu(*given)], rouge_l(*given).corpus, CiderD().score(*given).corpus
+
+    tokenizer = PTBTokenizer()
+    tokenizing = seconds(lambda: tokenizer.tokenize_batch(flat), 3)
+    mine = seconds(ours, 3)
+    rows = [
+        ("tokenizer", f"{len(flat) / tokenizing:,.0f} captions/s"),
+        (f"evaluation of {len(images):,} images", f"{mine:.2f} s"),
+    ]
+    try:
+        from pycocoevalcap.bleu.bleu import Bleu
+        from pycocoevalcap.cider.cider import Cider
+        from pycocoevalcap.rouge.rouge import Rouge
+        from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer as JavaTokenizer
+    except ImportError:
+        return [*rows, ("pycocoevalcap", "not installed")]
+
+    def theirs():
+        given = {i: [{"caption": caption} for caption in captions] for i, captions in enumerate(images)}
+        found = {i: [{"caption": caption}] for i, caption in enumerate(hypotheses)}
+        given, found = JavaTokenizer().tokenize(given), JavaTokenizer().tokenize(found)
+        with contextlib.redirect_stdout(io.StringIO()):
+            return [metric.compute_score(given, found)[0] for metric in (Bleu(4), Rouge(), Cider())]
+
+    java = seconds(theirs, 3)
+    largest = max(
+        abs(a - b)
+        for ours_, theirs_ in zip(ours(), theirs(), strict=True)
+        for a, b in zip(*(s if isinstance(s, list) else [s] for s in (ours_, theirs_)), strict=True)
+    )
+    return [
+        *rows,
+        ("the same with pycocoevalcap", f"{java:.2f} s"),
+        ("ratio", f"{java / mine:.1f} times as fast (at least {LIMITS['ratio']:.0f})"),
+        ("largest difference of a corpus score", f"{largest:.1e}"),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--captions", type=Path, help="a COCO annotation file as the corpus")
+    parser.add_argument("--number", type=int, default=567_000, help="captions of the made corpus (default: 567,000)")
+    parser.add_argument("--images", type=int, default=5_000, help="images of the evaluation (default: 5,000)")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    arguments = parser.parse_args()
+    images = corpus(arguments.captions, arguments.number)
+    rows = evaluation_rows(images, arguments.images) + reward_rows(images)
+    made = "made of golden captions" if arguments.captions is None else arguments.captions.name
+    lines = [
+        f"# Captioning metrics, {datetime.date.today()}",
+        "",
+        f"`python benchmarks/metrics.py` on one core of {processor()} ({platform.machine()}),",
+        f"Python {platform.python_version()}; corpus: {made}.",
+        "",
+        "| what | measured |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in rows),
+    ]
+    print("\n".join(lines))
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    (arguments.results / f"metrics_{datetime.date.today()}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def processor() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or "an unnamed processor"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+"""Metrics of image captioning, equal to the Java tools' and without Java. See README.md beside this file."""
+
+from .bleu import bleu
+from .captions import Score
+from .cider import CiderD, CiderReward
+from .java_metrics import JavaMissing, meteor, spice
+from .rouge import rouge_l
+from .scoring import score_captions
+from .tokenizer import PTBTokenizer
+
+__all__ = [
+    "CiderD",
+    "CiderReward",
+    "JavaMissing",
+    "PTBTokenizer",
+    "Score",
+    "bleu",
+    "meteor",
+    "rouge_l",
+    "score_captions",
+    "spice",
+]
