@@ -74,6 +74,8 @@ class Rule:
     `starts`: the characters that it can start with, as a character class. `becomes`: what is made of group 1; an empty
     string is no token. `needs`: a text without one of these strings (lower case) can't match, which saves long texts
     from being scanned in vain. `resume`: how many characters of the token are read again for the next token.
+    `barren`: characters of which a failed match says that no match starts before their run is over; without it a long
+    run would be scanned anew from each of its characters.
     """
 
     name: str
@@ -82,6 +84,7 @@ class Rule:
     becomes: Callable[[str], str] = _as_it_is
     needs: tuple[str, ...] = ()
     resume: int = 0
+    barren: str = ""
 
 
 # ---------------------------------------------------------------------------------------------- kinds of characters
@@ -113,6 +116,7 @@ _ELIDED = f"(?:[dDoOlL]{ANY_APOSTROPHE}[{LETTERS}{DIGITS}])?"
 COMPOUND = f"{_ELIDED}{_PLAIN}(?:{HYPHEN}{_ELIDED}{_PLAIN})*"
 ACRONYM = r"(?:(?i:(?:canada|sino|korean|eu|japan|non)-u\.s|u\.s\.-(?:u\.k|u\.s\.s\.r))|[A-Za-z](?:\.[A-Za-z])+)"
 DOTTED_COMPOUND = rf"[A-Za-z0-9][A-Za-z0-9.,\xad]*(?:-(?:{ACRONYM}\.|[A-Za-z0-9\xad]+))+"
+_NO_DOTTED_COMPOUND = r"[A-Za-z0-9.,\xad]+"
 AMPERSAND_WORD = f"[A-Z]+(?:(?:{AMPERSAND}|[+&])[A-Z]+)+"
 SLASHED = r"[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}(?:\\?/[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}){1,2}"
 # ----------------------------------------------------------------------------------------------- numbers, addresses
@@ -132,6 +136,8 @@ _WWW = r'(?i:www)\.(?:[^ \t\n\f\r"<>|.!?(){},]+\.)+[a-zA-Z]{2,4}'
 # Between the dots of a host without "www", capitals, digits and "-" are excluded: an accident of the original, kept.
 _HOST = r"""(?:[^ \t\n\f\r"`'<>|!(){}$,-_]+\.)+(?i:com|net|org|edu)"""
 _MAIL = r'[a-zA-Z0-9][^ \t\n\f\r"<>|()\xa0{}]*@(?:[^ \t\n\f\r"<>|(){}.\xa0]+\.)*[^ \t\n\f\r"<>|(){}.\xa0]+'
+
+_NO_MAIL = r'[a-zA-Z0-9][^ \t\n\f\r"<>|()\xa0{}]*'
 
 # ----------------------------------------------------------------------------------------------------- abbreviations
 # May end a sentence: before a capital and at the end of the text, the period is read again as the sentence's own.
@@ -206,7 +212,7 @@ RULES = (
         r"^ \t\n\f\r\"`'<>|!(){}$,-_",
         needs=(".com", ".net", ".org", ".edu"),
     ),
-    Rule("mail@host", f"((?:(?i:&lt;)|<)?{_MAIL}>?)", "&<A-Za-z0-9", needs=("@",)),
+    Rule("mail@host", f"((?:(?i:&lt;)|<)?{_MAIL}>?)", "&<A-Za-z0-9", needs=("@",), barren=_NO_MAIL),
     Rule("@name", "(@[a-zA-Z_][a-zA-Z_0-9]*)", "@"),
     Rule("#tag", f"(#(?:[{WORD_LETTERS}]|{ENTITY_LETTER})+)", "#"),
     # Contractions that stand alone, as in decoded captions: "they 're here".
@@ -244,7 +250,14 @@ RULES = (
     Rule("file.txt", f"({FILE})(?:{SPACE}|[.?!,])", WORD_LETTERS + _D, needs=(".",)),
     Rule("word.,", rf"({WORD}\.){PAUSE}", _L, _without_soft_hyphens),
     Rule("2nd.,", rf"({COMPOUND}\.){PAUSE}", LETTERS + _D),
-    Rule("1-a.,", rf"({DOTTED_COMPOUND}\.){PAUSE}", "A-Za-z0-9", _without_soft_hyphens, needs=("-",)),
+    Rule(
+        "1-a.,",
+        rf"({DOTTED_COMPOUND}\.){PAUSE}",
+        "A-Za-z0-9",
+        _without_soft_hyphens,
+        needs=("-",),
+        barren=_NO_DOTTED_COMPOUND,
+    ),
     Rule("555-123-4567", f"({PHONE})", "0-9(+", lambda text: _parentheses(_one_word(text))),
     # Quotation marks, brackets, smileys.
     Rule('"', '("|(?i:&quot;))', '"&', _right_quotes),
@@ -267,7 +280,14 @@ RULES = (
     Rule("?!", "([?!]+)", "?!"),
     Rule("@@, ##, __", "(@+|#+|_+)", "@#_"),
     Rule("''", "(''|[`’‘“]{1,2}|(?i:&apos;)|')", _Q + "“", _right_quotes),
-    Rule("x-1.5-ray", f"({DOTTED_COMPOUND})", "A-Za-z0-9", _without_soft_hyphens, needs=("-",)),
+    Rule(
+        "x-1.5-ray",
+        f"({DOTTED_COMPOUND})",
+        "A-Za-z0-9",
+        _without_soft_hyphens,
+        needs=("-",),
+        barren=_NO_DOTTED_COMPOUND,
+    ),
     Rule(
         "space", "([ \t\xa0\u2000]+|(?i:&nbsp;)|\u200b|\x7f|\x01|Ⅰ|‐|٫)", " \t\xa0\u2000&\u200b\x7f\x01Ⅰ‐٫", _dropped
     ),

@@ -26,6 +26,7 @@ _LINE_SEPARATORS = str.maketrans(dict.fromkeys("\n\r\v\f\u2028\u2029", " "))
 _LONE_SURROGATES = re.compile("[\ud800-\udfff]")
 
 _COMPILED = tuple((rule, re.compile(rule.pattern, re.DOTALL), re.compile(f"[{rule.starts}]")) for rule in RULES)
+_BARREN = {rule.name: re.compile(rule.barren) for rule in RULES if rule.barren}
 _NEEDS = tuple({rule.needs for rule in RULES if rule.needs})
 
 # Most captions are letters and spaces, perhaps with a period at the end: the rules for that in one expression each.
@@ -34,10 +35,12 @@ _PLAIN_WORD = re.compile(r" *([A-Za-z]+)(?= |\Z)")
 
 
 @lru_cache(maxsize=4096)
-def _rules_for(character: str, missing: frozenset[tuple[str, ...]]) -> tuple[tuple[Callable, Callable, int], ...]:
+def _rules_for(
+    character: str, missing: frozenset[tuple[str, ...]]
+) -> tuple[tuple[Callable, Callable, int, re.Pattern | None], ...]:
     """The rules that can apply where `character` stands, in a text without the strings that are `missing`."""
     return tuple(
-        (pattern.match, rule.becomes, rule.resume)
+        (pattern.match, rule.becomes, rule.resume, _BARREN.get(rule.name))
         for rule, pattern, starts in _COMPILED
         if starts.match(character) and rule.needs not in missing
     )
@@ -49,6 +52,7 @@ def _lex(text: str) -> list[str]:
     lower = kinds.lower()
     missing = frozenset(needs for needs in _NEEDS if not any(string in lower for string in needs))
     tokens: list[str] = []
+    barren_until: dict[Callable, int] = {}
     position, end = 0, len(text)
     while position < end:
         plain = _PLAIN_WORD.match(kinds, position)
@@ -57,9 +61,14 @@ def _lex(text: str) -> list[str]:
             position = plain.end()
             continue
         reach = -1
-        for match, becomes, resume in _rules_for(kinds[position], missing):
+        for match, becomes, resume, barren in _rules_for(kinds[position], missing):
+            if barren is not None and barren_until.get(match, 0) > position:
+                continue
             found = match(kinds, position)
-            if found is not None and found.end() > reach:
+            if found is None:
+                if barren is not None and (run := barren.match(kinds, position)) is not None:
+                    barren_until[match] = run.end()
+            elif found.end() > reach:
                 reach, token_end, make, read_again = found.end(), found.end(1), becomes, resume
         # Every character is either a symbol or a space, so one rule at least has matched.
         token = make(text[position:token_end])

@@ -162,3 +162,8 @@ def test_a_caption_of_a_megabyte(piece, tokens):
     start = time.perf_counter()
     assert len(tokenizer.tokenize(piece * (1_000_000 // len(piece)))) == tokens
     assert time.perf_counter() - start < 30
+
+
+def test_a_run_that_ends_unlike_any_rule_is_not_scanned_from_each_of_its_characters():
+    """Quadratic time would make this an hour; see `Rule.barren`."""
+    assert tokenizer.tokenize("a," * 200_000 + "-") == ["a"] * 200_000
