@@ -83,7 +83,8 @@ class DifnetConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        # `@strict` calls these as well, whenever a configuration is saved, but hides their `ValueError` in one of its own.
+        # `@strict` calls these as well, whenever a configuration is saved, but wraps what they raise in an exception
+        # that is no ValueError.
         self.validate_architecture()
         self.validate_token_ids()
         # A checkpoint carries its code. Saving a model or a processor registers the class that is saved; the classes

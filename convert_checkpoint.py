@@ -3,9 +3,10 @@
     python convert_checkpoint.py --checkpoint DIFNet_lrp.pth --vocab vocab.pkl --output difnet/
     python convert_checkpoint.py --to-original --checkpoint difnet/ --output back.pth
 
-Original files: `train.py` writes the checkpoint (a dict with `state_dict`, optimizer and random states), `data/vocab.py`
-the vocabulary, both as pickles. No pickle is executed here: `torch.load(weights_only=True)` is allowed exactly the numpy
-names of the random states, and `vocab.pkl` goes through a reader that knows its four names and nothing else.
+Original files: `train.py` writes the checkpoint (a dict with `state_dict`, optimizer and random states) and
+`data/vocab.py` the vocabulary, both as pickles. No pickle is executed here: `torch.load(weights_only=True)` is allowed
+exactly the numpy names of the random states, and `vocab.pkl` goes through a reader that knows its four names and
+nothing else.
 
 Every key of the file is accounted for: it is mapped, or dropped for a stated reason, or the conversion stops. The four
 original modes (`base`, `base_lrp`, `difnet`, `difnet_lrp`) and all sizes are read from keys and shapes. Three numbers
@@ -195,8 +196,8 @@ def convert_state_dict(
     unknown = [key for key in original if key not in mapped and key not in unused]
     if missing or unknown:
         raise ValueError(
-            f"{name} is not a checkpoint of DIFNet or of its baseline (read as mode `{mode}` with {config.encoder_layers} "
-            f"encoder and {config.decoder_layers} decoder layers, Lf={fusion_layers}): "
+            f"{name} is not a checkpoint of DIFNet or of its baseline (read as mode `{mode}` with "
+            f"{config.encoder_layers} encoder and {config.decoder_layers} decoder layers, Lf={fusion_layers}): "
             f"{len(missing)} keys are missing{listing(missing)}, {len(unknown)} are unknown{listing(unknown)}."
         )
     with torch.device("meta"):
@@ -237,8 +238,8 @@ def original_config(
     def size(key: str, dimension: int) -> int:
         if key not in original or original[key].ndim <= dimension:
             raise ValueError(
-                f"{name} is not a checkpoint of DIFNet or of its baseline: the key `{key}` is missing or has the wrong "
-                f"number of dimensions. Its keys: {', '.join(list(original)[:5]) or 'none'}{', ..' * (len(original) > 5)}."
+                f"{name} is not a checkpoint of DIFNet or of its baseline: the key `{key}` is missing or has the "
+                f"wrong number of dimensions. The file has {len(original)} keys{listing(list(original))}."
             )
         return original[key].shape[dimension]
 
@@ -251,8 +252,8 @@ def original_config(
     heads_width = size("encoder.layers.0.mhatt.attention.fc_q.weight", 0)
     if num_heads < 1 or heads_width % num_heads:
         raise ValueError(
-            f"{name}: the attention heads are {heads_width} wide together, which {num_heads} heads cannot share equally. "
-            "Give the number the model was trained with as `--num-heads`."
+            f"{name}: the attention heads are {heads_width} wide together, which {num_heads} heads cannot share "
+            "equally. Give the number that the model was trained with as `--num-heads`."
         )
     use_segmentation = original_mode(original) != "base"
     return DifnetConfig(
@@ -320,7 +321,7 @@ def to_original_state_dict(model: DifnetForConditionalGeneration, mode: str | No
 
 
 def allowed_numpy_names() -> list:
-    """What a training checkpoint holds besides tensors: numpy's random state and two scores, under old and new names."""
+    """What a training checkpoint holds besides tensors: numpy's random state and scores, under old and new names."""
     reconstruct, scalar = np._core.multiarray._reconstruct, np._core.multiarray.scalar
     return [
         (reconstruct, "numpy.core.multiarray._reconstruct"),
@@ -338,8 +339,8 @@ def load_original_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     """The state dict in an original `.pth`: a training checkpoint or a bare state dict. Executes nothing.
 
     Raises:
-        ValueError: no such file, a truncated file, a pickle that asks for anything but tensors and numpy's random state,
-            a file without a state dict.
+        ValueError: no such file, a truncated file, a pickle that asks for anything but tensors and numpy's random
+            state, a file without a state dict.
     """
     path = Path(path)
     if not path.is_file():
@@ -350,8 +351,8 @@ def load_original_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     except pickle.UnpicklingError as error:
         reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line), "")
         raise ValueError(
-            f"{path} was refused: it is not a plain checkpoint of tensors. It may be damaged, or it is a pickle that would "
-            f"run code when loaded. {reason.strip()}".strip()
+            f"{path} was refused: it is not a plain checkpoint of tensors. It may be damaged, or it is a pickle that "
+            f"would run code when loaded. {reason.strip()}".strip()
         ) from error
     except Exception as error:
         raise ValueError(
@@ -385,8 +386,8 @@ class VocabularyReader(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> type:
         if (module, name) not in self.stand_ins:
             raise ValueError(
-                f"{self.path} was refused: it is a pickle that asks for `{module}.{name}`, which the original's vocabulary "
-                "does not. Loading it the usual way could run code."
+                f"{self.path} was refused: it is a pickle that asks for `{module}.{name}`, which the original's "
+                "vocabulary does not. Loading it the usual way could run code."
             )
         return self.stand_ins[module, name]
 
@@ -463,7 +464,7 @@ def model_card_template() -> Path:
 
 
 def default_generation_config(config: DifnetConfig) -> GenerationConfig:
-    """Beam search as in the original's evaluation: five beams, 20 tokens, hypotheses ranked by their log-probability."""
+    """As in the original's evaluation: five beams, 20 tokens, hypotheses ranked by their log-probability."""
     return GenerationConfig(
         num_beams=5,
         max_new_tokens=min(20, config.max_position_embeddings),
@@ -485,7 +486,7 @@ def convert(
     fusion_iterations: int = 2,
     overwrite: bool = False,
 ) -> Conversion:
-    """Turns an original checkpoint into a folder for `from_pretrained`: model, generation settings, processor, code, card.
+    """Makes a folder for `from_pretrained` of an original checkpoint: model, generation, processor, code, card.
 
     Args:
         checkpoint: the original's `.pth`.
@@ -495,8 +496,8 @@ def convert(
         overwrite: whether a folder that exists may be replaced.
 
     Raises:
-        ValueError: as `load_original_checkpoint`, `read_vocabulary` and `convert_state_dict`; a vocabulary of another size
-            than the embedding; an output that exists.
+        ValueError: as `load_original_checkpoint`, `read_vocabulary` and `convert_state_dict`; a vocabulary of another
+            size than the embedding; an output that exists.
     """
     output = Path(output)
     refuse_to_replace(output, overwrite)

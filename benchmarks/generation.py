@@ -4,9 +4,9 @@
     python benchmarks/generation.py --original ../DIFNet   # with a clone of mrwu-mac/DIFNet: beside the original
 
 Weights and features are functions of a seed (tests/golden/model/reference_weights.py), made so that captions end after
-different numbers of words, as trained ones do. With `--original`, the original's own code runs the same weights on the same
-features in turn with ours, and its tokens are compared: ratios are of medians in one run. The table goes to the terminal and
-to benchmarks/results/.
+different numbers of words, as trained ones do. With `--original`, the original's own code runs the same weights on the
+same features in turn with ours, and its tokens are compared: ratios are of medians in one run. The table goes to the
+terminal and to benchmarks/results/.
 """
 
 import argparse
@@ -131,17 +131,15 @@ def parameters_and_flops() -> list[str]:
     for mode in ("base", "difnet"):
         model = convert_state_dict(original_state_dict(mode)).model()
         features = {"grid_features": torch.rand(1, 49, 2048), "segmentation_features": torch.rand(1, 133, 7, 7)}
-        work = {
-            "encoder": lambda model=model: model.get_encoder()(**features),
-            "caption": lambda model=model: model(**features, decoder_input_ids=torch.full((1, 20), 5)),
-            "beam": lambda model=model: model.generate(
-                **features, custom_generate=original_beam_search, num_beams=5, min_new_tokens=20, max_new_tokens=20
-            ),
-        }
+        twenty_words = {"min_new_tokens": MAX_NEW_TOKENS, "max_new_tokens": MAX_NEW_TOKENS}
         counts = []
-        for function in work.values():
+        for function, arguments in (
+            (model.get_encoder(), {}),
+            (model, {"decoder_input_ids": torch.full((1, MAX_NEW_TOKENS), 5)}),
+            (model.generate, {"custom_generate": original_beam_search, "num_beams": 5, **twenty_words}),
+        ):
             with FlopCounterMode(display=False) as counter, torch.no_grad():
-                function()
+                function(**features, **arguments)
             counts.append(f"{counter.get_total_flops() / 1e9:.2f} GFLOP")
         size = sum(parameter.numel() for parameter in model.parameters())
         lines.append(f"| `{mode}`, `{mode}_lrp` | {size:,} | {' | '.join(counts)} |")

@@ -1,11 +1,11 @@
 """The original's beam search as a `custom_generate` function, and log-probabilities of given captions.
 
-Original files: `models/beam_search/beam_search.py` and `models/captioning_model.py`, both from Meshed-Memory Transformer.
-The same tokens and scores come out; what differs is what happens inside a step. The original keeps one copy of the
-picture and of all keys and values for each beam, gathers all of them at every step, projects the picture anew in every
-layer and sorts beams x vocabulary scores. Here a picture's beams are the tokens of a tree: the decoder reads one new token
-of each beam as `num_beams` positions of one sequence, whose keys and values stay where they were written, and a mask tells
-each beam which of them are its own past. Nothing is copied or moved between beams.
+Original files: `models/beam_search/beam_search.py` and `models/captioning_model.py`, both from Meshed-Memory
+Transformer. The same tokens and scores come out; what differs is what happens inside a step. The original keeps one
+copy of the picture and of all keys and values for each beam, gathers all of them at every step, projects the picture
+anew in every layer and sorts beams x vocabulary scores. Here a picture's beams are the tokens of a tree: the decoder
+reads one new token of each beam as `num_beams` positions of one sequence, whose keys and values stay where they were
+written, and a mask tells each beam which of them are its own past. Nothing is moved between beams.
 """
 
 from dataclasses import dataclass
@@ -50,10 +50,10 @@ def original_beam_search(
 ) -> torch.LongTensor | OriginalBeamSearchOutput:
     r"""The original's beam search: `model.generate(..., custom_generate=original_beam_search)`.
 
-    A finished caption stays among the `num_beams` hypotheses of its picture and takes up a place, with its score, until
-    better ones push it out; the library's own beam search moves it to a separate list instead. No length normalisation.
-    The search ends when all hypotheses are finished or have `max_length` tokens, with the result of the original's fixed
-    number of steps. Pictures whose hypotheses are all finished are no longer computed.
+    A finished caption stays among the `num_beams` hypotheses of its picture and takes up a place, with its score,
+    until better ones push it out; the library's own beam search moves it to a separate list instead. No length
+    normalisation. The search ends when all hypotheses are finished or have `max_length` tokens, with the result of
+    the original's fixed number of steps; pictures whose hypotheses are all finished are left out once they are many.
 
     Args:
         model: a `DifnetForConditionalGeneration`, with eager or SDPA attention.
@@ -184,8 +184,8 @@ def check_arguments(
     for criterion in stopping_criteria:
         if not isinstance(criterion, MaxLengthCriteria | EosTokenCriteria):
             raise ValueError(
-                "`original_beam_search` ends at `max_new_tokens` or when all hypotheses are finished; it does not know "
-                f"{type(criterion).__name__}."
+                "`original_beam_search` ends at `max_new_tokens` or when all hypotheses are finished; it does not "
+                f"know {type(criterion).__name__}."
             )
     past_key_values = model_kwargs.get("past_key_values")
     if past_key_values is not None and past_key_values.get_seq_length() > 0:
@@ -203,7 +203,7 @@ def best_continuations(
     prompt: torch.LongTensor,  # (B, prompt)
     history: torch.LongTensor,  # (B, k, steps so far)
 ) -> tuple[torch.Tensor, torch.LongTensor, torch.LongTensor, torch.Tensor]:
-    """The `num_beams` best continuations of each picture: their scores, hypotheses, tokens and tokens' log-probabilities.
+    """The `num_beams` best continuations of each picture: scores, hypotheses, tokens and tokens' log-probabilities.
 
     A finished hypothesis has one continuation: token 0 at log-probability 0; its others have the total score -999.
     Equal to sorting `scores + log_softmax(logits)` over all `k * V` continuations, as the original does: the best of a

@@ -1,8 +1,8 @@
 """DIFNet: an image captioner that reads two visual flows, grid features and a panoptic segmentation map.
 
 Wu et al., "DIFNet: Boosting Visual Information Flow for Image Captioning", CVPR 2022. One network stands here for the
-original's four packages `models/{transformer,transformer_lrp,difnet,difnet_lrp}`: their outputs, gradients and beams are
-reproduced number for number from converted checkpoints (tests/test_parity.py).
+original's four packages `models/{transformer,transformer_lrp,difnet,difnet_lrp}`: their outputs, gradients and beams
+are reproduced number for number from converted checkpoints (tests/test_parity.py).
 
     grid cells (B, N, 2048) ----- embed --> flow layers (T times, shared weights, --> g \
                                             independent layer norms)                    g + s --> layers --> x + g + s
@@ -16,12 +16,14 @@ What differs from the original, and why:
 - cells are hidden by an explicit mask, not when their embedded features happen to sum to exactly zero;
 - logits are logits (the original returns log-probabilities), and decoding state lives in the library's caches;
 - keys and values of the encoder's output are computed once a caption, not once a step.
-What looks odd and is meant: every attention has two residual-and-norm stages (`double_residual`), the encoder's output is
-a sum without a norm, and the position table of a converted checkpoint is frozen noise, to be loaded and never recomputed.
+What looks odd and is meant: every attention has two residual-and-norm stages (`double_residual`), the encoder's output
+is a sum without a norm, and the position table of a converted checkpoint is frozen noise, to be loaded and never
+recomputed.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 
 import torch
 from safetensors import SafetensorError
@@ -56,8 +58,8 @@ class DifnetEncoderOutput(BaseModelOutput):
         hidden_states: the embedded grid cells and the output of each layer, `(B, N, d_model)` each; the layers before
             the fusion contribute their grid flow.
         attentions: weights of each layer's last iteration, `(B, heads, N, N)` each (eager attention only).
-        segmentation_hidden_states, segmentation_attentions: of the layers before the fusion; on request, by
-            `output_segmentation_hidden_states=True` or `output_segmentation_attentions=True`, or together with the above.
+        segmentation_hidden_states, segmentation_attentions: the same of the segmentation flow, one for each layer
+            before the fusion; they come with `output_hidden_states=True` and `output_attentions=True`.
     """
 
     segmentation_hidden_states: tuple[torch.FloatTensor, ...] | None = None
@@ -88,7 +90,7 @@ def shift_tokens_right(labels: torch.Tensor, pad_token_id: int, decoder_start_to
 
 
 def sinusoid_table(num_positions: int, d_model: int) -> torch.Tensor:
-    """Sines in even and cosines in odd columns, `angle = position / 10000^(2i / d_model)`; row 0 is for padding: zeros."""
+    """Sines in even, cosines in odd columns, `angle = position / 10000^(2i / d_model)`; row 0 (padding) is zeros."""
     position = torch.arange(num_positions, dtype=torch.float32).unsqueeze(1)  # (P, 1)
     frequency = 10000 ** (2 * torch.arange(d_model // 2, dtype=torch.float32) / d_model)  # (d/2)
     table = torch.stack([torch.sin(position / frequency), torch.cos(position / frequency)], dim=-1)  # (P, d/2, 2)
@@ -122,8 +124,8 @@ class DifnetAttention(nn.Module):
     """Multi-head attention with biases; the original's `ScaledDotProductAttention`.
 
     Cross-attention takes several captions of one picture at once: with `B * K` rows of `hidden_states` and `B` rows of
-    `encoder_hidden_states`, rows `i * K` to `i * K + K - 1` read picture `i`. Their queries are laid side by side, so that
-    keys and values exist once a picture. It equals repeating the picture K times.
+    `encoder_hidden_states`, rows `i * K` to `i * K + K - 1` read picture `i`. Their queries are laid side by side, so
+    that keys and values exist once a picture. It equals repeating the picture K times.
     """
 
     def __init__(
@@ -219,7 +221,7 @@ def double_residual(
     inner_layer_norm: nn.Module,
     outer_layer_norm: nn.Module,
 ) -> torch.Tensor:
-    """The two residual-and-norm stages around every attention: one inside the original's attention block, one outside."""
+    """Two residual-and-norm stages around every attention: inside the original's attention block, and outside."""
     attention_output = inner_layer_norm(hidden_states + dropout(attention_output))
     return outer_layer_norm(hidden_states + dropout(attention_output))
 
@@ -265,8 +267,8 @@ class DifnetIndependentLayerNorm(nn.Module):
 class DifnetFlowLayer(GradientCheckpointingLayer):
     """Iterative independent layer normalisation (IILN), section 3.3 of the paper: an encoder layer before the fusion.
 
-    Both flows pass `fusion_iterations` times through the same weights; only the layer norms outside the attention block
-    belong to one flow. The flows are stacked in the batch dimension, so that the shared weights are read once for both.
+    Both flows pass `fusion_iterations` times through the same weights; only the layer norms outside the attention
+    block belong to one flow. The flows are stacked in the batch dimension, so that the weights are read once for both.
     """
 
     def __init__(self, config: DifnetConfig) -> None:
@@ -349,8 +351,8 @@ class DifnetFlowEmbedding(nn.Module):
 class DifnetPositionTable(nn.Module):
     """Frozen table of `num_positions + 1` rows: row 0 belongs to padding, words count from 1.
 
-    A buffer, not a parameter: nothing can train it by accident. Persistent, since a converted checkpoint brings a table
-    of its own (the original fills it with sinusoids, then overwrites it with noise).
+    A buffer, not a parameter: nothing can train it by accident. Persistent, since a converted checkpoint brings a
+    table of its own (the original fills it with sinusoids, then overwrites it with noise).
     """
 
     def __init__(self, num_positions: int, d_model: int) -> None:
@@ -406,6 +408,20 @@ class DifnetPreTrainedModel(PreTrainedModel):
             init.copy_(module.weight, sinusoid_table(*module.weight.shape))
 
 
+def record_both_flows(forward: Callable) -> Callable:
+    """Makes `output_hidden_states` and `output_attentions` ask for both flows: the library asks for each by name."""
+
+    @wraps(forward)
+    def wrapper(self: DifnetPreTrainedModel, *args, **kwargs):
+        if self.config.use_segmentation:
+            for name in ("hidden_states", "attentions"):
+                requested = kwargs.get(f"output_{name}", getattr(self.config, f"output_{name}", False))
+                kwargs.setdefault(f"output_segmentation_{name}", bool(requested))
+        return forward(self, *args, **kwargs)
+
+    return wrapper
+
+
 class DifnetEncoder(DifnetPreTrainedModel):
     """Both flows from features to the states that the decoder attends to."""
 
@@ -442,8 +458,8 @@ class DifnetEncoder(DifnetPreTrainedModel):
         if segmentation_features is None:
             raise ValueError(
                 "`segmentation_features` are missing: this model reads two flows (`use_segmentation=True`). Pass the "
-                f"(batch, {self.config.num_segmentation_classes}, height, width) class shares of the same pictures, or "
-                "load a model with `use_segmentation=False`."
+                f"(batch, {self.config.num_segmentation_classes}, height, width) class shares of the same pictures, "
+                "or load a model with `use_segmentation=False`."
             )
         if segmentation_features.ndim != 4 or segmentation_features.shape[1] != self.config.num_segmentation_classes:
             raise ValueError(
@@ -459,6 +475,7 @@ class DifnetEncoder(DifnetPreTrainedModel):
                 f"{segmentation_features.shape[3]})."
             )
 
+    @record_both_flows
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -545,8 +562,8 @@ class DifnetDecoder(DifnetPreTrainedModel):
                 isinstance(past_length, int) and past_length + length > self.embed_positions.num_positions
             ):
                 raise ValueError(
-                    f"The decoder is given {past_length + length} tokens, but the position table of this model ends at "
-                    f"{self.embed_positions.num_positions} (`max_position_embeddings`). Shorten the captions "
+                    f"The decoder is given {past_length + length} tokens, but the position table of this model ends "
+                    f"at {self.embed_positions.num_positions} (`max_position_embeddings`). Shorten the captions "
                     "(`truncation=True, max_length=...` in the processor)."
                 )
             position_ids = torch.arange(1, length + 1, device=inputs_embeds.device).unsqueeze(0) + past_length
@@ -572,8 +589,8 @@ class DifnetDecoder(DifnetPreTrainedModel):
         num_pictures = encoder_hidden_states.shape[0]
         if inputs_embeds.shape[0] % num_pictures:
             raise ValueError(
-                f"The decoder is given {inputs_embeds.shape[0]} captions for {num_pictures} pictures: pass one caption, "
-                "or the same number of captions one after another, for every picture."
+                f"The decoder is given {inputs_embeds.shape[0]} captions for {num_pictures} pictures: pass one "
+                "caption, or the same number of captions one after another, for every picture."
             )
         cross_attention_mask = create_bidirectional_mask(
             config=self.config,

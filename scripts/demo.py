@@ -2,7 +2,7 @@
 
     python scripts/demo.py [--output demo_output]
 
-The model is small and its weights are random, so the captions mean nothing; what is shown is that every step works here.
+The model is small and its weights are random, so the captions mean nothing; what is shown is that every step works.
 """
 
 import argparse
@@ -19,7 +19,23 @@ sys.path.insert(0, str(ROOT))
 from convert_checkpoint import load_original_checkpoint, to_original_state_dict  # noqa: E402
 from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration  # noqa: E402
 
-WORDS = "a the man woman dog cat horse bus train kite on in with of riding holding standing sitting red white".split()
+WORDS = [
+    "a",
+    "man",
+    "woman",
+    "dog",
+    "cat",
+    "horse",
+    "bus",
+    "kite",
+    "on",
+    "in",
+    "with",
+    "of",
+    "riding",
+    "holding",
+    "red",
+]
 
 IN_A_FRESH_PROCESS = """
 import sys

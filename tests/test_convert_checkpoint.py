@@ -1,4 +1,4 @@
-"""Conversion of original checkpoints and vocabularies: exact, complete, and closed to anything but tensors and words."""
+"""Conversion of original checkpoints and vocabularies: exact, complete, closed to anything but tensors and words."""
 
 import io
 import json
@@ -75,7 +75,7 @@ def pickle_vocabulary(tokens: list[str], path: Path) -> None:
     module._default_unk_index.__module__ = "data.vocab"
     module._default_unk_index.__qualname__ = "_default_unk_index"
     vocabulary = module.Vocab()
-    vocabulary.freqs = Counter({token: 5 for token in tokens})
+    vocabulary.freqs = Counter(dict.fromkeys(tokens, 5))
     vocabulary.itos = tokens
     vocabulary.stoi = defaultdict(module._default_unk_index, {token: index for index, token in enumerate(tokens)})
     vocabulary.vectors = None

@@ -14,7 +14,6 @@ from torch import nn
 from convert_checkpoint import key_pairs
 from modeling_difnet import original_beam_search, sequence_log_probs
 
-
 Compare = Callable[[GoldenCase, str, float, float], None]
 
 
