@@ -178,14 +178,19 @@ def check_arguments(
             "`original_beam_search` needs an attention that takes a mask for each beam: call "
             f'`model.set_attn_implementation("sdpa")` (it is "{model.config._attn_implementation}" now).'
         )
-    for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
-        if getattr(generation_config, name) and name != "output_scores":
+    for name in ("output_logits", "output_attentions", "output_hidden_states"):
+        if getattr(generation_config, name):
             raise ValueError(f"`original_beam_search` does not return what `{name}=True` asks for.")
     for criterion in stopping_criteria:
         if not isinstance(criterion, MaxLengthCriteria | EosTokenCriteria):
             raise ValueError(
                 "`original_beam_search` ends at `max_new_tokens` or when all hypotheses are finished; it does not "
                 f"know {type(criterion).__name__}."
+            )
+    for name in ("decoder_attention_mask", "decoder_position_ids", "decoder_inputs_embeds"):
+        if model_kwargs.get(name) is not None:
+            raise ValueError(
+                f"`original_beam_search` takes no `{name}`: pass `decoder_input_ids`, where `<pad>` is padding."
             )
     past_key_values = model_kwargs.get("past_key_values")
     if past_key_values is not None and past_key_values.get_seq_length() > 0:
