@@ -74,6 +74,8 @@ def original_beam_search(
     num_beams = generation_config.num_beams
     pad_token_id = model.config.pad_token_id
     eos_token_ids = generation_config._eos_token_tensor
+    if eos_token_ids is None:
+        eos_token_ids = input_ids.new_zeros(0)
 
     prompts = input_ids = input_ids[::num_beams]  # (B, prompt): one row a picture from here on
     encoder_states = model_kwargs["encoder_outputs"].last_hidden_state[::num_beams]  # (B, N, d_model)
