@@ -74,6 +74,8 @@ def original_beam_search(
     num_beams = generation_config.num_beams
     pad_token_id = model.config.pad_token_id
     eos_token_ids = generation_config._eos_token_tensor
+    if eos_token_ids is None:
+        eos_token_ids = input_ids.new_zeros(0)
 
     prompts = input_ids = input_ids[::num_beams]  # (B, prompt): one row a picture from here on
     encoder_states = model_kwargs["encoder_outputs"].last_hidden_state[::num_beams]  # (B, N, d_model)
@@ -178,14 +180,19 @@ def check_arguments(
             "`original_beam_search` needs an attention that takes a mask for each beam: call "
             f'`model.set_attn_implementation("sdpa")` (it is "{model.config._attn_implementation}" now).'
         )
-    for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
-        if getattr(generation_config, name) and name != "output_scores":
+    for name in ("output_logits", "output_attentions", "output_hidden_states"):
+        if getattr(generation_config, name):
             raise ValueError(f"`original_beam_search` does not return what `{name}=True` asks for.")
     for criterion in stopping_criteria:
         if not isinstance(criterion, MaxLengthCriteria | EosTokenCriteria):
             raise ValueError(
                 "`original_beam_search` ends at `max_new_tokens` or when all hypotheses are finished; it does not "
                 f"know {type(criterion).__name__}."
+            )
+    for name in ("decoder_attention_mask", "decoder_position_ids", "decoder_inputs_embeds"):
+        if model_kwargs.get(name) is not None:
+            raise ValueError(
+                f"`original_beam_search` takes no `{name}`: pass `decoder_input_ids`, where `<pad>` is padding."
             )
     past_key_values = model_kwargs.get("past_key_values")
     if past_key_values is not None and past_key_values.get_seq_length() > 0:

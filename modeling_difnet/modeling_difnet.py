@@ -142,6 +142,8 @@ class DifnetAttention(nn.Module):
         self.k_proj = nn.Linear(config.d_model, num_heads * config.head_dim)
         self.v_proj = nn.Linear(config.d_model, num_heads * config.head_dim)
         self.out_proj = nn.Linear(num_heads * config.head_dim, config.d_model)
+        for projection in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
+            projection.starts_without_bias = True  # for `_init_weights`, which is shown one layer at a time
 
     def keys_and_values(
         self,
@@ -260,7 +262,7 @@ class DifnetIndependentLayerNorm(nn.Module):
         self.segmentation_layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
 
     def forward(self, flows: torch.Tensor) -> torch.Tensor:
-        grid_states, segmentation_states = flows.chunk(2)  # (2B, N, d_model) to twice (B, N, d_model)
+        grid_states, segmentation_states = flows.unflatten(0, (2, -1))  # (2B, N, d_model) to twice (B, N, d_model)
         return torch.cat([self.grid_layer_norm(grid_states), self.segmentation_layer_norm(segmentation_states)])
 
 
@@ -293,8 +295,10 @@ class DifnetFlowLayer(GradientCheckpointingLayer):
             attention_output, attention_weights = self.self_attn(flows, attention_mask, **kwargs)
             flows = double_residual(flows, attention_output, self.dropout, self.self_attn_layer_norm, self.layer_norm)
             flows = self.final_layer_norm(flows + self.feed_forward(flows))
-        grid_weights, segmentation_weights = (None, None) if attention_weights is None else attention_weights.chunk(2)
-        return *flows.chunk(2), grid_weights, segmentation_weights
+        grid_weights, segmentation_weights = (
+            (None, None) if attention_weights is None else attention_weights.unflatten(0, (2, -1))
+        )
+        return *flows.unflatten(0, (2, -1)), grid_weights, segmentation_weights
 
 
 class DifnetDecoderLayer(GradientCheckpointingLayer):
@@ -394,16 +398,13 @@ class DifnetPreTrainedModel(PreTrainedModel):
         if isinstance(module, nn.Linear):
             init.xavier_uniform_(module.weight)
             if module.bias is not None:
-                bound = module.in_features**-0.5
+                bound = 0 if getattr(module, "starts_without_bias", False) else module.in_features**-0.5
                 init.uniform_(module.bias, -bound, bound)
         elif isinstance(module, nn.Embedding):
             init.xavier_uniform_(module.weight)
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-        elif isinstance(module, DifnetAttention):
-            for projection in (module.q_proj, module.k_proj, module.v_proj, module.out_proj):
-                init.zeros_(projection.bias)
         elif isinstance(module, DifnetPositionTable):
             init.copy_(module.weight, sinusoid_table(*module.weight.shape))
 
@@ -567,7 +568,9 @@ class DifnetDecoder(DifnetPreTrainedModel):
                     "(`truncation=True, max_length=...` in the processor)."
                 )
             position_ids = torch.arange(1, length + 1, device=inputs_embeds.device).unsqueeze(0) + past_length
-        hidden_states = inputs_embeds + self.embed_positions(position_ids)  # (B * K, L, d_model)
+        # A buffer stays in float32, whatever `dtype` the parameters are loaded in.
+        positions = self.embed_positions(position_ids).to(inputs_embeds.dtype)
+        hidden_states = inputs_embeds + positions  # (B * K, L, d_model)
 
         # The original takes every <pad> for padding: no word looks at it, and its own row is 0 from layer to layer.
         # Since no other row reads it, setting the row to 0 once, at the end, is the same.
@@ -692,12 +695,6 @@ class DifnetForConditionalGeneration(DifnetPreTrainedModel, GenerationMixin):
         self.model = DifnetModel(config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.post_init()
-
-    def get_encoder(self, modality: str | None = None) -> nn.Module:
-        return self.model.encoder
-
-    def get_decoder(self) -> nn.Module:
-        return self.model.decoder
 
     @can_return_tuple
     def forward(

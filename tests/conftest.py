@@ -107,3 +107,29 @@ def tiny_config() -> DifnetConfig:
         decoder_ffn_dim=48,
         max_position_embeddings=30,
     )
+
+
+def random_pictures(
+    config: DifnetConfig, batch_size: int = 2, height: int = 3, width: int = 4, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """The keyword arguments that show a model `batch_size` random pictures."""
+    generator = torch.Generator().manual_seed(seed)
+    pictures = {"grid_features": torch.rand(batch_size, height * width, config.grid_feature_size, generator=generator)}
+    if config.use_segmentation:
+        shape = (batch_size, config.num_segmentation_classes, height, width)
+        pictures["segmentation_features"] = torch.rand(shape, generator=generator)
+    return pictures
+
+
+def random_captions(config: DifnetConfig, num_captions: int = 2, length: int = 6, seed: int = 0) -> torch.Tensor:
+    """`<bos>` and words, (num_captions, length), without other special tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    captions = torch.randint(4, config.vocab_size, (num_captions, length), generator=generator)
+    captions[:, 0] = config.bos_token_id
+    return captions
+
+
+def random_model(config: DifnetConfig, seed: int = 0) -> DifnetForConditionalGeneration:
+    """A captioner with random weights, in eval mode."""
+    torch.manual_seed(seed)
+    return DifnetForConditionalGeneration(config).eval()
