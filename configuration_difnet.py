@@ -95,11 +95,6 @@ class DifnetConfig(PreTrainedConfig):
                 "AutoModelForImageTextToText": "modeling_difnet.DifnetForConditionalGeneration",
             }
 
-        # `@strict` validates too, when a configuration is made and when it is saved, but wraps what is raised in an
-        # exception that is no ValueError.
-        self.validate_architecture()
-        self.validate_token_ids()
-
     def validate_architecture(self):
         """Sizes that make a network."""
         for name in (

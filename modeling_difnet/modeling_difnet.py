@@ -568,9 +568,7 @@ class DifnetDecoder(DifnetPreTrainedModel):
                     "(`truncation=True, max_length=...` in the processor)."
                 )
             position_ids = torch.arange(1, length + 1, device=inputs_embeds.device).unsqueeze(0) + past_length
-        # A buffer stays in float32, whatever `dtype` the parameters are loaded in.
-        positions = self.embed_positions(position_ids).to(inputs_embeds.dtype)
-        hidden_states = inputs_embeds + positions  # (B * K, L, d_model)
+        hidden_states = inputs_embeds + self.embed_positions(position_ids)  # (B * K, L, d_model)
 
         # The original takes every <pad> for padding: no word looks at it, and its own row is 0 from layer to layer.
         # Since no other row reads it, setting the row to 0 once, at the end, is the same.

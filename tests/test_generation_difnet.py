@@ -371,7 +371,10 @@ def test_scores_of_the_original_search_are_log_probabilities(config: DifnetConfi
     ("arguments", "message"),
     [
         ({"do_sample": True}, "does not sample"),
-        ({"output_attentions": True, "return_dict_in_generate": True}, "does not return what `output_attentions=True`"),
+        (
+            {"output_attentions": True, "return_dict_in_generate": True},
+            "does not return what `output_attentions=True`",
+        ),
         ({"output_logits": True, "return_dict_in_generate": True}, "`output_logits=True`"),
         ({"max_time": 1.0}, "does not know MaxTimeCriteria"),
         ({"decoder_attention_mask": torch.ones(2, 4)}, "takes no `decoder_attention_mask`"),
