@@ -142,6 +142,8 @@ class PackedImages:
         import torch
 
         rows = np.asarray(rows, dtype=np.int64)
+        if rows.min(initial=0) < 0 or rows.max(initial=0) >= len(self):
+            raise IndexError(f"the rows of this split are 0 .. {len(self) - 1}, got {rows.min()} .. {rows.max()}")
         if self._table_rows is not None:
             rows = self._table_rows[rows].astype(np.int64)
         chunks = np.searchsorted(self._starts, rows, side="right") - 1

@@ -336,15 +336,20 @@ class SegmentationFiles:
 
 
 def average_pool(feature_map: np.ndarray, size: int) -> np.ndarray:
-    """(C, H, W) to (size * size, C), row by row: adaptive average pooling as torch does it."""
-    _, height, width = feature_map.shape
-    cells = []
-    for row in range(size):
-        top, bottom = row * height // size, -(-(row + 1) * height // size)
-        for column in range(size):
-            left, right = column * width // size, -(-(column + 1) * width // size)
-            cells.append(feature_map[:, top:bottom, left:right].mean(axis=(1, 2), dtype=np.float32))
-    return np.stack(cells)
+    """(C, H, W) to (size * size, C), row by row: adaptive average pooling as torch does it.
+
+    The mean over a rectangle is the mean over its rows of the means over its columns, so two small matrices do it.
+    """
+    rows, columns = (_pooling_matrix(length, size) for length in feature_map.shape[1:])
+    return (rows @ feature_map @ columns.T).reshape(len(feature_map), size * size).T
+
+
+def _pooling_matrix(length: int, size: int) -> np.ndarray:
+    matrix = np.zeros((size, length), dtype=np.float32)
+    for cell in range(size):
+        start, stop = cell * length // size, -(-(cell + 1) * length // size)
+        matrix[cell, start:stop] = 1 / (stop - start)
+    return matrix
 
 
 def _as_float32(array: np.ndarray) -> np.ndarray:

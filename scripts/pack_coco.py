@@ -21,14 +21,13 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from importlib.metadata import version
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
-import h5py
 import numpy as np
-import pyarrow
 from datasets.arrow_writer import ArrowWriter, ParquetWriter
 from tqdm import tqdm
 
@@ -174,19 +173,20 @@ def make_plan(recipe: Recipe) -> Plan:
 
 
 class CocoCaptionsConfig(datasets.BuilderConfig):
-    """The fields of `Recipe`, as keyword arguments."""
+    """The fields of `Recipe`, as keyword arguments; `grid_files` for `features`, a name that every builder takes."""
 
-    def __init__(self, features=(), segmentation=None, annotations="", **kwargs):
+    def __init__(self, grid_files=(), segmentation=None, annotations="", **kwargs):
         names = {field.name for field in dataclasses.fields(Recipe)}
         options = {name: kwargs.pop(name) for name in list(kwargs) if name in names}
         super().__init__(**kwargs)
-        self.recipe = Recipe(tuple(features), segmentation, annotations, **options)
+        grid_files = [grid_files] if isinstance(grid_files, str) else grid_files
+        self.recipe = Recipe(tuple(grid_files), segmentation, annotations, **options)
 
 
 class CocoCaptions(datasets.GeneratorBasedBuilder):
     """The rows as a 🤗 Datasets builder, for use from Python.
 
-    `CocoCaptions(features=["grids.hdf5"], segmentation="segmentations", annotations="annotations")`, then
+    `CocoCaptions(grid_files=["grids.hdf5"], segmentation="segmentations", annotations="annotations")`, then
     `download_and_prepare()` and `as_dataset()`, or `as_streaming_dataset()` without packing anything. The command
     packs the same rows into shards that survive being killed.
     """
@@ -415,12 +415,7 @@ def provenance_of(
             shard.path: {"rows": result["rows"], "bytes": result["bytes"], "sha256": result["sha256"]}
             for shard, result in zip(shards, results, strict=True)
         },
-        "versions": {
-            "datasets": datasets.__version__,
-            "pyarrow": pyarrow.__version__,
-            "numpy": np.__version__,
-            "h5py": h5py.__version__,
-        },
+        "versions": {name: version(name) for name in ("datasets", "pyarrow", "numpy", "h5py")},
     }
 
 
@@ -500,12 +495,12 @@ def pack(recipe: Recipe, output: Path, num_proc: int, parquet: bool, shard_size:
         (work / "reports").mkdir(exist_ok=True)
         try:
             results = write_shards(recipe, plan, shards, work, num_proc)
-        except BaseException as error:
-            if not any((work / "reports").iterdir()):
-                shutil.rmtree(work)
-            if isinstance(error, OSError):
-                raise PackingError(f"{work}: cannot write ({error})") from None
+        except PackingError:
+            # The remedy is another input or --skip-missing; shards of this one would lie about for nothing.
+            shutil.rmtree(work)
             raise
+        except OSError as error:
+            raise PackingError(f"{work}: cannot write ({error}); the finished shards are kept") from None
         command = command_of(recipe, output, parquet, shard_size)
         provenance = provenance_of(recipe, plan, shards, results, work, command)
         provenance["identity"] = identity
@@ -523,7 +518,7 @@ def identity_of(recipe: Recipe, plan: Plan, parquet: bool, shard_size: int) -> s
     # Images that are skipped are either not among the rows or broken, and a shard with a broken one is never finished.
     settings = {**dataclasses.asdict(recipe), "skip_missing": None}
     digest = hashlib.sha256(json.dumps([settings, parquet, shard_size]).encode())
-    digest.update(f"{datasets.__version__} {pyarrow.__version__}".encode())
+    digest.update(f"{version('datasets')} {version('pyarrow')}".encode())
     paths = [*recipe.features, *([recipe.segmentation] if recipe.segmentation is not None else [])]
     for path in paths:
         status = os.stat(path)
