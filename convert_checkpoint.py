@@ -1,0 +1,607 @@
+"""Converts checkpoints of the original DIFNet to folders for `from_pretrained`, and back, number for number.
+
+    python convert_checkpoint.py --checkpoint DIFNet_lrp.pth --vocab vocab.pkl --output difnet/
+    python convert_checkpoint.py --to-original --checkpoint difnet/ --output back.pth
+
+Original files: `train.py` writes the checkpoint (a dict with `state_dict`, optimizer and random states), `data/vocab.py`
+the vocabulary, both as pickles. No pickle is executed here: `torch.load(weights_only=True)` is allowed exactly the numpy
+names of the random states, and `vocab.pkl` goes through a reader that knows its four names and nothing else.
+
+Every key of the file is accounted for: it is mapped, or dropped for a stated reason, or the conversion stops. The four
+original modes (`base`, `base_lrp`, `difnet`, `difnet_lrp`) and all sizes are read from keys and shapes. Three numbers
+are not in the file: the number of heads, the paper's Lf (`--fusion-layers`) and T (`--fusion-iterations`).
+"""
+
+import argparse
+import importlib.metadata
+import io
+import pickle
+import shutil
+import string
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import GenerationConfig
+
+from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration
+from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer
+
+MODES = ("base", "base_lrp", "difnet", "difnet_lrp")
+SPECIAL_TOKENS = {"unk_token_id": "<unk>", "pad_token_id": "<pad>", "bos_token_id": "<bos>", "eos_token_id": "<eos>"}
+
+
+@dataclass
+class Conversion:
+    """A converted state dict and where each number came from.
+
+    Args:
+        config: sizes and mode, read from the original's keys and shapes.
+        state_dict: for `DifnetForConditionalGeneration(config).load_state_dict`.
+        mapped: original key to our key.
+        dropped: original key to the reason why it has no counterpart.
+        shapes: original key to its shape, in the order of the file.
+    """
+
+    config: DifnetConfig
+    state_dict: dict[str, torch.Tensor]
+    mapped: dict[str, str]
+    dropped: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
+
+    def model(self) -> DifnetForConditionalGeneration:
+        """The captioner with the converted weights, in eval mode."""
+        with torch.device("meta"):
+            model = DifnetForConditionalGeneration(self.config)
+        model.load_state_dict(self.state_dict, assign=True)
+        return model.eval()
+
+    def report(self) -> str:
+        """A table of every key of the file: where it went, or why nowhere."""
+        width = max(len(key) for key in self.shapes)
+        lines = [f"{'original key':<{width}}  {'shape':<13}  here", f"{'-' * width}  {'-' * 13}  {'-' * 4}"]
+        for key, shape in self.shapes.items():
+            here = self.mapped.get(key) or f"dropped, {self.dropped[key]}"
+            lines.append(f"{key:<{width}}  {'x'.join(map(str, shape)):<13}  {here}")
+        lines.append(f"{len(self.mapped)} keys mapped, {len(self.dropped)} dropped.")
+        return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The names: one table, read in both directions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def linear_and_norm_pairs(config: DifnetConfig) -> dict[str, str]:
+    """Every module with weight and bias: the original's name to ours."""
+    pairs = {"embed_image.0": "model.encoder.grid_embedding.projection"}
+    pairs["embed_image.3"] = "model.encoder.grid_embedding.layer_norm"
+    if config.use_segmentation:
+        pairs["embed_pixel.1"] = "model.encoder.segmentation_embedding.projection"
+        pairs["embed_pixel.4"] = "model.encoder.segmentation_embedding.layer_norm"
+
+    def add_attention(original: str, ours: str) -> None:
+        for old, new in (("fc_q", "q_proj"), ("fc_k", "k_proj"), ("fc_v", "v_proj"), ("fc_o", "out_proj")):
+            pairs[f"{original}.attention.{old}"] = f"{ours}.{new}"
+        pairs[f"{original}.layer_norm"] = f"{ours}_layer_norm"
+
+    num_flow_layers = config.fusion_layers if config.use_segmentation else 0
+    for i in range(config.encoder_layers):
+        original = f"encoder.layers.{i}"
+        if i < num_flow_layers:
+            ours = f"model.encoder.flow_layers.{i}"
+            norms = {
+                "lnorm": "layer_norm.grid_layer_norm",
+                "lnorm1": "layer_norm.segmentation_layer_norm",
+                "pwff.layer_norm": "final_layer_norm.grid_layer_norm",
+                "pwff.layer_norm1": "final_layer_norm.segmentation_layer_norm",
+            }
+        else:
+            ours = f"model.encoder.layers.{i - num_flow_layers}"
+            norms = {"lnorm": "layer_norm", "pwff.layer_norm": "final_layer_norm"}
+        add_attention(f"{original}.mhatt", f"{ours}.self_attn")
+        for old, new in norms.items():
+            pairs[f"{original}.{old}"] = f"{ours}.{new}"
+        for name in ("fc1", "fc2"):
+            pairs[f"{original}.pwff.{name}"] = f"{ours}.feed_forward.{name}"
+
+    for i in range(config.decoder_layers):
+        original, ours = f"decoder.layers.{i}", f"model.decoder.layers.{i}"
+        add_attention(f"{original}.self_att", f"{ours}.self_attn")
+        add_attention(f"{original}.enc_att", f"{ours}.encoder_attn")
+        pairs[f"{original}.lnorm1"] = f"{ours}.layer_norm"
+        pairs[f"{original}.lnorm2"] = f"{ours}.encoder_layer_norm"
+        pairs[f"{original}.pwff.layer_norm"] = f"{ours}.final_layer_norm"
+        for name in ("fc1", "fc2"):
+            pairs[f"{original}.pwff.{name}"] = f"{ours}.feed_forward.{name}"
+    return pairs
+
+
+def key_pairs(config: DifnetConfig) -> dict[str, str]:
+    """Every original key that the network uses, to our key."""
+    pairs = {
+        f"{original}.{leaf}": f"{ours}.{leaf}"
+        for original, ours in linear_and_norm_pairs(config).items()
+        for leaf in ("weight", "bias")
+    }
+    pairs["decoder.word_emb.weight"] = "model.decoder.embed_tokens.weight"
+    pairs["decoder.pos_emb.weight"] = "model.decoder.embed_positions.weight"
+    pairs["decoder.fc.weight"] = "lm_head.weight"
+    return pairs
+
+
+def unused_keys(config: DifnetConfig, mode: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Every key that the original in `mode` writes and never uses, to the reason and its shape."""
+    state = "decoding state of the original"
+    keys = {
+        "decoder.running_mask_self_attention": (state, (1, 1, 0)),
+        "decoder.running_seq": (state, (1,)),
+    }
+    for i in range(config.decoder_layers):
+        for name in ("running_keys", "running_values"):
+            keys[f"decoder.layers.{i}.self_att.{name}"] = (state, (0, config.d_model))
+    if mode in ("base", "base_lrp"):
+        return keys
+
+    norms = {}
+    for i in range(config.encoder_layers):
+        if mode == "difnet":
+            norms[f"encoder.layers.{i}.mhatt.layer_norm1"] = "the original never tells the attention block its flow"
+        if i >= config.fusion_layers:
+            norms[f"encoder.layers.{i}.lnorm1"] = "there is one flow after the fusion"
+            norms[f"encoder.layers.{i}.pwff.layer_norm1"] = "there is one flow after the fusion"
+    if mode == "difnet":
+        for i in range(config.decoder_layers):
+            for block in ("self_att", "enc_att", "pwff"):
+                norms[f"decoder.layers.{i}.{block}.layer_norm1"] = "the decoder has one flow"
+    for norm, reason in norms.items():
+        for leaf in ("weight", "bias"):
+            keys[f"{norm}.{leaf}"] = (f"unused layer norm: {reason}", (config.d_model,))
+    return keys
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Original to Transformers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def convert_state_dict(
+    original: Mapping[str, torch.Tensor],
+    num_heads: int = 8,
+    fusion_layers: int = 1,
+    fusion_iterations: int = 2,
+    name: str = "the checkpoint",
+) -> Conversion:
+    """Renames an original state dict, with every key and every shape checked.
+
+    Args:
+        original: `state_dict()` of the original in any of its four modes.
+        num_heads: attention heads; the file holds only their total width.
+        fusion_layers, fusion_iterations: the paper's Lf and T.
+        name: what errors call the checkpoint.
+
+    Raises:
+        ValueError: a key is missing, unknown, of the wrong shape or not finite, or the numbers do not fit.
+    """
+    config = original_config(original, num_heads, fusion_layers, fusion_iterations, name)
+    mode = original_mode(original)
+    mapped, unused = key_pairs(config), unused_keys(config, mode)
+
+    missing = [key for key in mapped if key not in original]
+    unknown = [key for key in original if key not in mapped and key not in unused]
+    if missing or unknown:
+        raise ValueError(
+            f"{name} is not a checkpoint of DIFNet or of its baseline (read as mode `{mode}` with {config.encoder_layers} "
+            f"encoder and {config.decoder_layers} decoder layers, Lf={fusion_layers}): "
+            f"{len(missing)} keys are missing{listing(missing)}, {len(unknown)} are unknown{listing(unknown)}."
+        )
+    with torch.device("meta"):
+        shapes = {key: tensor.shape for key, tensor in DifnetForConditionalGeneration(config).state_dict().items()}
+    if sorted(shapes) != sorted(mapped.values()):
+        raise AssertionError(f"key_pairs and the model disagree: {set(shapes) ^ set(mapped.values())}")
+
+    state_dict = {}
+    for original_key, key in mapped.items():
+        tensor = original[original_key]
+        if tensor.shape != shapes[key]:
+            raise ValueError(
+                f"{name}: `{original_key}` has the shape {tuple(tensor.shape)}, but the other keys ask for "
+                f"{tuple(shapes[key])}. The file is damaged or belongs to a changed network."
+            )
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise ValueError(
+                f"{name}: `{original_key}` holds values that are not finite numbers; training had diverged."
+            )
+        state_dict[key] = tensor.detach().clone()
+    dropped = {key: reason for key, (reason, _) in unused.items() if key in original}
+    shapes = {key: tuple(tensor.shape) for key, tensor in original.items()}
+    return Conversion(config, state_dict, mapped, dropped, shapes)
+
+
+def original_mode(original: Mapping[str, torch.Tensor]) -> str:
+    """The mode that writes these keys. `base_lrp` writes the same ones as `base`."""
+    if not any(key.startswith("embed_pixel.") for key in original):
+        return "base"
+    return "difnet" if any(key.endswith(".mhatt.layer_norm1.weight") for key in original) else "difnet_lrp"
+
+
+def original_config(
+    original: Mapping[str, torch.Tensor], num_heads: int, fusion_layers: int, fusion_iterations: int, name: str
+) -> DifnetConfig:
+    """The configuration that an original state dict's keys and shapes tell."""
+
+    def size(key: str, dimension: int) -> int:
+        if key not in original or original[key].ndim <= dimension:
+            raise ValueError(
+                f"{name} is not a checkpoint of DIFNet or of its baseline: the key `{key}` is missing or has the wrong "
+                f"number of dimensions. Its keys: {', '.join(list(original)[:5]) or 'none'}{', ..' * (len(original) > 5)}."
+            )
+        return original[key].shape[dimension]
+
+    def number_of_layers(prefix: str) -> int:
+        return 1 + max(
+            (int(key.split(".")[2]) for key in original if key.startswith(prefix) and key.split(".")[2].isdigit()),
+            default=-1,
+        )
+
+    heads_width = size("encoder.layers.0.mhatt.attention.fc_q.weight", 0)
+    if num_heads < 1 or heads_width % num_heads:
+        raise ValueError(
+            f"{name}: the attention heads are {heads_width} wide together, which {num_heads} heads cannot share equally. "
+            "Give the number the model was trained with as `--num-heads`."
+        )
+    use_segmentation = original_mode(original) != "base"
+    return DifnetConfig(
+        vocab_size=size("decoder.word_emb.weight", 0),
+        grid_feature_size=size("embed_image.0.weight", 1),
+        num_segmentation_classes=size("embed_pixel.1.weight", 1) if use_segmentation else 133,
+        use_segmentation=use_segmentation,
+        d_model=size("decoder.word_emb.weight", 1),
+        encoder_layers=number_of_layers("encoder.layers."),
+        decoder_layers=max(1, number_of_layers("decoder.layers.")),
+        encoder_attention_heads=num_heads,
+        decoder_attention_heads=num_heads,
+        head_dim=heads_width // num_heads,
+        encoder_ffn_dim=size("encoder.layers.0.pwff.fc1.weight", 0),
+        decoder_ffn_dim=size("decoder.layers.0.pwff.fc1.weight", 0),
+        fusion_layers=fusion_layers,
+        fusion_iterations=fusion_iterations,
+        max_position_embeddings=size("decoder.pos_emb.weight", 0) - 1,
+    )
+
+
+def listing(keys: list[str], count: int = 3) -> str:
+    """The first few of many keys, for an error message."""
+    if not keys:
+        return ""
+    return " (" + ", ".join(f"`{key}`" for key in keys[:count]) + (", .." if len(keys) > count else "") + ")"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Transformers to original
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def to_original_state_dict(model: DifnetForConditionalGeneration, mode: str | None = None) -> dict[str, torch.Tensor]:
+    """The state dict that the original's `load_state_dict` takes (strict).
+
+    Keys that the original never uses get the values of a fresh module: ones and zeros, empty decoding state.
+
+    Args:
+        model: any captioner.
+        mode: one of `MODES`; by default `difnet_lrp` (the published checkpoint's), or `base` without segmentation.
+
+    Raises:
+        ValueError: the mode does not fit the model.
+    """
+    config = model.config
+    mode = mode or ("difnet_lrp" if config.use_segmentation else "base")
+    if mode not in MODES or mode.startswith("difnet") != config.use_segmentation:
+        fitting = ", ".join(m for m in MODES if m.startswith("difnet") == config.use_segmentation)
+        raise ValueError(
+            f"Mode `{mode}` does not fit a model with use_segmentation={config.use_segmentation}: {fitting}."
+        )
+    state = model.state_dict()
+    original = {original_key: state[key].detach().cpu() for original_key, key in key_pairs(config).items()}
+    for key, (_, shape) in unused_keys(config, mode).items():
+        dtype = {"decoder.running_mask_self_attention": torch.uint8, "decoder.running_seq": torch.int64}.get(key)
+        fill = torch.ones if key.endswith("layer_norm1.weight") or key.endswith("lnorm1.weight") else torch.zeros
+        original[key] = fill(shape, dtype=dtype)
+    return original
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def allowed_numpy_names() -> list:
+    """What a training checkpoint holds besides tensors: numpy's random state and two scores, under old and new names."""
+    reconstruct, scalar = np._core.multiarray._reconstruct, np._core.multiarray.scalar
+    return [
+        (reconstruct, "numpy.core.multiarray._reconstruct"),
+        (reconstruct, "numpy._core.multiarray._reconstruct"),
+        (scalar, "numpy.core.multiarray.scalar"),
+        (scalar, "numpy._core.multiarray.scalar"),
+        np.ndarray,
+        np.dtype,
+        type(np.dtype(np.uint32)),
+        type(np.dtype(np.float64)),
+    ]
+
+
+def load_original_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
+    """The state dict in an original `.pth`: a training checkpoint or a bare state dict. Executes nothing.
+
+    Raises:
+        ValueError: no such file, a truncated file, a pickle that asks for anything but tensors and numpy's random state,
+            a file without a state dict.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file.")
+    try:
+        with torch.serialization.safe_globals(allowed_numpy_names()):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line), "")
+        raise ValueError(
+            f"{path} was refused: it is not a plain checkpoint of tensors. It may be damaged, or it is a pickle that would "
+            f"run code when loaded. {reason.strip()}".strip()
+        ) from error
+    except Exception as error:
+        raise ValueError(
+            f"{path} cannot be read: the file is truncated or is no checkpoint of PyTorch ({error})."
+        ) from error
+
+    state_dict = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else checkpoint
+    if (
+        not isinstance(state_dict, dict)
+        or not state_dict
+        or not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state_dict.items())
+    ):
+        raise ValueError(f"{path} holds no state dict: neither under the key `state_dict` nor as a whole.")
+    return dict(state_dict)
+
+
+class VocabularyReader(pickle.Unpickler):
+    """Reads the original's `vocab.pkl` into inert stand-ins for its four names; any other name is refused."""
+
+    def __init__(self, file: io.BufferedIOBase, path: Path) -> None:
+        super().__init__(file)
+        self.path = path
+        # Made anew for each file, so that nothing a file does to them outlives it.
+        self.stand_ins = {
+            ("data.vocab", "Vocab"): type("Vocab", (), {}),
+            ("data.vocab", "_default_unk_index"): type("DefaultUnknownIndex", (), {}),
+            ("collections", "Counter"): type("Counter", (dict,), {}),
+            ("collections", "defaultdict"): type("DefaultDict", (dict,), {"__init__": lambda self, factory: None}),
+        }
+
+    def find_class(self, module: str, name: str) -> type:
+        if (module, name) not in self.stand_ins:
+            raise ValueError(
+                f"{self.path} was refused: it is a pickle that asks for `{module}.{name}`, which the original's vocabulary "
+                "does not. Loading it the usual way could run code."
+            )
+        return self.stand_ins[module, name]
+
+    def persistent_load(self, pid: object) -> None:
+        raise ValueError(f"{self.path} was refused: the original's vocabulary has no persistent objects.")
+
+
+def read_vocabulary(path: str | Path) -> list[str]:
+    """The tokens of an original `vocab.pkl`, or of a `vocab.json` (a list, or token to id), in the order of their ids.
+
+    Raises:
+        ValueError: no such file, a pickle that asks for other names, a damaged file, ids with gaps or duplicates.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file.")
+    if path.suffix == ".json":
+        vocabulary = DifnetTokenizer(vocab_file=str(path)).get_vocab()
+        return sorted(vocabulary, key=vocabulary.get)
+    try:
+        with path.open("rb") as file:
+            tokens = getattr(VocabularyReader(file, path).load(), "itos", None)
+    except ValueError as error:
+        if str(error).startswith(str(path)):
+            raise
+        raise ValueError(f"{path} cannot be read: the file is damaged or is no `vocab.pkl` ({error}).") from error
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read: the file is damaged or is no `vocab.pkl` ({error}).") from error
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        raise ValueError(f"{path} holds no list of tokens (`itos`).")
+    return tokens
+
+
+def write_model_card(folder: str | Path, config: DifnetConfig, source: str, results: str = "") -> None:
+    """Writes `README.md`, the model card, beside a saved model.
+
+    Args:
+        folder: a checkpoint folder.
+        config: the model's configuration.
+        source: one sentence, where the weights come from.
+        results: a `model-index` block for the card's YAML head; empty as long as nothing was measured.
+    """
+    beside = Path(__file__).with_name("model_card.md")
+    if not beside.is_file():  # installed: the distribution knows where its data files went
+        files = importlib.metadata.files("difnet-transformers") or []
+        beside = Path(next(file for file in files if file.name == "model_card.md").locate())
+    flows = "grid features and a panoptic segmentation map" if config.use_segmentation else "grid features alone"
+    card = string.Template(beside.read_text(encoding="utf-8")).substitute(
+        source=source,
+        flows=flows,
+        results=results.strip() + "\n" if results.strip() else "",
+        vocab_size=f"{config.vocab_size:,}",
+        feature_arguments="grid_features=grid_features, segmentation_features=segmentation_features"
+        if config.use_segmentation
+        else "grid_features=grid_features",
+    )
+    Path(folder, "README.md").write_text(card, encoding="utf-8")
+
+
+def default_generation_config(config: DifnetConfig) -> GenerationConfig:
+    """Beam search as in the original's evaluation: five beams, 20 tokens, hypotheses ranked by their log-probability."""
+    return GenerationConfig(
+        num_beams=5,
+        max_new_tokens=min(20, config.max_position_embeddings),
+        length_penalty=0.0,
+        early_stopping="never",
+        bos_token_id=config.bos_token_id,
+        pad_token_id=config.pad_token_id,
+        eos_token_id=config.eos_token_id,
+        decoder_start_token_id=config.decoder_start_token_id,
+    )
+
+
+def convert(
+    checkpoint: str | Path,
+    output: str | Path,
+    vocab: str | Path | None = None,
+    num_heads: int = 8,
+    fusion_layers: int = 1,
+    fusion_iterations: int = 2,
+    overwrite: bool = False,
+) -> Conversion:
+    """Turns an original checkpoint into a folder for `from_pretrained`: model, generation settings, processor, code, card.
+
+    Args:
+        checkpoint: the original's `.pth`.
+        output: the folder to make. It appears complete or not at all.
+        vocab: the original's `vocab.pkl`, or a `vocab.json`. Without it the folder has no processor.
+        num_heads, fusion_layers, fusion_iterations: as in `convert_state_dict`.
+        overwrite: whether a folder that exists may be replaced.
+
+    Raises:
+        ValueError: as `load_original_checkpoint`, `read_vocabulary` and `convert_state_dict`; a vocabulary of another size
+            than the embedding; an output that exists.
+    """
+    output = Path(output)
+    refuse_to_replace(output, overwrite)
+    conversion = convert_state_dict(
+        load_original_checkpoint(checkpoint), num_heads, fusion_layers, fusion_iterations, name=str(checkpoint)
+    )
+    config, processor = conversion.config, None
+    if vocab is not None:
+        tokens = read_vocabulary(vocab)
+        if len(tokens) != config.vocab_size:
+            raise ValueError(
+                f"{vocab} has {len(tokens)} tokens, but {checkpoint} embeds {config.vocab_size}: they do not belong "
+                "together. Give the vocabulary that the model was trained with."
+            )
+        for name, token in SPECIAL_TOKENS.items():
+            if token not in tokens:
+                raise ValueError(f"{vocab} has no token `{token}`, so it is no vocabulary of DIFNet.")
+            setattr(config, name, tokens.index(token))
+        config.decoder_start_token_id = config.bos_token_id
+        processor = DifnetProcessor(
+            DifnetFeatureExtractor(
+                grid_feature_size=config.grid_feature_size, num_segmentation_classes=config.num_segmentation_classes
+            ),
+            DifnetTokenizer(vocab=tokens),
+        )
+
+    model = conversion.model()
+    model.generation_config = default_generation_config(config)
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:
+        unfinished = Path(temporary, "checkpoint")
+        model.save_pretrained(unfinished)
+        if processor is not None:
+            processor.save_pretrained(unfinished)
+        write_model_card(
+            unfinished, config, f"Converted from `{Path(checkpoint).name}`, a checkpoint of the original code."
+        )
+        if output.exists():
+            shutil.rmtree(output)
+        unfinished.rename(output)
+    return conversion
+
+
+def convert_back(
+    checkpoint: str | Path, output: str | Path, mode: str | None = None, overwrite: bool = False
+) -> dict[str, torch.Tensor]:
+    """Writes a checkpoint folder as the original's `.pth`: `{"state_dict": ...}`, for its strict `load_state_dict`."""
+    output = Path(output)
+    refuse_to_replace(output, overwrite)
+    if not Path(checkpoint, "config.json").is_file():
+        raise ValueError(f"{checkpoint} is no checkpoint folder: it has no config.json.")
+    model = DifnetForConditionalGeneration.from_pretrained(checkpoint)
+    state_dict = to_original_state_dict(model, mode)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:
+        unfinished = Path(temporary, output.name)
+        torch.save({"state_dict": state_dict}, unfinished)
+        unfinished.replace(output)
+    return state_dict
+
+
+def refuse_to_replace(output: Path, overwrite: bool) -> None:
+    if output.exists() and not overwrite and not (output.is_dir() and not any(output.iterdir())):
+        raise ValueError(f"{output} exists: nothing is replaced without `--overwrite`.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="convert_checkpoint.py",
+        description=__doc__.split("\n\n", 1)[0],
+        epilog="\n\n".join(__doc__.split("\n\n")[1:]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--checkpoint", required=True, help="the original's .pth (with --to-original: a checkpoint folder)"
+    )
+    parser.add_argument("--output", required=True, help="folder to make (with --to-original: .pth to write)")
+    parser.add_argument("--vocab", help="the original's vocab.pkl, or a vocab.json; without it no processor is made")
+    parser.add_argument("--num-heads", type=int, default=8, help="attention heads (default: 8)")
+    parser.add_argument("--fusion-layers", type=int, default=1, help="the paper's Lf (default: 1)")
+    parser.add_argument("--fusion-iterations", type=int, default=2, help="the paper's T (default: 2)")
+    parser.add_argument("--to-original", action="store_true", help="convert a folder back to a .pth")
+    parser.add_argument(
+        "--mode", choices=MODES, help="with --to-original: whose keys to write (default: difnet_lrp, base)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
+    options = parser.parse_args(arguments)
+
+    try:
+        if options.to_original:
+            state_dict = convert_back(options.checkpoint, options.output, options.mode, options.overwrite)
+            print(f"Wrote {len(state_dict)} keys to {options.output}")
+            return 0
+        conversion = convert(
+            options.checkpoint,
+            options.output,
+            options.vocab,
+            options.num_heads,
+            options.fusion_layers,
+            options.fusion_iterations,
+            options.overwrite,
+        )
+    except (ValueError, OSError) as error:
+        print(f"convert_checkpoint.py: {error}", file=sys.stderr)
+        return 2
+    config = conversion.config
+    print(conversion.report())
+    print(
+        f"{'DIFNet' if config.use_segmentation else 'Baseline'} with {config.vocab_size} tokens, "
+        f"{config.encoder_layers} + {config.decoder_layers} layers, {config.encoder_attention_heads} heads"
+        + (f", Lf={config.fusion_layers}, T={config.fusion_iterations}" if config.use_segmentation else "")
+    )
+    print(f"Wrote {options.output}" + ("" if options.vocab else " (without a processor: no --vocab was given)"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

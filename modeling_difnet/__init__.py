@@ -1,0 +1,36 @@
+"""DIFNet for Transformers. Importing this package registers its classes with Transformers' Auto classes."""
+
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+)
+
+from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer
+
+from .configuration_difnet import DifnetConfig
+from .generation_difnet import original_beam_search, sequence_log_probs
+from .modeling_difnet import DifnetForConditionalGeneration, DifnetModel, DifnetPreTrainedModel
+
+AutoConfig.register("difnet", DifnetConfig)
+# With two classes, `architectures` in config.json decides: a saved captioner loads as a captioner and generates.
+AutoModel.register(DifnetConfig, (DifnetModel, DifnetForConditionalGeneration))
+AutoModelForImageTextToText.register(DifnetConfig, DifnetForConditionalGeneration)
+AutoFeatureExtractor.register(DifnetConfig, DifnetFeatureExtractor)
+AutoTokenizer.register(DifnetConfig, DifnetTokenizer)
+AutoProcessor.register(DifnetConfig, DifnetProcessor)
+
+__all__ = [
+    "DifnetConfig",
+    "DifnetFeatureExtractor",
+    "DifnetForConditionalGeneration",
+    "DifnetModel",
+    "DifnetPreTrainedModel",
+    "DifnetProcessor",
+    "DifnetTokenizer",
+    "original_beam_search",
+    "sequence_log_probs",
+]

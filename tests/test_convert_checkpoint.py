@@ -1,0 +1,404 @@
+"""Conversion of original checkpoints and vocabularies: exact, complete, and closed to anything but tensors and words."""
+
+import io
+import json
+import os
+import pickle
+import random
+import re
+import subprocess
+import sys
+import types
+import zipfile
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN, GoldenCase, golden_case
+from safetensors.torch import load_file
+
+from convert_checkpoint import (
+    MODES,
+    convert,
+    convert_state_dict,
+    load_original_checkpoint,
+    main,
+    read_vocabulary,
+    to_original_state_dict,
+)
+from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration, DifnetProcessor, original_beam_search
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = [f"{mode}_small" for mode in MODES]
+
+
+def training_checkpoint(state_dict: dict[str, torch.Tensor]) -> dict:
+    """What the original's `train.py` saves."""
+    return {
+        "torch_rng_state": torch.get_rng_state(),
+        "cuda_rng_state": torch.zeros(16, dtype=torch.uint8),
+        "numpy_rng_state": np.random.RandomState(0).get_state(),
+        "random_rng_state": random.Random(0).getstate(),
+        "epoch": 3,
+        "val_loss": 1.5,
+        "val_cider": np.float64(1.3),
+        "state_dict": state_dict,
+        "optimizer": {"state": {}, "param_groups": [{"lr": 1e-4, "params": [0, 1]}]},
+        "scheduler": {"last_epoch": 3},
+        "patience": 0,
+        "best_cider": np.float64(1.3),
+        "use_rl": False,
+    }
+
+
+def save_as_in_2022(checkpoint: dict, path: Path) -> None:
+    """Saves as an old PyTorch and an old numpy on a GPU machine did: `cuda:0` tags, names under `numpy.core`."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    with zipfile.ZipFile(buffer) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as target:
+        for entry in source.infolist():
+            content = source.read(entry)
+            if entry.filename.endswith("data.pkl"):
+                content = content.replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
+                content = content.replace(b"X\x03\x00\x00\x00cpu", b"X\x06\x00\x00\x00cuda:0")
+            target.writestr(entry, content)
+
+
+def pickle_vocabulary(tokens: list[str], path: Path) -> None:
+    """Pickles the original's `data.vocab.Vocab`, whose module exists for this moment only."""
+    module = types.ModuleType("data.vocab")
+    module.Vocab = type("Vocab", (), {"__module__": "data.vocab"})
+    module._default_unk_index = lambda: 0
+    module._default_unk_index.__module__ = "data.vocab"
+    module._default_unk_index.__qualname__ = "_default_unk_index"
+    vocabulary = module.Vocab()
+    vocabulary.freqs = Counter({token: 5 for token in tokens})
+    vocabulary.itos = tokens
+    vocabulary.stoi = defaultdict(module._default_unk_index, {token: index for index, token in enumerate(tokens)})
+    vocabulary.vectors = None
+    modules = {"data": types.ModuleType("data"), "data.vocab": module}
+    sys.modules.update(modules)
+    try:
+        path.write_bytes(pickle.dumps(vocabulary, protocol=2))
+    finally:
+        for name in modules:
+            del sys.modules[name]
+
+
+def words(count: int) -> list[str]:
+    return ["<unk>", "<pad>", "<bos>", "<eos>", *(f"word{index}" for index in range(count - 4))]
+
+
+class RunsCode:
+    """Pickles to a call of `os.mkdir`: a file that would run code when loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    path = tmp_path / "DIFNet_lrp.pth"
+    save_as_in_2022(training_checkpoint(golden_case("difnet_lrp_small").state_dict), path)
+    return path
+
+
+def arguments(case: GoldenCase) -> dict:
+    sizes = case.meta["config"]
+    return {"num_heads": sizes["h"], "fusion_layers": sizes.get("Lf", 1), "fusion_iterations": sizes.get("T", 2)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# State dicts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_every_key_is_mapped_or_dropped_for_a_reason(golden: GoldenCase) -> None:
+    conversion = convert_state_dict(golden.state_dict, **arguments(golden))
+    assert set(conversion.mapped) | set(conversion.dropped) == set(golden.state_dict)
+    assert not set(conversion.mapped) & set(conversion.dropped)
+    for original_key, key in conversion.mapped.items():
+        assert torch.equal(conversion.state_dict[key], golden.state_dict[original_key])
+    unused = {key for key in conversion.dropped if "running_" not in key}
+    assert unused == set(golden.meta["unused_parameters"])
+    assert all(conversion.dropped.values())
+
+
+def test_sizes_are_read_from_keys_and_shapes(golden: GoldenCase) -> None:
+    sizes, config = golden.meta["config"], convert_state_dict(golden.state_dict, **arguments(golden)).config
+    assert config.use_segmentation == golden.meta["mode"].startswith("difnet")
+    assert (config.vocab_size, config.d_model, config.head_dim) == (
+        sizes["vocab_size"],
+        sizes["d_model"],
+        sizes["d_k"],
+    )
+    assert (config.encoder_layers, config.decoder_layers) == (sizes["n_enc"], sizes["n_dec"])
+    assert (config.encoder_ffn_dim, config.max_position_embeddings) == (sizes["d_ff"], sizes["max_len"])
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_there_and_back_is_the_same_on_every_used_key(name: str) -> None:
+    case = golden_case(name)
+    conversion = convert_state_dict(case.state_dict, **arguments(case))
+    back = to_original_state_dict(conversion.model(), case.meta["mode"])
+    assert set(back) == set(case.state_dict)
+    for key, value in case.state_dict.items():
+        assert (back[key].shape, back[key].dtype) == (value.shape, value.dtype), key
+        if key not in conversion.dropped:
+            assert torch.equal(back[key], value), key
+
+
+def test_back_without_a_mode_has_the_keys_of_the_published_checkpoint() -> None:
+    model = golden_case("difnet_small").model()
+    assert set(to_original_state_dict(model)) == set(golden_case("difnet_lrp_small").state_dict)
+    with pytest.raises(ValueError, match="Mode `base` does not fit"):
+        to_original_state_dict(model, "base")
+
+
+@pytest.mark.parametrize("fusion_layers", [1, 2])
+def test_a_model_of_any_size_goes_there_and_back(tiny_config: DifnetConfig, fusion_layers: int) -> None:
+    tiny_config.decoder_attention_heads = tiny_config.encoder_attention_heads
+    tiny_config.fusion_layers = fusion_layers
+    model = DifnetForConditionalGeneration(tiny_config)
+    for mode in ("difnet", "difnet_lrp"):
+        original = to_original_state_dict(model, mode)
+        conversion = convert_state_dict(
+            original, num_heads=tiny_config.encoder_attention_heads, fusion_layers=fusion_layers
+        )
+        assert conversion.config.to_dict() | {"dtype": None} == tiny_config.to_dict() | {"dtype": None}
+        assert all(torch.equal(value, model.state_dict()[key]) for key, value in conversion.state_dict.items())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_makes_a_complete_folder(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pickle_vocabulary(words(60), tmp_path / "vocab.pkl")
+    output = tmp_path / "out" / "difnet"
+    options = ["--checkpoint", str(checkpoint), "--vocab", str(tmp_path / "vocab.pkl"), "--output", str(output)]
+    assert main([*options, "--num-heads", "4"]) == 0
+    table = capsys.readouterr().out
+    assert re.search(r"encoder\.layers\.0\.lnorm1\.weight +512 +model\.encoder\.flow_layers\.0\.layer_norm", table)
+    assert re.search(r"decoder\.running_seq +1 +dropped, decoding state", table)
+    assert "159 keys mapped, 16 dropped" in table
+
+    names = {path.name for path in output.iterdir()}
+    expected = {"config.json", "generation_config.json", "model.safetensors", "vocab.json", "processor_config.json"}
+    expected |= {"tokenizer_config.json", "modeling_difnet.py", "configuration_difnet.py", "generation_difnet.py"}
+    assert names >= expected | {"processing_difnet.py", "README.md"}
+    assert not [name for name in names if name.endswith((".bin", ".pkl", ".pth"))]
+    assert [path.name for path in output.parent.iterdir()] == ["difnet"], "no temporary files remain"
+
+    case = golden_case("difnet_lrp_small")
+    model = DifnetForConditionalGeneration.from_pretrained(output)
+    processor = DifnetProcessor.from_pretrained(output)
+    inputs = processor(**case.features(), return_tensors="pt")
+    sequences = model.generate(**inputs, custom_generate=original_beam_search)
+    tokens = case.outputs["beam5_out1_tokens"]
+    ends = (tokens == 3).cumsum(-1) - (tokens == 3).long() > 0
+    assert torch.equal(sequences[:, 1:], tokens.masked_fill(ends, 1)[:, : sequences.shape[1] - 1])
+    assert model.generation_config.num_beams == 5
+    assert processor.tokenizer.decode_captions(sequences)[0].split()[0] == f"word{tokens[0, 0] - 4}"
+
+    back = tmp_path / "back.pth"
+    assert main(["--to-original", "--checkpoint", str(output), "--output", str(back)]) == 0
+    dropped = convert_state_dict(case.state_dict, **arguments(case)).dropped
+    returned = load_original_checkpoint(back)
+    assert set(returned) == set(case.state_dict)
+    assert all(torch.equal(returned[key], case.state_dict[key]) for key in returned if key not in dropped)
+
+
+def test_a_bare_state_dict_and_no_vocabulary(tmp_path: Path) -> None:
+    case = golden_case("base_small")
+    torch.save(case.state_dict, tmp_path / "bare.pth")
+    conversion = convert(tmp_path / "bare.pth", tmp_path / "base", num_heads=4)
+    assert not conversion.config.use_segmentation
+    assert not (tmp_path / "base" / "vocab.json").exists()
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    assert all(torch.equal(weights[key], value) for key, value in conversion.state_dict.items())
+
+
+def test_nothing_is_replaced_unasked(checkpoint: Path, tmp_path: Path) -> None:
+    output = tmp_path / "difnet"
+    output.mkdir()
+    (output / "thesis.txt").write_text("three years")
+    with pytest.raises(ValueError, match="exists: nothing is replaced without `--overwrite`"):
+        convert(checkpoint, output, num_heads=4)
+    assert (output / "thesis.txt").read_text() == "three years"
+    convert(checkpoint, output, num_heads=4, overwrite=True)
+    assert (output / "model.safetensors").exists()
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "--checkpoint DIFNet_lrp.pth --vocab vocab.pkl --output difnet/" in text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Broken and hostile input
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
+    trap = tmp_path / "trap"
+    case = golden_case("difnet_lrp_small")
+    torch.save(training_checkpoint(case.state_dict) | {"epoch": RunsCode(trap)}, tmp_path / "zip.pth")
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(RunsCode(trap)))
+    torch.save(
+        {"state_dict": case.state_dict, "x": RunsCode(trap)},
+        tmp_path / "old.pth",
+        _use_new_zipfile_serialization=False,
+    )
+    for name in ("zip.pth", "plain.pth", "old.pth"):
+        with pytest.raises(ValueError, match=f"{name} was refused"):
+            load_original_checkpoint(tmp_path / name)
+
+    (tmp_path / "vocab.pkl").write_bytes(pickle.dumps(RunsCode(trap)))
+    with pytest.raises(ValueError, match=r"vocab.pkl was refused: .* `posix.mkdir`"):
+        read_vocabulary(tmp_path / "vocab.pkl")
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        b"\x80\x02cbuiltins\neval\nX\x01\x00\x00\x001\x85R.",
+        b"\x80\x04\x8c\x08builtins\x8c\x04eval\x93.",
+        b"\x80\x04\x8c\x0bcollections\x8c\x10Counter.__init__\x93.",
+        b"\x80\x02cdata.vocab\nVocab.__init__\n.",
+        b"\x80\x02X\x01\x00\x00\x00aQ.",
+    ],
+)
+def test_the_vocabulary_reader_knows_four_names(tmp_path: Path, code: bytes) -> None:
+    (tmp_path / "vocab.pkl").write_bytes(code)
+    with pytest.raises(ValueError, match=r"vocab.pkl was refused"):
+        read_vocabulary(tmp_path / "vocab.pkl")
+
+
+def test_a_vocabulary_cannot_change_the_interpreter(tmp_path: Path) -> None:
+    """A `BUILD` on one of the four names sets attributes of a stand-in, never of `collections.Counter`."""
+    code = b"\x80\x02ccollections\nCounter\nN}X\x06\x00\x00\x00hackedX\x03\x00\x00\x00yess\x86b."
+    (tmp_path / "vocab.pkl").write_bytes(code)
+    with pytest.raises(ValueError, match=r"holds no list of tokens"):
+        read_vocabulary(tmp_path / "vocab.pkl")
+    assert not hasattr(Counter, "hacked")
+
+
+def test_the_published_order_of_words_is_kept(tmp_path: Path) -> None:
+    tokens = json.loads((GOLDEN.parent / "text" / "vocab_itos.json").read_text(encoding="utf-8"))
+    pickle_vocabulary(tokens, tmp_path / "vocab.pkl")
+    assert read_vocabulary(tmp_path / "vocab.pkl") == tokens
+    (tmp_path / "vocab.json").write_text(json.dumps(tokens))
+    assert read_vocabulary(tmp_path / "vocab.json") == tokens
+
+
+def changed(state_dict: dict[str, torch.Tensor], **changes) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in (state_dict | changes).items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"decoder.layers.1.lnorm2.bias": None}, r"1 keys are missing \(`decoder.layers.1.lnorm2.bias`\)"),
+        ({"decoder.fc.weight": None}, r"1 keys are missing \(`decoder.fc.weight`\)"),
+        ({"embed_image.0.weight": None}, r"the key `embed_image.0.weight` is missing"),
+        ({"encoder.layers.0.mhatt.attention.m_k": torch.zeros(1, 40, 64)}, r"1 are unknown \(`encoder.layers.0.mhatt"),
+        ({"decoder.fc.weight": torch.zeros(60, 500)}, r"`decoder.fc.weight` has the shape \(60, 500\)"),
+        ({"decoder.word_emb.weight": torch.zeros(60)}, r"`decoder.word_emb.weight` is missing or has the wrong"),
+        ({"embed_image.0.bias": torch.full((512,), float("nan"))}, r"`embed_image.0.bias` holds values that are not"),
+        (
+            {"embed_image.0.bias": torch.zeros(512, dtype=torch.int64)},
+            r"`embed_image.0.bias` holds values that are no",
+        ),
+    ],
+)
+def test_a_state_dict_that_is_not_whole(changes: dict, message: str) -> None:
+    state_dict = changed(golden_case("difnet_lrp_small").state_dict, **changes)
+    with pytest.raises(ValueError, match=message):
+        convert_state_dict(state_dict, num_heads=4, name="x.pth")
+
+
+def test_another_projects_checkpoint() -> None:
+    with pytest.raises(ValueError, match=r"resnet.pth is not a checkpoint of DIFNet or of its baseline"):
+        convert_state_dict({"layer1.0.conv1.weight": torch.zeros(64, 64, 1, 1)}, name="resnet.pth")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_heads": 7}, "64 wide together, which 7 heads cannot share"),
+        ({"num_heads": 0}, "which 0 heads cannot share"),
+        ({"num_heads": 4, "fusion_layers": 3}, "`fusion_layers` .3. must be at least 1 and smaller than"),
+        ({"num_heads": 4, "fusion_iterations": 0}, "`fusion_iterations` must be at least 1"),
+        ({"num_heads": 4, "fusion_layers": 2}, "Lf=2.: 4 keys are missing"),
+    ],
+)
+def test_numbers_that_do_not_fit(options: dict, message: str) -> None:
+    state_dict = {
+        key: value
+        for key, value in golden_case("difnet_lrp_small").state_dict.items()
+        if not key.startswith(("encoder.layers.1.lnorm1", "encoder.layers.1.pwff.layer_norm1"))
+    }
+    with pytest.raises(ValueError, match=message):
+        convert_state_dict(state_dict, **options)
+
+
+def test_files_that_cannot_be_read(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    whole = checkpoint.read_bytes()
+    cases = {
+        "truncated.pth": (whole[: len(whole) // 2], "truncated.pth cannot be read: the file is truncated"),
+        "empty.pth": (b"", "empty.pth cannot be read: the file is truncated"),
+        "text.pth": (b"hello, world\n", "text.pth"),
+    }
+    for name, (content, message) in cases.items():
+        (tmp_path / name).write_bytes(content)
+        assert main(["--checkpoint", str(tmp_path / name), "--output", str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1, "one line"
+    torch.save([1, 2], tmp_path / "list.pth")
+    torch.save({"state_dict": {}}, tmp_path / "nothing.pth")
+    for name in ("list.pth", "nothing.pth"):
+        with pytest.raises(ValueError, match=f"{name} holds no state dict"):
+            load_original_checkpoint(tmp_path / name)
+    with pytest.raises(ValueError, match=r"absent.pth: no such file"):
+        load_original_checkpoint(tmp_path / "absent.pth")
+    assert not (tmp_path / "out").exists()
+
+
+def test_vocabularies_that_do_not_fit(checkpoint: Path, tmp_path: Path) -> None:
+    path = tmp_path / "vocab.pkl"
+    pickle_vocabulary(words(61), path)
+    with pytest.raises(ValueError, match=r"has 61 tokens, but .* embeds 60: they do not belong together"):
+        convert(checkpoint, tmp_path / "out", path, num_heads=4)
+    pickle_vocabulary(["<start>", *words(60)[1:]], path)
+    with pytest.raises(ValueError, match="has no token `<unk>`"):
+        convert(checkpoint, tmp_path / "out", path, num_heads=4)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"vocab.pkl cannot be read"):
+        convert(checkpoint, tmp_path / "out", path, num_heads=4)
+    path.write_bytes(pickle.dumps(["<unk>", "<pad>"]))
+    with pytest.raises(ValueError, match="holds no list of tokens"):
+        convert(checkpoint, tmp_path / "out", path, num_heads=4)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_line_says_one_line_and_2(tmp_path: Path) -> None:
+    process = subprocess.run(
+        [sys.executable, "convert_checkpoint.py", "--checkpoint", "absent.pth", "--output", str(tmp_path / "out")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 2
+    assert process.stderr == "convert_checkpoint.py: absent.pth: no such file.\n"
