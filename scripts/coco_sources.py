@@ -12,7 +12,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -318,6 +318,14 @@ class SegmentationFiles:
         if not found:
             raise PackingError(f"{self.path}: neither a folder with <image id>.npy nor an HDF5 file with <image id>")
         return found
+
+    def states(self) -> Iterator[os.stat_result]:
+        """Size and time of every file, which tell whether a file was changed since."""
+        if not os.path.isdir(self.path):
+            yield os.stat(self.path)
+        for folder, folders, files in os.walk(self.path):
+            folders.sort()
+            yield from (os.stat(os.path.join(folder, name)) for name in sorted(files))
 
     def _hdf5(self) -> h5py.File:
         if self._file is None:

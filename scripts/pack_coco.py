@@ -519,9 +519,10 @@ def identity_of(recipe: Recipe, plan: Plan, parquet: bool, shard_size: int) -> s
     settings = {**dataclasses.asdict(recipe), "skip_missing": None}
     digest = hashlib.sha256(json.dumps([settings, parquet, shard_size]).encode())
     digest.update(f"{version('datasets')} {version('pyarrow')}".encode())
-    paths = [*recipe.features, *([recipe.segmentation] if recipe.segmentation is not None else [])]
-    for path in paths:
-        status = os.stat(path)
+    states = [(path, os.stat(path)) for path in recipe.features]
+    if recipe.segmentation is not None:
+        states += [(recipe.segmentation, status) for status in SegmentationFiles(recipe.segmentation).states()]
+    for path, status in states:
         digest.update(f"{path} {status.st_size} {status.st_mtime_ns}".encode())
     for split, rows in plan.splits.items():
         for row in rows:

@@ -563,6 +563,27 @@ class TestMistakes:
         assert stopped.value.code == 2
 
 
+def test_help_leads_from_the_originals_files_to_a_packed_folder(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        pack_coco.main(["--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    for word in ("coco_grid_feats2.hdf5", "coco_{train,dev,test,restval}_ids.npy", "load_from_disk", "--skip-missing"):
+        assert word in text
+
+
+def test_a_source_that_changed_since_a_kill_is_packed_anew(tmp_path):
+    """The shards of an interrupted run are kept only if every file is still what it was."""
+    corpus = Corpus(tmp_path / "corpus", 12)
+    arguments = corpus.arguments("karpathy")
+    recipe = pack_coco.Recipe((arguments[1],), arguments[3], arguments[5], grid_feature_size=WIDTH)
+    plan = pack_coco.make_plan(recipe)
+    before = pack_coco.identity_of(recipe, plan, False, 1000)
+    assert pack_coco.identity_of(recipe, plan, False, 1000) == before
+    np.save(tmp_path / "corpus" / "segmentations" / "train2014" / "7.npy", segmentation(8))
+    assert pack_coco.identity_of(recipe, plan, False, 1000) != before
+
+
 @pytest.mark.parametrize("shape", [(5, 19, 25), (5, 7, 7), (5, 3, 30), (5, 1, 1)])
 def test_pooling_is_torchs(shape):
     feature_map = grid(1, shape)
