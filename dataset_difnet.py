@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 IGNORED_LABEL = -100
 FLOAT16_ERROR = 2**-11
 FLOAT16_FLOOR = 2**-10
+FLOAT16_SMALLEST_NORMAL = 2**-14
+FLOAT16_OVERFLOW = 65520  # rounds to infinity
 
 
 def packed_features(
@@ -56,14 +58,21 @@ def float16_bound(array: np.ndarray) -> np.ndarray:
 
 
 def to_stored(array: np.ndarray, dtype: str) -> np.ndarray:
-    """Float32 values as they are stored; ValueError where float16 would overflow or be off by more than its bound."""
+    """Float32 values as they are stored; ValueError where float16 would overflow or be off by more than its bound.
+
+    Equals comparing every value with `float16_bound`. Only values below the smallest normal float16 are looked at,
+    because all others keep 11 bits.
+    """
     if dtype == "float32":
         return array
-    with np.errstate(over="ignore"):
-        small = array.astype(np.float16)
-    if np.isinf(small).any():
+    magnitude = np.abs(array)
+    largest = magnitude.max(initial=0)
+    if largest >= FLOAT16_OVERFLOW:
         raise ValueError("values too large for float16; use --dtype float32")
-    if (np.abs(small.astype(np.float32) - array) > float16_bound(array)).any():
+    small = array.astype(np.float16)
+    below = (magnitude < FLOAT16_SMALLEST_NORMAL) & (magnitude > 0)
+    errors = np.abs(small[below].astype(np.float32) - array[below])
+    if (errors > FLOAT16_ERROR * np.maximum(magnitude[below], FLOAT16_FLOOR * largest)).any():
         raise ValueError("float16 would lose more than 1/2048 of a value; use --dtype float32")
     return small
 

@@ -141,6 +141,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2000, help="synthetic images; 0.4 MB each (default 2000)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of the two ways (default 5)")
     arguments = parser.parse_args()
+    load = os.getloadavg()[0]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -219,7 +220,8 @@ def main() -> None:
         f"# Packing and reading, {time.strftime('%Y-%m-%d')}",
         "",
         f"`python benchmarks/data.py --images {arguments.images} --rounds {arguments.rounds}` on {hardware()}; "
-        f"Python {platform.python_version()}, torch {torch.__version__} with {torch.get_num_threads()} threads.",
+        f"Python {platform.python_version()}, torch {torch.__version__} with {torch.get_num_threads()} threads; "
+        f"load average {load:.1f} at the start.",
         "",
         f"{arguments.images:,} synthetic images, batches of {BATCH}, files in the page cache.",
         "",

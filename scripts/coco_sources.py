@@ -364,7 +364,7 @@ def _as_float32(array: np.ndarray) -> np.ndarray:
     if array.dtype.kind != "f":
         raise ValueError(f"expected floating point numbers, got {array.dtype}")
     with np.errstate(over="ignore"):
-        array = array.astype(np.float32)
+        array = array.astype(np.float32, copy=False)
     if not np.isfinite(array).all():
         raise ValueError("NaN or infinity among the values")
     return array

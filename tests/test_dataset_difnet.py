@@ -16,7 +16,9 @@ from dataset_difnet import (
     ReferenceBatches,
     decode_segmentation,
     encode_segmentation,
+    float16_bound,
     packed_features,
+    to_stored,
 )
 from processing_difnet import DifnetTokenizer
 
@@ -91,6 +93,21 @@ class TestSegmentationCodec:
         packed = [encode_segmentation(np.zeros(shape, np.float16)) for shape in ((5, 2, 2), (4, 2, 2))]
         with pytest.raises(ValueError, match="one shape and type"):
             decode_segmentation(packed)
+
+
+class TestFloat16:
+    @settings(max_examples=200, deadline=None)
+    @given(st.lists(st.floats(-70000, 70000, width=32), min_size=1, max_size=8), st.integers(0, 30))
+    def test_exactly_the_values_within_the_bound_are_stored(self, values, shift):
+        array = np.array(values, dtype=np.float32) * np.float32(2.0**-shift)
+        with np.errstate(over="ignore"):
+            rounded = array.astype(np.float16)
+        if (np.abs(rounded.astype(np.float32) - array) <= float16_bound(array)).all():
+            np.testing.assert_array_equal(to_stored(array, "float16"), rounded)
+        else:
+            with pytest.raises(ValueError, match="use --dtype float32"):
+                to_stored(array, "float16")
+        assert to_stored(array, "float32") is array
 
 
 class TestPackedImages:
