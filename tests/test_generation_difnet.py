@@ -1,4 +1,4 @@
-"""Captions: every mode of the library's `generate`, the original's beam search, log-probabilities of given captions."""
+"""Captions: every mode of the library's `generate`, the original's beam search, log-probabilities of captions."""
 
 import dataclasses
 from collections.abc import Callable
@@ -218,7 +218,7 @@ def test_captions_may_fill_the_position_table_and_not_more(tiny_config: DifnetCo
     model, pictures = random_model(tiny_config), random_pictures(tiny_config)
     settings = {"num_beams": 2, "eos_token_id": None, "custom_generate": custom}
     assert model.generate(**pictures, **settings, max_new_tokens=30).shape == (2, 31)
-    with pytest.raises(ValueError, match="position table of this model ends at 30. Ask for `max_new_tokens=30`"):
+    with pytest.raises(ValueError, match=r"position table of this model ends at 30\. Ask for `max_new_tokens=30`"):
         model.generate(**pictures, **settings, max_new_tokens=31)
     with pytest.raises(ValueError, match="`max_new_tokens=26`"):
         model.generate(
@@ -311,7 +311,7 @@ def test_original_beam_search_equals_the_plain_search(
 @pytest.mark.parametrize("factor", [0.5, 2.0, 5.0])
 @pytest.mark.parametrize("seed", range(4))
 def test_with_hypotheses_that_end_or_emit_pad_early(tiny_config: DifnetConfig, seed: int, factor: float) -> None:
-    """A vocabulary of six makes `<eos>` and `<pad>` frequent. A generated `<pad>` is hidden from the words after it."""
+    """A vocabulary of six makes `<eos>` and `<pad>` frequent. A generated `<pad>` is hidden from later words."""
     config = dataclasses.replace(tiny_config, vocab_size=6)
     found = compare_with_plain_search(config, seed, factor, batch_size=3, num_beams=4)
     ended = (found == config.eos_token_id).any(-1)
@@ -328,9 +328,12 @@ def test_with_masked_cells_and_prompts(config: DifnetConfig, seed: int) -> None:
 def test_where_one_picture_ends_before_the_others(tiny_config: DifnetConfig) -> None:
     """Pictures whose hypotheses are all finished are no longer computed: the others must not notice."""
     config = dataclasses.replace(tiny_config, vocab_size=8)
-    found = compare_with_plain_search(config, 0, 8.0, batch_size=5, num_beams=2)
-    lengths = {int((picture != config.pad_token_id).any(0).sum()) for picture in found}
-    assert min(lengths) < 20 == max(lengths), "a case that shows nothing"
+    shown = False
+    for seed in range(6):
+        found = compare_with_plain_search(config, seed, 8.0, batch_size=5, num_beams=2)
+        lengths = {int((picture != config.pad_token_id).any(0).sum()) for picture in found}
+        shown = shown or min(lengths) < max(lengths)
+    assert shown, "none of the cases has pictures that end at different steps"
 
 
 @torch.no_grad()
