@@ -179,9 +179,8 @@ class DifnetAttention(nn.Module):
         batch_size, length = hidden_states.shape[:2]
         query = self.q_proj(hidden_states)
         key, value = self.keys_and_values(hidden_states, encoder_hidden_states, past_key_values)
-        query = query.view(key.shape[0], -1, key.shape[1], self.head_dim).transpose(
-            1, 2
-        )  # (B, heads, K * L, head_dim)
+        # (B * K, L, heads * head_dim) to (B, heads, K * L, head_dim)
+        query = query.view(key.shape[0], -1, key.shape[1], self.head_dim).transpose(1, 2)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
