@@ -84,8 +84,6 @@ def test_attentions_and_hidden_states_of_both_flows(tiny_config: DifnetConfig) -
         decoder_input_ids=captions,
         output_attentions=True,
         output_hidden_states=True,
-        output_segmentation_attentions=True,
-        output_segmentation_hidden_states=True,
     )
     cells, length = 12, 6
     expected = {  # how many, and the shape of each
