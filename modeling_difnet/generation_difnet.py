@@ -22,6 +22,7 @@ from transformers.generation import (
     MaxLengthCriteria,
     StoppingCriteriaList,
 )
+from transformers.modeling_outputs import BaseModelOutput
 
 if TYPE_CHECKING:
     from .modeling_difnet import DifnetForConditionalGeneration
@@ -79,6 +80,7 @@ def original_beam_search(
 
     prompts = input_ids = input_ids[::num_beams]  # (B, prompt): one row a picture from here on
     encoder_states = model_kwargs["encoder_outputs"].last_hidden_state[::num_beams]  # (B, N, d_model)
+    encoder_outputs = BaseModelOutput(encoder_states)
     grid_attention_mask = model_kwargs.get("grid_attention_mask")
     if grid_attention_mask is not None:
         grid_attention_mask = grid_attention_mask[::num_beams]
@@ -89,7 +91,7 @@ def original_beam_search(
     # Step 0: one hypothesis a picture.
     logits = model(
         decoder_input_ids=input_ids,
-        encoder_outputs=(encoder_states,),
+        encoder_outputs=encoder_outputs,
         grid_attention_mask=grid_attention_mask,
         past_key_values=cache,
         use_cache=True,
@@ -122,7 +124,7 @@ def original_beam_search(
             kept = is_open.nonzero().squeeze(1)
             pictures, input_ids, history, log_probs = pictures[kept], input_ids[kept], history[kept], log_probs[kept]
             scores, finished, visible = scores[kept], finished[kept], visible[kept]
-            encoder_states = encoder_states[kept]
+            encoder_outputs = BaseModelOutput(encoder_outputs.last_hidden_state[kept])
             grid_attention_mask = grid_attention_mask[kept] if grid_attention_mask is not None else None
             if len(kept) == 0:
                 break
@@ -135,7 +137,7 @@ def original_beam_search(
             decoder_input_ids=tokens,
             decoder_attention_mask=visible.unsqueeze(1),  # (B, 1, beams, slots)
             decoder_position_ids=torch.full_like(tokens[:1], prompt_length + step),
-            encoder_outputs=(encoder_states,),
+            encoder_outputs=encoder_outputs,
             grid_attention_mask=grid_attention_mask,
             past_key_values=cache,
             use_cache=True,
