@@ -250,6 +250,7 @@ def test_sizes_that_make_no_network_are_refused(settings: dict, message: str) ->
         ((3000, 2), (1000, 1)),  # 0.67
         ((8, 10), (600, 750)),
         ((400, 607), (600, 911)),  # 910.5: halves go up
+        ((607, 400), (911, 600)),
     ],
 )
 def test_sides_are_rounded_as_detectron2_rounds_them(size: tuple[int, int], resized: tuple[int, int]) -> None:
