@@ -13,6 +13,7 @@ from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTok
 
 from .configuration_difnet import DifnetConfig
 from .generation_difnet import original_beam_search, sequence_log_probs
+from .grid_backbone_difnet import GridFeatureBackbone, GridFeatureBackboneConfig
 from .modeling_difnet import DifnetForConditionalGeneration, DifnetModel, DifnetPreTrainedModel
 
 AutoConfig.register("difnet", DifnetConfig)
@@ -22,6 +23,8 @@ AutoModelForImageTextToText.register(DifnetConfig, DifnetForConditionalGeneratio
 AutoFeatureExtractor.register(DifnetConfig, DifnetFeatureExtractor)
 AutoTokenizer.register(DifnetConfig, DifnetTokenizer)
 AutoProcessor.register(DifnetConfig, DifnetProcessor)
+AutoConfig.register("difnet_grid_backbone", GridFeatureBackboneConfig)
+AutoModel.register(GridFeatureBackboneConfig, GridFeatureBackbone)
 
 __all__ = [
     "DifnetConfig",
@@ -31,6 +34,8 @@ __all__ = [
     "DifnetPreTrainedModel",
     "DifnetProcessor",
     "DifnetTokenizer",
+    "GridFeatureBackbone",
+    "GridFeatureBackboneConfig",
     "original_beam_search",
     "sequence_log_probs",
 ]

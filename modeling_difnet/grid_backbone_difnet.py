@@ -1,0 +1,520 @@
+"""The grid feature backbone: a picture becomes the grid cells that DIFNet reads.
+
+Jiang et al., "In Defense of Grid Features for Visual Question Answering", CVPR 2020: the convolutions of a Faster
+R-CNN that learnt 1600 objects and 400 attributes on Visual Genome (X-101: a ResNeXt-101 32x8d). The captioner's
+features are the output of its last stage, averaged to 7 x 7 cells.
+
+    picture --> BGR, shortest side 600, longest at most 1000 --> stem --> res2 --> res3 --> res4 --> res5 (C, h, w)
+                                                                                                       |
+    (49, C), row by row <-------------------- adaptive average pooling to 7 x 7 ----------------------/
+
+Parameters carry the names of the weights file (`facebookresearch/grid-feats-vqa`, written by detectron2) without its
+prefix, so that a key is found under one name in both. The detector's other parts are not here.
+
+This file imports nothing of the project: a saved backbone carries it along and loads with `trust_remote_code=True`.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput, can_return_tuple
+
+try:
+    from PIL import Image
+except ImportError:  # the captioner itself works from feature files and does without
+    Image = None
+
+STAGES = ("res2", "res3", "res4", "res5")
+
+
+@strict
+class GridFeatureBackboneConfig(PreTrainedConfig):
+    r"""Sizes and picture preparation of a grid feature backbone. The defaults are those of X-101.
+
+    Args:
+        depths (`tuple[int, ...]`, defaults to (3, 4, 23, 3)): blocks in res2 to res5. X-152 has (3, 8, 36, 3).
+        groups (`int`, defaults to 32): groups of the 3x3 convolutions; 1 is a ResNet.
+        width_per_group (`int`, defaults to 8): channels of one group in res2; they double with every stage.
+        stem_out_channels (`int`, defaults to 64): channels after the first convolution.
+        res2_out_channels (`int`, defaults to 256): channels after res2; they double with every stage.
+        stride_in_1x1 (`bool`, defaults to `False`): whether a stage halves its input in the first 1x1 convolution, as
+            the ResNets of MSRA do (R-50), or in the 3x3 convolution.
+        frozen_norm_eps (`float`, defaults to 1e-5): epsilon of the frozen batch norms.
+        image_mean (`tuple[float, ...]`, defaults to (103.530, 116.280, 123.675)): subtracted from blue, green, red in
+            0 to 255.
+        image_std (`tuple[float, ...]`, defaults to (57.375, 57.120, 58.395)): blue, green, red are divided by these.
+            X-152 and R-50 have (1, 1, 1).
+        shortest_side (`int`, defaults to 600): pixels of the resized picture's shortest side, ..
+        longest_side (`int`, defaults to 1000): .. unless its longest side would exceed these.
+        grid_size (`int`, defaults to 7): cells on a side of the pooled grid.
+        weights_source (`str`, *optional*): name of the file that the weights were converted from. `None` with random
+            weights.
+        weights_sha256 (`str`, *optional*): SHA-256 of that file.
+
+    Raises:
+        ValueError: a size is not positive, or a list has the wrong length.
+    """
+
+    model_type = "difnet_grid_backbone"
+
+    depths: list[int] | tuple[int, ...] = (3, 4, 23, 3)
+    groups: int = 32
+    width_per_group: int = 8
+    stem_out_channels: int = 64
+    res2_out_channels: int = 256
+    stride_in_1x1: bool = False
+    frozen_norm_eps: float = 1e-5
+    image_mean: list[float | int] | tuple[float | int, ...] = (103.530, 116.280, 123.675)
+    image_std: list[float | int] | tuple[float | int, ...] = (57.375, 57.120, 58.395)
+    shortest_side: int = 600
+    longest_side: int = 1000
+    grid_size: int = 7
+    weights_source: str | None = None
+    weights_sha256: str | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        # config.json holds lists
+        self.depths, self.image_mean, self.image_std = map(tuple, (self.depths, self.image_mean, self.image_std))
+        for name, length in (("depths", len(STAGES)), ("image_mean", 3), ("image_std", 3)):
+            if len(getattr(self, name)) != length:
+                raise ValueError(
+                    f"GridFeatureBackboneConfig: `{name}` must have {length} values, got {getattr(self, name)}."
+                )
+        for name in (
+            "depths",
+            "groups",
+            "width_per_group",
+            "stem_out_channels",
+            "res2_out_channels",
+            "image_std",
+            "shortest_side",
+            "longest_side",
+            "grid_size",
+        ):
+            value = getattr(self, name)
+            if min(value if isinstance(value, tuple) else (value,)) <= 0:
+                raise ValueError(f"GridFeatureBackboneConfig: `{name}` must be positive, got {value}.")
+
+    @property
+    def grid_feature_size(self) -> int:
+        """C, the channels of res5 and so of a grid cell (2048)."""
+        return self.res2_out_channels * 2 ** (len(STAGES) - 1)
+
+
+@dataclass
+class GridFeatureBackboneOutput(ModelOutput):
+    """
+    Args:
+        feature_map (`(B, C, h, w)`): the output of res5, one cell for 32 x 32 pixels.
+    """
+
+    feature_map: torch.FloatTensor | None = None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The network
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class FrozenBatchNorm(nn.Module):
+    """Batch norm that is always in evaluation: its four vectors are constants, in training too."""
+
+    def __init__(self, num_channels: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.register_buffer("weight", torch.ones(num_channels))
+        self.register_buffer("bias", torch.zeros(num_channels))
+        self.register_buffer("running_mean", torch.zeros(num_channels))
+        self.register_buffer("running_var", torch.ones(num_channels))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return F.batch_norm(
+            hidden_states, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
+        )
+
+
+class NormedConv2d(nn.Conv2d):
+    """A convolution without bias and its frozen norm, which the weights file keeps inside the convolution."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, eps: float, **kwargs) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False, **kwargs)
+        self.norm = FrozenBatchNorm(out_channels, eps)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.norm(super().forward(hidden_states))
+
+
+class Stem(nn.Module):
+    """Pixels to a quarter of each side."""
+
+    def __init__(self, config: GridFeatureBackboneConfig) -> None:
+        super().__init__()
+        self.conv1 = NormedConv2d(3, config.stem_out_channels, 7, config.frozen_norm_eps, stride=2)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        hidden_states = F.relu(self.conv1(pixel_values))
+        return F.max_pool2d(hidden_states, kernel_size=3, stride=2, padding=1)
+
+
+class Bottleneck(nn.Module):
+    """1x1 to fewer channels, grouped 3x3, 1x1 to more channels, added to the input or to its projection."""
+
+    def __init__(
+        self, config: GridFeatureBackboneConfig, in_channels: int, channels: int, out_channels: int, stride: int
+    ) -> None:
+        super().__init__()
+        eps = config.frozen_norm_eps
+        stride_1x1, stride_3x3 = (stride, 1) if config.stride_in_1x1 else (1, stride)
+        self.conv1 = NormedConv2d(in_channels, channels, 1, eps, stride=stride_1x1)
+        self.conv2 = NormedConv2d(channels, channels, 3, eps, stride=stride_3x3, groups=config.groups)
+        self.conv3 = NormedConv2d(channels, out_channels, 1, eps)
+        self.conv3.norm.ends_a_block = True  # for `_init_weights`, which is shown one layer at a time
+        if in_channels == out_channels:
+            self.shortcut = None
+        else:
+            self.shortcut = NormedConv2d(in_channels, out_channels, 1, eps, stride=stride)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        residual = hidden_states if self.shortcut is None else self.shortcut(hidden_states)
+        hidden_states = F.relu(self.conv1(hidden_states))
+        hidden_states = F.relu(self.conv2(hidden_states))
+        return F.relu(self.conv3(hidden_states) + residual)
+
+
+def make_stage(config: GridFeatureBackboneConfig, index: int) -> nn.Sequential:
+    """The blocks of one stage. Each stage doubles the channels, and all but the first halve the sides."""
+    channels = config.groups * config.width_per_group * 2**index
+    out_channels = config.res2_out_channels * 2**index
+    in_channels = config.stem_out_channels if index == 0 else out_channels // 2
+    first = Bottleneck(config, in_channels, channels, out_channels, stride=1 if index == 0 else 2)
+    others = [Bottleneck(config, out_channels, channels, out_channels, 1) for _ in range(config.depths[index] - 1)]
+    return nn.Sequential(first, *others)
+
+
+class GridFeatureBackbone(PreTrainedModel):
+    """Grid features of pictures.
+
+    ```python
+    >>> from PIL import Image
+    >>> from modeling_difnet import GridFeatureBackbone
+
+    >>> backbone = GridFeatureBackbone.from_pretrained("x101/")  # made by `convert_checkpoint.py grid-backbone`
+    >>> grid_features = backbone.grid_features(Image.open("picture.jpg"))  # (49, 2048)
+    ```
+
+    `config.weights_source` and `config.weights_sha256` name the file that all weights came from. They are `None` as
+    soon as any weight is random, be it that the network was made from a configuration or that a weight was missing in
+    the folder that it was loaded from.
+    """
+
+    config_class = GridFeatureBackboneConfig
+    base_model_prefix = "grid_backbone"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _no_split_modules = ["Stem", "Bottleneck"]
+
+    def __init__(self, config: GridFeatureBackboneConfig) -> None:
+        super().__init__(config)
+        self.stem = Stem(config)
+        for index, stage in enumerate(STAGES):
+            self.add_module(stage, make_stage(config, index))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Values that keep the size of activations; the last norm of a block is small, or blocks would add up."""
+        if isinstance(module, FrozenBatchNorm):
+            tensors = list(module.buffers())
+            init.constant_(module.weight, 0.25 if getattr(module, "ends_a_block", False) else 1.0)
+            init.zeros_(module.bias)
+            init.zeros_(module.running_mean)
+            init.ones_(module.running_var)
+        elif isinstance(module, NormedConv2d):
+            tensors = [module.weight]
+            init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
+        else:
+            return
+        # The library also comes here for a layer whose values were loaded, and leaves those that were.
+        if not all(getattr(tensor, "_is_hf_initialized", False) for tensor in tensors):
+            self.config = copy.deepcopy(self.config)  # the caller's keeps its values
+            self.config.weights_source = self.config.weights_sha256 = None
+
+    @can_return_tuple
+    def forward(self, pixel_values: torch.Tensor, **kwargs) -> GridFeatureBackboneOutput:
+        """The feature map of prepared pictures.
+
+        Args:
+            pixel_values (`(B, 3, h, w)`): from `preprocess`. Pictures of different sizes must not be padded to one
+                batch: the padding would change their features.
+        """
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
+            raise ValueError(
+                f"`pixel_values` must have the shape (B, 3, h, w), got {tuple(pixel_values.shape)}. "
+                "`preprocess` makes them from a picture."
+            )
+        hidden_states = self.stem(pixel_values.to(self.dtype))
+        for stage in STAGES:
+            hidden_states = getattr(self, stage)(hidden_states)
+        return GridFeatureBackboneOutput(feature_map=hidden_states)
+
+    def preprocess(self, image: "Image.Image | np.ndarray") -> torch.Tensor:
+        """The network's input for one picture, equal to what detectron2 makes of it.
+
+        Bilinear resize of the 8-bit picture by Pillow, BGR, minus `image_mean`, divided by `image_std`.
+
+        Args:
+            image: a Pillow picture, converted by `convert("RGB")` (which drops an alpha channel and leaves an EXIF
+                orientation as it is), or an array (H, W, 3), `uint8`, RGB.
+
+        Returns:
+            `(1, 3, h, w)`, float32, on the CPU.
+
+        Raises:
+            ValueError: anything else; a picture so narrow that its resized form has no pixels.
+            ImportError: Pillow is not installed.
+        """
+        if Image is None:
+            raise ImportError("Pictures need Pillow: `pip install pillow`.")
+        picture = as_rgb(image)
+        height, width = resized_shape(
+            picture.height, picture.width, self.config.shortest_side, self.config.longest_side
+        )
+        pixels = np.array(picture.resize((width, height), Image.Resampling.BILINEAR), dtype=np.float32)
+        bgr = torch.from_numpy(pixels).flip(-1).permute(2, 0, 1)
+        mean = torch.tensor(self.config.image_mean, dtype=torch.float32).view(3, 1, 1)
+        std = torch.tensor(self.config.image_std, dtype=torch.float32).view(3, 1, 1)
+        return ((bgr - mean) / std)[None].contiguous()
+
+    @torch.no_grad()
+    def grid_features(
+        self, image: "Image.Image | np.ndarray", pooled: bool = True
+    ) -> torch.Tensor | tuple[torch.Tensor, tuple[int, int]]:
+        """The grid cells of one picture, row by row.
+
+        Args:
+            image: as for `preprocess`.
+            pooled (`bool`, defaults to `True`): averages the feature map to `grid_size` x `grid_size` cells.
+
+        Returns:
+            `(grid_size**2, C)`; with `pooled=False` the unpooled cells `(h * w, C)` and the pair `(h, w)`. In float32,
+            whatever the model's dtype is, on its device.
+
+        Raises:
+            ValueError: as `preprocess`.
+        """
+        feature_map = self(self.preprocess(image).to(self.device)).feature_map.float()
+        if pooled:
+            feature_map = F.adaptive_avg_pool2d(feature_map, self.config.grid_size)
+        cells = feature_map[0].flatten(1).T.contiguous()
+        return cells if pooled else (cells, tuple(feature_map.shape[2:]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def as_rgb(image: "Image.Image | np.ndarray") -> "Image.Image":
+    """A picture as 8-bit RGB. Raises `ValueError` for what cannot be one without a choice that is the caller's."""
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+            raise ValueError(
+                f"A picture given as an array must be uint8 RGB of shape (H, W, 3), got {image.dtype} {image.shape}."
+            )
+        return Image.fromarray(np.ascontiguousarray(image))
+    if not isinstance(image, Image.Image):
+        raise ValueError(
+            f"A picture must be a PIL.Image or a numpy array (H, W, 3), got {type(image).__name__}. Several pictures "
+            "go one at a time: a common batch would need padding, which changes the features."
+        )
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(
+            f"The picture has the mode `{image.mode}` (more than 8 bits a channel), of which Pillow's conversion "
+            "keeps only the values up to 255. Scale it to 8 bits first."
+        )
+    if 0 in image.size:
+        raise ValueError(f"The picture has no pixels: {image.width} x {image.height}.")
+    return image.convert("RGB")
+
+
+def resized_shape(height: int, width: int, shortest_side: int, longest_side: int) -> tuple[int, int]:
+    """Height and width after the resize, rounded step for step as detectron2's `ResizeShortestEdge` rounds."""
+    scale = shortest_side / min(height, width)
+    new_height, new_width = (shortest_side, scale * width) if height < width else (scale * height, shortest_side)
+    if max(new_height, new_width) > longest_side:
+        scale = longest_side / max(new_height, new_width)
+        new_height, new_width = new_height * scale, new_width * scale
+    new_height, new_width = int(new_height + 0.5), int(new_width + 0.5)
+    if min(new_height, new_width) == 0:
+        raise ValueError(
+            f"The picture is too narrow: {width} x {height} pixels, resized to {longest_side} pixels on its longest "
+            "side, leave none on the other."
+        )
+    return new_height, new_width
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The weights file of grid-feats-vqa
+# ---------------------------------------------------------------------------------------------------------------------
+
+# What its configurations say and its files do not, for the published networks: (blocks, groups) to (stride_in_1x1,
+# image_std). In this order: R-50, X-101, X-152.
+PUBLISHED_NETWORKS = {
+    ((3, 4, 6, 3), 1): (True, (1.0, 1.0, 1.0)),
+    ((3, 4, 23, 3), 32): (False, (57.375, 57.120, 58.395)),
+    ((3, 8, 36, 3), 32): (False, (1.0, 1.0, 1.0)),
+}
+DROPPED_PREFIXES = {
+    "proposal_generator.": "proposes regions",
+    "roi_heads.": "names objects and attributes of regions",
+    "pixel_mean": "a part of the configuration",
+    "pixel_std": "a part of the configuration",
+}
+
+
+@dataclass
+class GridBackboneConversion:
+    """A converted weights file and where each number came from.
+
+    Args:
+        config: sizes and picture preparation.
+        state_dict: for `GridFeatureBackbone(config).load_state_dict`.
+        mapped: the file's key to our key.
+        dropped: the file's key to the reason why it has no counterpart.
+        shapes: the file's key to its shape, in the order of the file.
+    """
+
+    config: GridFeatureBackboneConfig
+    state_dict: dict[str, torch.Tensor]
+    mapped: dict[str, str]
+    dropped: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
+
+    def model(self) -> GridFeatureBackbone:
+        """The backbone with the converted weights, in eval mode."""
+        with torch.device("meta"):
+            model = GridFeatureBackbone(self.config)
+        model.load_state_dict(self.state_dict, assign=True)
+        return model.eval()
+
+
+def convert_detectron2_state_dict(
+    original: Mapping[str, torch.Tensor], depths: Sequence[int] | None = None, name: str = "the checkpoint"
+) -> GridBackboneConversion:
+    """Takes the backbone out of a detector's state dict, with every key and every shape checked.
+
+    Args:
+        original: the detector's state dict, under detectron2's names. The last stage may be the backbone's or, in a
+            detector that applies it to regions (grid-feats-vqa's `updn` configurations), the head's: `roi_heads.res5`.
+        depths: blocks in res2 to res5. By default the file tells, and must be R-50, X-101 or X-152. Other networks
+            are taken to be built and fed as X-101 is, but for what the file itself says.
+        name: what errors call the checkpoint.
+
+    Raises:
+        ValueError: a key is missing, unknown, of the wrong shape or not finite, or the network is not recognised.
+    """
+    deformable = [key for key in original if ".conv2_offset." in key]
+    if deformable:
+        raise ValueError(
+            f"{name} has deformable convolutions (`{deformable[0]}`), as X-152++ (`X-152-challenge.yaml`) has. This "
+            "backbone has none: take X-101 or X-152."
+        )
+    prefixes = {module: f"backbone.{module}." for module in ("stem", *STAGES)}
+    if not any(key.startswith("backbone.res5.") for key in original):
+        prefixes["res5"] = "roi_heads.res5."
+    config = detectron2_config(original, prefixes, depths, name)
+
+    with torch.device("meta"):
+        shapes = {key: tensor.shape for key, tensor in GridFeatureBackbone(config).state_dict().items()}
+    mapped = {}
+    for key in shapes:
+        module, rest = key.split(".", 1)
+        mapped[prefixes[module] + rest] = key
+    dropped = {}
+    for key in original:
+        reason = next((reason for prefix, reason in DROPPED_PREFIXES.items() if key.startswith(prefix)), None)
+        # A block of res5 that is not mapped is one too many, in whichever place.
+        if key not in mapped and reason is not None and not key.startswith("roi_heads.res5."):
+            dropped[key] = reason
+    missing = [key for key in mapped if key not in original]
+    unknown = [key for key in original if key not in mapped and key not in dropped]
+    if missing or unknown:
+        raise ValueError(
+            f"{name} is not a grid feature detector with {config.depths} blocks: {len(missing)} keys are missing "
+            f"({', '.join(missing[:3])}), {len(unknown)} are unknown ({', '.join(unknown[:3])})."
+        )
+
+    state_dict = {}
+    for original_key, key in mapped.items():
+        tensor = original[original_key]
+        if tensor.shape != shapes[key]:
+            raise ValueError(
+                f"{name}: `{original_key}` has the shape {tuple(tensor.shape)}, but the other keys ask for "
+                f"{tuple(shapes[key])}. The file is damaged or belongs to a changed network."
+            )
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise ValueError(f"{name}: `{original_key}` holds values that are not finite numbers.")
+        state_dict[key] = tensor.detach().to(torch.float32, copy=True)
+    all_shapes = {key: tuple(tensor.shape) for key, tensor in original.items()}
+    return GridBackboneConversion(config, state_dict, mapped, dropped, all_shapes)
+
+
+def detectron2_config(
+    original: Mapping[str, torch.Tensor], prefixes: Mapping[str, str], depths: Sequence[int] | None, name: str
+) -> GridFeatureBackboneConfig:
+    """The configuration that keys and shapes tell. Mean and deviation in the file, if any, win over the table's."""
+
+    def shape(key: str) -> tuple[int, ...]:
+        if key not in original or original[key].ndim != 4 or 0 in original[key].shape:
+            raise ValueError(
+                f"{name} is not a detector of grid-feats-vqa: the key `{key}` is missing or is no convolution. The "
+                f"file has {len(original)} keys ({', '.join(list(original)[:3])})."
+            )
+        return tuple(original[key].shape)
+
+    channels, width_per_group = shape("backbone.res2.0.conv2.weight")[:2]
+    groups = channels // width_per_group
+    found = tuple(
+        len({key[len(prefixes[stage]) :].split(".")[0] for key in original if key.startswith(prefixes[stage])})
+        for stage in STAGES
+    )
+    if depths is None and (found, groups) not in PUBLISHED_NETWORKS:
+        raise ValueError(
+            f"{name} has {found} blocks in {groups} groups, which is none of R-50 ((3, 4, 6, 3), 1), X-101 "
+            "((3, 4, 23, 3), 32), X-152 ((3, 8, 36, 3), 32). The file is incomplete, or it is another network: then "
+            "name its blocks, e.g. `--depth 3 4 23 3`."
+        )
+    depths = tuple(depths or found)
+    like_x101 = (False, GridFeatureBackboneConfig.image_std)
+    stride_in_1x1, image_std = PUBLISHED_NETWORKS.get((depths, groups), like_x101)
+    image_mean = GridFeatureBackboneConfig.image_mean
+    return GridFeatureBackboneConfig(
+        depths=depths,
+        groups=groups,
+        width_per_group=width_per_group,
+        stem_out_channels=shape("backbone.stem.conv1.weight")[0],
+        res2_out_channels=shape("backbone.res2.0.conv3.weight")[0],
+        stride_in_1x1=stride_in_1x1,
+        image_mean=original["pixel_mean"].flatten().tolist() if "pixel_mean" in original else image_mean,
+        image_std=original["pixel_std"].flatten().tolist() if "pixel_std" in original else image_std,
+    )
+
+
+GridFeatureBackboneConfig.register_for_auto_class()
+GridFeatureBackbone.register_for_auto_class("AutoModel")
+
+__all__ = [
+    "GridBackboneConversion",
+    "GridFeatureBackbone",
+    "GridFeatureBackboneConfig",
+    "GridFeatureBackboneOutput",
+    "convert_detectron2_state_dict",
+]
