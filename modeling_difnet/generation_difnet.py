@@ -102,26 +102,30 @@ def original_beam_search(
     scores, _, tokens, token_log_probs = best_continuations(
         logits, scores, finished, num_beams, logits_processor, input_ids, history
     )
-    finished = torch.isin(tokens, eos_token_ids)  # (B, beams)
+    finished = (tokens.unsqueeze(-1) == eos_token_ids).any(-1)  # (B, beams)
     history = tokens.unsqueeze(-1)  # (B, beams, steps so far)
     log_probs = token_log_probs.unsqueeze(-1)  # (B, beams, steps so far)
     # visible[b, k, s]: whether hypothesis k of picture b looks at slot s of the cache. Slots: the prompt, then
     # `num_beams` for each step.
     visible = (input_ids != pad_token_id).unsqueeze(1).expand(-1, num_beams, -1)  # (B, beams, slots so far)
+    own_slot = torch.eye(num_beams, dtype=torch.bool, device=device)
+    position_ids = torch.arange(prompt_length, prompt_length + num_steps, device=device).unsqueeze(0)  # (1, steps)
 
     # Results of all pictures, and the pictures that are still searched.
     all_tokens = input_ids.new_full((batch_size, num_beams, num_steps), pad_token_id)
     all_log_probs = scores.new_zeros(batch_size, num_beams, num_steps)
     all_scores = scores.clone()
     pictures = torch.arange(batch_size, device=device)
+    rows = pictures.unsqueeze(1)  # (B, 1)
 
     for step in range(1, num_steps):
         # Leaving pictures out copies the caches of the others, which pays when there are enough of them.
-        is_open = ~finished.all(dim=1)  # (B,)
-        if is_open.sum() <= 0.75 * len(pictures):
+        is_closed = finished.all(dim=1)  # (B,)
+        if is_closed.sum() >= 0.25 * len(pictures):
             all_tokens[pictures, :, :step], all_log_probs[pictures, :, :step] = history, log_probs
             all_scores[pictures] = scores
-            kept = is_open.nonzero().squeeze(1)
+            kept = (~is_closed).nonzero().squeeze(1)
+            rows = rows[: len(kept)]
             pictures, input_ids, history, log_probs = pictures[kept], input_ids[kept], history[kept], log_probs[kept]
             scores, finished, visible = scores[kept], finished[kept], visible[kept]
             encoder_outputs = BaseModelOutput(encoder_outputs.last_hidden_state[kept])
@@ -132,11 +136,11 @@ def original_beam_search(
 
         # A hypothesis looks at its own newest token, unless that is <pad>, which the original hides.
         tokens = history[:, :, -1]  # (B, beams)
-        visible = torch.cat([visible, torch.diag_embed(tokens != pad_token_id)], dim=2)
+        visible = torch.cat([visible, own_slot & (tokens != pad_token_id).unsqueeze(-1)], dim=2)
         logits = model(
             decoder_input_ids=tokens,
             decoder_attention_mask=visible.unsqueeze(1),  # (B, 1, beams, slots)
-            decoder_position_ids=torch.full_like(tokens[:1], prompt_length + step),
+            decoder_position_ids=position_ids[:, step : step + 1],
             encoder_outputs=encoder_outputs,
             grid_attention_mask=grid_attention_mask,
             past_key_values=cache,
@@ -145,12 +149,12 @@ def original_beam_search(
         scores, beams, tokens, token_log_probs = best_continuations(
             logits, scores, finished, num_beams, logits_processor, input_ids, history
         )
-        row = torch.arange(len(beams), device=device).unsqueeze(1)
-        tokens = tokens.masked_fill(finished[row, beams], pad_token_id)
-        finished = finished[row, beams] | torch.isin(tokens, eos_token_ids)
-        visible = visible[row, beams]
-        history = torch.cat([history[row, beams], tokens.unsqueeze(-1)], dim=2)
-        log_probs = torch.cat([log_probs[row, beams], token_log_probs.unsqueeze(-1)], dim=2)
+        finished = finished.gather(1, beams)
+        tokens = tokens.masked_fill(finished, pad_token_id)
+        finished = finished | (tokens.unsqueeze(-1) == eos_token_ids).any(-1)
+        visible = visible[rows, beams]
+        history = torch.cat([history[rows, beams], tokens.unsqueeze(-1)], dim=2)
+        log_probs = torch.cat([log_probs[rows, beams], token_log_probs.unsqueeze(-1)], dim=2)
 
     length = history.shape[2]
     all_tokens[pictures, :, :length], all_log_probs[pictures, :, :length] = history, log_probs
@@ -214,19 +218,19 @@ def best_continuations(
 ) -> tuple[torch.Tensor, torch.LongTensor, torch.LongTensor, torch.Tensor]:
     """The `num_beams` best continuations of each picture: scores, hypotheses, tokens and tokens' log-probabilities.
 
-    A finished hypothesis has one continuation: token 0 at log-probability 0; its others have the total score -999.
-    Equal to sorting `scores + log_softmax(logits)` over all `k * V` continuations, as the original does: the best of a
-    picture are among the `num_beams` best of each hypothesis. All results are (B, num_beams).
+    A finished hypothesis has one continuation, at log-probability 0 (the caller sets its token); its others have the
+    total score -999. Equal to sorting `scores + log_softmax(logits)` over all `k * V` continuations, as the original
+    does: the best of a picture are among the `num_beams` best of each hypothesis. All results are (B, num_beams).
     """
     log_probs = logits.to(scores.dtype).log_softmax(-1)  # (B, k, V)
     if logits_processor:
         prefix = torch.cat([prompt.unsqueeze(1).expand(-1, logits.shape[1], -1), history], dim=2)
         log_probs = logits_processor(prefix.flatten(0, 1), log_probs.flatten(0, 1)).view_as(log_probs)
     token_log_probs, tokens = log_probs.topk(num_beams)  # (B, k, num_beams)
-    token_log_probs = token_log_probs.masked_fill(finished.unsqueeze(-1), 0)
-    tokens = tokens.masked_fill(finished.unsqueeze(-1), 0)
+    finished = finished.unsqueeze(-1)
+    token_log_probs = token_log_probs.masked_fill(finished, 0)
     totals = scores.unsqueeze(-1) + token_log_probs  # (B, k, num_beams)
-    totals[:, :, 1:] = totals[:, :, 1:].masked_fill(finished.unsqueeze(-1), -999)
+    totals[:, :, 1:].masked_fill_(finished, -999)
     scores, best = totals.flatten(1).topk(num_beams)  # (B, num_beams)
     return scores, best // num_beams, tokens.flatten(1).gather(1, best), token_log_probs.flatten(1).gather(1, best)
 
