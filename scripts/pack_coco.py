@@ -233,15 +233,15 @@ def shards_of(plan: Plan, parquet: bool, shard_size: int) -> list[Shard]:
 
 
 def write_shard(
-    recipe: Recipe, rows: list, path: Path, report: Path, tick: Callable[[], object] = lambda: None
+    recipe: Recipe, rows: list, path: Path, report: Path, scratch: Path, tick: Callable[[], object] = lambda: None
 ) -> dict:
-    """Write one shard and, after it is complete, `report`, which says so.
+    """Write one shard, in the folder `scratch` until it is complete, and then `report`, which says that it is.
 
     The report holds the number of rows, size and SHA-256 of the shard, the problems, and the hashes of the `.npy`
     files. With problems that are not to be skipped there is no shard and no report.
     """
     packer = Packer(recipe)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
+    unfinished = scratch / f"{path.parent.name}-{path.name}"
     writer_class = ParquetWriter if path.suffix == ".parquet" else ArrowWriter
     try:
         writer = writer_class(features=recipe.columns(), path=str(unfinished), writer_batch_size=ROWS_PER_WRITE)
@@ -306,6 +306,11 @@ def write_shards(recipe: Recipe, plan: Plan, shards: list[Shard], work: Path, nu
                 results[shard] = result
     for leftover in work.rglob("*.unfinished"):
         leftover.unlink(missing_ok=True)
+    # A worker of a killed run may live on for a moment. It finds its own scratch folder gone, and ends.
+    for leftover in work.glob("scratch-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    scratch = work / f"scratch-{os.getpid()}"
+    scratch.mkdir(exist_ok=True)
     todo = [shard for shard in shards if shard not in results]
     finished = sum(result["rows"] for result in results.values())
     check_space(recipe, sum(shard.stop - shard.start for shard in todo), work)
@@ -317,6 +322,7 @@ def write_shards(recipe: Recipe, plan: Plan, shards: list[Shard], work: Path, nu
                 plan.splits[shard.split][shard.start : shard.stop],
                 work / "packed" / shard.path,
                 reports[shard],
+                scratch,
             )
             for shard in todo
         }

@@ -294,11 +294,11 @@ def test_finished_shards_are_kept(small, tmp_path, monkeypatch, capsys):
     written = []
     write = pack_coco.write_shard
 
-    def count(recipe, rows, path, report, tick):
+    def count(recipe, rows, path, report, scratch, tick):
         written.append(path.name)
         if len(written) == 3:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
-        return write(recipe, rows, path, report, tick)
+        return write(recipe, rows, path, report, scratch, tick)
 
     monkeypatch.setattr(pack_coco, "write_shard", count)
     try:
