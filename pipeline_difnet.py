@@ -16,21 +16,23 @@ import hashlib
 import io
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForUniversalSegmentation, Pipeline
+from transformers import AutoModelForImageTextToText, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from modeling_difnet import GridFeatureBackbone, GridFeatureBackboneConfig
 from segmentation_difnet import CLASS_NAMES, LABEL_ORDERS, PanopticSegmenter, raise_for_random_weights
 
 TASK = "image-captioning"
-UNTRAINED_WARNING = "UNTRAINED: random numbers stand in for trained weights; the features and all that is made of them mean nothing"
+UNTRAINED_WARNING = (
+    "UNTRAINED: random numbers stand in for trained weights; the features and all that is made of them mean nothing"
+)
 
 SMALLEST_USUAL_SIDE = 32
 LARGEST_USUAL_RATIO = 10
@@ -126,23 +128,22 @@ def load_grid_backbone(
 ) -> GridFeatureBackbone:
     """The grid backbone of a folder or a repository.
 
-    With `untrained`, its configuration (or, without a name, a small one with 2048 channels) with random weights drawn
-    from `seed`; no weights are read.
+    `untrained` is for checks without weights: it lets a folder with random weights pass, and without a name makes a
+    small network with 2048 channels whose weights are drawn from `seed`.
 
     Raises:
-        ValueError: the weights are random or incomplete, and `untrained` was not asked for.
+        ValueError: the weights are incomplete, or random although `untrained` was not asked for.
     """
-    if untrained:
-        small = GridFeatureBackboneConfig(depths=(1, 1, 1, 1), width_per_group=1, shortest_side=150, longest_side=250)
-        config = small if name is None else GridFeatureBackboneConfig.from_pretrained(name)
-        return _with_random_weights(lambda: GridFeatureBackbone(config), seed).to(device)
+    if name is None and untrained:
+        config = GridFeatureBackboneConfig(depths=(1, 1, 1, 1), width_per_group=1, shortest_side=150, longest_side=250)
+        return _drawn_from(seed, lambda: GridFeatureBackbone(config)).eval().to(device)
     if name is None:
         raise ValueError(
             "no grid backbone: give the folder that `convert_checkpoint.py grid-backbone` made of X-101.pth"
         )
     backbone, report = GridFeatureBackbone.from_pretrained(name, output_loading_info=True)
     raise_for_random_weights(name, report)
-    if backbone.config.weights_sha256 is None:
+    if backbone.config.weights_sha256 is None and not untrained:
         raise ValueError(
             f"{name}: its config.json has no `weights_sha256`, so its weights are random. Convert X-101.pth with "
             "`convert_checkpoint.py grid-backbone`, or ask for a check without weights by untrained (--untrained)."
@@ -157,33 +158,28 @@ def load_segmenter(
     seed: int = 0,
     grid_size: int = 7,
 ) -> PanopticSegmenter:
-    """The panoptic model of a folder or a repository; with `untrained` as `load_grid_backbone`.
+    """The panoptic model of a folder or a repository; without a name, and `untrained`, a small one of random weights.
 
     Raises:
         ValueError: the weights are incomplete, or the model does not know COCO's 133 panoptic classes.
     """
-    if not untrained:
-        if name is None:
-            raise ValueError(
-                "no segmentation model: give a COCO panoptic model of Transformers, for example "
-                "facebook/mask2former-swin-large-coco-panoptic"
-            )
-        segmenter = PanopticSegmenter.from_pretrained(name, grid_size)
-    elif name is None:
-        segmenter = _with_random_weights(lambda: _small_segmenter(grid_size), seed)
+    if name is None and not untrained:
+        raise ValueError(
+            "no segmentation model: give a COCO panoptic model of Transformers, for example "
+            "facebook/mask2former-swin-large-coco-panoptic"
+        )
+    if name is None:
+        segmenter = _drawn_from(seed, lambda: _small_segmenter(grid_size))
     else:
-        config = AutoConfig.from_pretrained(name)
-        model = _with_random_weights(lambda: AutoModelForUniversalSegmentation.from_config(config), seed)
-        segmenter = PanopticSegmenter(model, PanopticSegmenter.processor_of(name, config.model_type), grid_size)
+        segmenter = PanopticSegmenter.from_pretrained(name, grid_size)
     segmenter.model.to(device)
     return segmenter
 
 
-def _with_random_weights(build: Any, seed: int) -> Any:
+def _drawn_from(seed: int, build: Callable[[], Any]) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        built = build()
-    return built.eval() if isinstance(built, torch.nn.Module) else built
+        return build()
 
 
 def _small_segmenter(grid_size: int) -> PanopticSegmenter:
@@ -219,7 +215,7 @@ def _small_segmenter(grid_size: int) -> PanopticSegmenter:
     return PanopticSegmenter(model, processor, grid_size)
 
 
-def provenance_of(model: torch.nn.Module, name: str | None, untrained: bool) -> dict[str, Any]:
+def provenance_of(model: torch.nn.Module, name: str | None) -> dict[str, Any]:
     """What a feature file should say about the network that made it.
 
     `parameters_sha256` is of all names and values of the loaded network, so it does not depend on the file's format.
@@ -232,8 +228,6 @@ def provenance_of(model: torch.nn.Module, name: str | None, untrained: bool) -> 
     for key in ("weights_source", "weights_sha256"):
         if hasattr(model.config, key):
             said[key] = getattr(model.config, key)
-    if untrained:
-        said["warning"] = UNTRAINED_WARNING
     return said
 
 
@@ -261,7 +255,8 @@ class DifnetImageCaptioningPipeline(Pipeline):
         grid_backbone: folder, repository or `GridFeatureBackbone`. Without it only features can be captioned.
         segmentation_model: folder, repository or `PanopticSegmenter`; not for the paper's baseline, which has no
             segmentation flow.
-        untrained: random weights in both feature networks, drawn from `seed`, for checks without weights. Says so.
+        untrained: for checks without weights, see `load_grid_backbone`: a network that is not named is a small one
+            with random weights, drawn from `seed`.
         num_beams, num_return_sequences, ..: of `generate`; here or in the call. `custom_generate` works too.
 
     Called with a picture (path, address, bytes, Pillow picture), with `{"grid_features": (49, 2048),
@@ -288,7 +283,6 @@ class DifnetImageCaptioningPipeline(Pipeline):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        self.untrained = untrained
         extractor = self.processor.feature_extractor
         if isinstance(grid_backbone, str) or (untrained and grid_backbone is None):
             grid_backbone = load_grid_backbone(grid_backbone, self.device, untrained, seed)
