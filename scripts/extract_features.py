@@ -367,7 +367,7 @@ Make grid features and segmentation features of pictures, in the original's file
 OUTPUT then holds
   grid_features.hdf5                    one dataset <image id>_features (49, 2048) a picture, float32
   segmentations/<folder>/<image id>.npy (133, 7, 7), float32; <folder> is the folder that the picture lies in
-  manifest.json                         names and hashes of the networks, ids and names of the pictures, what is missing
+  manifest.json                         names and hashes of the networks, ids and names of the pictures, problems
 
 Leave --grid-backbone out to make segmentation features alone, and every source of segmentation for grids alone.
 Where the features come from:
