@@ -99,9 +99,11 @@ class Readable:
             try:
                 picture = open_picture(path)
                 features = self.captioner.features_of(picture)
-            except UnreadablePicture as error:
-                self.left_out.append(str(error))
-                tqdm.write(f"left out: {error}", file=sys.stderr)
+            except ValueError as error:
+                # `UnreadablePicture` names the picture; the backbone's error on a picture too narrow does not.
+                said = str(error) if isinstance(error, UnreadablePicture) else f"{path}: {error}"
+                self.left_out.append(said)
+                tqdm.write(f"left out: {said}", file=sys.stderr)
                 continue
             remark = unusual_size(picture)
             if remark is not None:
