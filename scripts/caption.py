@@ -77,10 +77,12 @@ def make_pipeline(arguments: argparse.Namespace) -> DifnetImageCaptioningPipelin
     )
 
 
-def generation_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    options: dict[str, Any] = {"num_return_sequences": arguments.num_captions}
-    if arguments.num_beams is not None:
-        options["num_beams"] = arguments.num_beams
+def generation_options(captioner: DifnetImageCaptioningPipeline, arguments: argparse.Namespace) -> dict[str, Any]:
+    beams = arguments.num_beams or captioner.model.generation_config.num_beams or 1
+    options: dict[str, Any] = {
+        "num_return_sequences": arguments.num_captions,
+        "num_beams": max(beams, arguments.num_captions),
+    }
     if arguments.original_beam_search:
         options["custom_generate"] = original_beam_search
     return options
@@ -136,7 +138,9 @@ def caption_pictures(
     paths = find_pictures(arguments.pictures)
     pictures = Readable(captioner, list(zip(image_ids_of(paths), paths, strict=True)))
     answers = captioner(
-        (features for features in pictures), batch_size=arguments.batch_size, **generation_options(arguments)
+        (features for features in pictures),
+        batch_size=arguments.batch_size,
+        **generation_options(captioner, arguments),
     )
     results = []
     bar = tqdm(total=len(paths), unit=" pictures", desc="captioning", disable=len(paths) == 1)
@@ -152,7 +156,9 @@ def caption_pictures(
 def caption_features(captioner: DifnetImageCaptioningPipeline, arguments: argparse.Namespace) -> list[Captioned]:
     ids, for_captioner = itertools.tee(stored_features(arguments))
     answers = captioner(
-        (features for _, features in for_captioner), batch_size=arguments.batch_size, **generation_options(arguments)
+        (features for _, features in for_captioner),
+        batch_size=arguments.batch_size,
+        **generation_options(captioner, arguments),
     )
     return [
         Captioned(image_id, None, [each["generated_text"] for each in answer])
@@ -288,7 +294,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--contact-sheet", type=Path, metavar="FILE", help="write pictures and captions: .html or .png"
     )
     parser.add_argument("--num-captions", type=int, default=1, metavar="N", help="captions a picture (default 1)")
-    parser.add_argument("--num-beams", type=int, metavar="N", help="default: the checkpoint's")
+    parser.add_argument(
+        "--num-beams", type=int, metavar="N", help="default: the checkpoint's; at least --num-captions"
+    )
     parser.add_argument("--original-beam-search", action="store_true", help="the original's search, token for token")
     parser.add_argument(
         "--batch-size", type=int, default=8, metavar="N", help="pictures captioned together (default 8)"

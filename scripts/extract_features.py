@@ -383,7 +383,8 @@ Image ids come from the JSON files that are given, else from COCO's file names (
 The program can be killed at any time: the same command goes on after the last finished picture and ends with equal
 files. Until it is done there is OUTPUT.partial and no OUTPUT; writing the HDF5 file takes the space of the grids once
 more (49.5 GB for COCO). For several processes or GPUs: accelerate launch scripts/extract_features.py ..
-Pictures that cannot be read are left out and listed at the end; the exit code is then 1, and 2 for mistakes."""
+Pictures that cannot be read are left out and listed at the end; the exit code is then 1 (0 with several processes,
+whose launcher would take 1 for a crash), and 2 for mistakes."""
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -562,7 +563,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{manifest['pictures']:,} pictures ({' and '.join(made)}) in {arguments.output}; see its manifest.json")
     for problem in manifest["problems"]:
         print(f"{problem['kind']}: {problem['what']}")
-    return 1 if any(problem["kind"] == LEFT_OUT for problem in manifest["problems"]) else 0
+    is_incomplete = any(problem["kind"] == LEFT_OUT for problem in manifest["problems"])
+    return int(is_incomplete and state.num_processes == 1)
 
 
 if __name__ == "__main__":
