@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn.functional import interpolate
 from transformers import AutoImageProcessor, AutoModelForUniversalSegmentation, AutoProcessor
 
 # COCO's panoptic categories: names by category id.
@@ -327,13 +328,21 @@ class PanopticSegmenter:
     @torch.no_grad()
     def label_map(self, picture: Image.Image) -> np.ndarray:
         """(H, W) of the original's channels, uint8, `VOID` elsewhere. H and W are the picture's, at most 640."""
-        size = fitted_size(picture.size, LARGEST_LABEL_MAP_SIDE)
-        asks_for_task = {"task_inputs": ["panoptic"]} if self.model.config.model_type == "oneformer" else {}
-        inputs = self.processor(images=picture, return_tensors="pt", **asks_for_task)
-        outputs = self.model(**inputs.to(self.model.device))
-        (result,) = self.processor.post_process_panoptic_segmentation(
-            outputs, target_sizes=[size[::-1]], label_ids_to_fuse=set()
+        model_type = self.model.config.model_type
+        size = fitted_size(picture.size, LARGEST_LABEL_MAP_SIDE)[::-1]
+        inputs = self.processor(
+            images=picture, return_tensors="pt", **({"task_inputs": ["panoptic"]} if model_type == "oneformer" else {})
         )
+        outputs = self.model(**inputs.to(self.model.device))
+        options: dict[str, Any] = {"target_sizes": [size]}
+        if model_type == "oneformer":
+            # Its processor resizes with torchvision even where it is not installed; this is the same resize.
+            probabilities = interpolate(outputs.masks_queries_logits.sigmoid(), size=size, mode="bilinear")
+            outputs.masks_queries_logits = probabilities.logit()
+            options = {}
+        if not model_type.startswith("eomt"):
+            options["label_ids_to_fuse"] = set()  # fusing segments of one class would change nothing here
+        (result,) = self.processor.post_process_panoptic_segmentation(outputs, **options)
         segments = {
             segment["id"]: self.channels[segment["label_id"]]
             for segment in result["segments_info"]
