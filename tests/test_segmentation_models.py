@@ -110,9 +110,10 @@ def oneformer(folder):
     return OneFormerForUniversalSegmentation(config), OneFormerProcessor(image_processor=images, tokenizer=tokenizer)
 
 
-@pytest.mark.parametrize("family", [maskformer, eomt, detr, oneformer])
-def test_every_family_gives_the_feature(tmp_path, family):
-    torch.manual_seed(0)
+# With these seeds some of the random masks pass the processors' thresholds.
+@pytest.mark.parametrize(("family", "seed"), [(maskformer, 0), (eomt, 1), (detr, 4), (oneformer, 0)])
+def test_every_family_gives_the_feature(tmp_path, family, seed):
+    torch.manual_seed(seed)
     model, processor = family(tmp_path)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
