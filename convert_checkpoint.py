@@ -2,6 +2,7 @@
 
     python convert_checkpoint.py --checkpoint DIFNet_lrp.pth --vocab vocab.pkl --output difnet/
     python convert_checkpoint.py --to-original --checkpoint difnet/ --output back.pth
+    python convert_checkpoint.py grid-backbone X-101.pth --output x101/
 
 Original files: `train.py` writes the checkpoint (a dict with `state_dict`, optimizer and random states) and
 `data/vocab.py` the vocabulary, both as pickles. No pickle is executed here: `torch.load(weights_only=True)` is allowed
@@ -11,9 +12,13 @@ nothing else.
 Every key of the file is accounted for: it is mapped, or dropped for a stated reason, or the conversion stops. The four
 original modes (`base`, `base_lrp`, `difnet`, `difnet_lrp`) and all sizes are read from keys and shapes. Three numbers
 are not in the file: the number of heads, the paper's Lf (`--fusion-layers`) and T (`--fusion-iterations`).
+
+`grid-backbone` converts the network that makes grid features, and records the weights file's name and SHA-256.
 """
 
 import argparse
+import contextlib
+import hashlib
 import importlib.metadata
 import io
 import pickle
@@ -21,7 +26,7 @@ import shutil
 import string
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +35,7 @@ import torch
 from transformers import GenerationConfig
 
 from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration
+from modeling_difnet.grid_backbone_difnet import GridBackboneConversion, convert_detectron2_state_dict
 from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer
 
 MODES = ("base", "base_lrp", "difnet", "difnet_lrp")
@@ -61,15 +67,16 @@ class Conversion:
         model.load_state_dict(self.state_dict, assign=True)
         return model.eval()
 
-    def report(self) -> str:
-        """A table of every key of the file: where it went, or why nowhere."""
-        width = max(len(key) for key in self.shapes)
-        lines = [f"{'original key':<{width}}  {'shape':<13}  here", f"{'-' * width}  {'-' * 13}  {'-' * 4}"]
-        for key, shape in self.shapes.items():
-            here = self.mapped.get(key) or f"dropped, {self.dropped[key]}"
-            lines.append(f"{key:<{width}}  {'x'.join(map(str, shape)):<13}  {here}")
-        lines.append(f"{len(self.mapped)} keys mapped, {len(self.dropped)} dropped.")
-        return "\n".join(lines)
+
+def key_report(conversion: Conversion | GridBackboneConversion) -> str:
+    """A table of every key of the file: where it went, or why nowhere."""
+    width = max(len(key) for key in conversion.shapes)
+    lines = [f"{'original key':<{width}}  {'shape':<13}  here", f"{'-' * width}  {'-' * 13}  {'-' * 4}"]
+    for key, shape in conversion.shapes.items():
+        here = conversion.mapped.get(key) or f"dropped, {conversion.dropped[key]}"
+        lines.append(f"{key:<{width}}  {'x'.join(map(str, shape)):<13}  {here}")
+    lines.append(f"{len(conversion.mapped)} keys mapped, {len(conversion.dropped)} dropped.")
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -321,7 +328,7 @@ def to_original_state_dict(model: DifnetForConditionalGeneration, mode: str | No
 
 
 def allowed_numpy_names() -> list:
-    """What a training checkpoint holds besides tensors: numpy's random state and scores, under old and new names."""
+    """What checkpoints hold besides tensors: numpy's arrays, random state and scores, under old and new names."""
     reconstruct, scalar = np._core.multiarray._reconstruct, np._core.multiarray.scalar
     return [
         (reconstruct, "numpy.core.multiarray._reconstruct"),
@@ -330,17 +337,16 @@ def allowed_numpy_names() -> list:
         (scalar, "numpy._core.multiarray.scalar"),
         np.ndarray,
         np.dtype,
-        type(np.dtype(np.uint32)),
-        type(np.dtype(np.float64)),
+        *(type(np.dtype(name)) for name in ("uint32", "float32", "float64")),
     ]
 
 
-def load_original_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
-    """The state dict in an original `.pth`: a training checkpoint or a bare state dict. Executes nothing.
+def load_original_checkpoint(path: str | Path, entry: str = "state_dict") -> dict[str, torch.Tensor]:
+    """The state dict in an original `.pth`, under the key `entry` or as a whole. Executes nothing.
 
     Raises:
-        ValueError: no such file, a truncated file, a pickle that asks for anything but tensors and numpy's random
-            state, a file without a state dict.
+        ValueError: no such file, a truncated file, a pickle that asks for anything but tensors and numpy's arrays and
+            random state, a file without a state dict.
     """
     path = Path(path)
     if not path.is_file():
@@ -359,14 +365,19 @@ def load_original_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
             f"{path} cannot be read: the file is truncated or is no checkpoint of PyTorch ({error})."
         ) from error
 
-    state_dict = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else checkpoint
+    state_dict = checkpoint.get(entry, checkpoint) if isinstance(checkpoint, dict) else checkpoint
+    if isinstance(state_dict, dict):
+        state_dict = {  # detectron2 writes some weights as numpy's arrays
+            key: torch.from_numpy(value) if isinstance(value, np.ndarray) and value.dtype == np.float32 else value
+            for key, value in state_dict.items()
+        }
     if (
         not isinstance(state_dict, dict)
         or not state_dict
         or not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state_dict.items())
     ):
-        raise ValueError(f"{path} holds no state dict: neither under the key `state_dict` nor as a whole.")
-    return dict(state_dict)
+        raise ValueError(f"{path} holds no state dict: neither under the key `{entry}` nor as a whole.")
+    return state_dict
 
 
 class VocabularyReader(pickle.Unpickler):
@@ -527,18 +538,33 @@ def convert(
     model = conversion.model()
     model.generation_config = default_generation_config(config)
 
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:
-        unfinished = Path(temporary, "checkpoint")
+    with written_at_once(output) as unfinished:
         model.save_pretrained(unfinished)
         if processor is not None:
             processor.save_pretrained(unfinished)
         write_model_card(
             unfinished, config, f"Converted from `{Path(checkpoint).name}`, a checkpoint of the original code."
         )
-        if output.exists():
-            shutil.rmtree(output)
-        unfinished.rename(output)
+    return conversion
+
+
+def convert_grid_backbone(
+    checkpoint: str | Path, output: str | Path, depths: Sequence[int] | None = None, overwrite: bool = False
+) -> GridBackboneConversion:
+    """Makes a folder for `GridFeatureBackbone.from_pretrained` of a weights file of grid-feats-vqa.
+
+    The arguments are those of `convert`, and `depths` those of `convert_detectron2_state_dict`.
+
+    Raises:
+        ValueError: as `load_original_checkpoint` and `convert_detectron2_state_dict`; an output that exists.
+    """
+    checkpoint, output = Path(checkpoint), Path(output)
+    refuse_to_replace(output, overwrite)
+    conversion = convert_detectron2_state_dict(load_original_checkpoint(checkpoint, "model"), depths, str(checkpoint))
+    conversion.config.weights_source = checkpoint.name
+    conversion.config.weights_sha256 = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    with written_at_once(output) as unfinished:
+        conversion.model().save_pretrained(unfinished)
     return conversion
 
 
@@ -565,12 +591,21 @@ def convert_back(
             f"config.json says{listing(lost)}."
         )
     state_dict = to_original_state_dict(model, mode)
+    with written_at_once(output) as unfinished:
+        torch.save({"state_dict": state_dict}, unfinished)
+    return state_dict
+
+
+@contextlib.contextmanager
+def written_at_once(output: Path) -> Iterator[Path]:
+    """A path to write a file or a folder to, which becomes `output` when all is written, and nothing otherwise."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:
         unfinished = Path(temporary, output.name)
-        torch.save({"state_dict": state_dict}, unfinished)
+        yield unfinished
+        if unfinished.is_dir() and output.exists():
+            shutil.rmtree(output)
         unfinished.replace(output)
-    return state_dict
 
 
 def refuse_to_replace(output: Path, overwrite: bool) -> None:
@@ -584,6 +619,9 @@ def refuse_to_replace(output: Path, overwrite: bool) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["grid-backbone"]:
+        return grid_backbone_main(arguments[1:])
     parser = argparse.ArgumentParser(
         prog="convert_checkpoint.py",
         description=__doc__.split("\n\n", 1)[0],
@@ -623,13 +661,38 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"convert_checkpoint.py: {error}", file=sys.stderr)
         return 2
     config = conversion.config
-    print(conversion.report())
+    print(key_report(conversion))
     print(
         f"{'DIFNet' if config.use_segmentation else 'Baseline'} with {config.vocab_size} tokens, "
         f"{config.encoder_layers} + {config.decoder_layers} layers, {config.encoder_attention_heads} heads"
         + (f", Lf={config.fusion_layers}, T={config.fusion_iterations}" if config.use_segmentation else "")
     )
     print(f"Wrote {options.output}" + ("" if options.vocab else " (without a processor: no --vocab was given)"))
+    return 0
+
+
+def grid_backbone_main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="convert_checkpoint.py grid-backbone",
+        description="Converts X-101.pth, X-152.pth or R-50.pth of facebookresearch/grid-feats-vqa to a folder for "
+        "GridFeatureBackbone.from_pretrained.",
+    )
+    parser.add_argument("checkpoint", help="the detector's .pth")
+    parser.add_argument("--output", required=True, help="folder to make")
+    parser.add_argument(
+        "--depth", nargs=4, type=int, metavar="BLOCKS", help="blocks of the stages, for another network than these"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
+    options = parser.parse_args(arguments)
+    try:
+        conversion = convert_grid_backbone(options.checkpoint, options.output, options.depth, options.overwrite)
+    except (ValueError, OSError) as error:
+        print(f"convert_checkpoint.py: {error}", file=sys.stderr)
+        return 2
+    config = conversion.config
+    print(key_report(conversion))
+    print(f"Grid feature backbone, {config.depths} blocks, {config.groups} groups, deviation {config.image_std}")
+    print(f"Wrote {options.output} from {config.weights_source}, SHA-256 {config.weights_sha256}")
     return 0
 
 
