@@ -1,4 +1,4 @@
-"""The files that COCO's captions and the original's features come in. `pack_coco.py` reads them.
+"""The files that COCO's captions and the original's features come in, and the pictures. The other programs read them.
 
 Annotations: the original's four `.npy` id files beside COCO's two files of 2014, Karpathy's `dataset_coco.json`, or
 COCO caption files named for their splits. Features: the original's HDF5 file, RSTNet's, DLCT's, or unpooled maps.
@@ -12,7 +12,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -239,6 +239,43 @@ def read_annotations(path: str) -> tuple[dict[str, list[ImageRow]], list[Path]]:
 
 def listed(ids: list[int]) -> str:
     return ", ".join(map(str, sorted(set(ids))))
+
+
+# Pictures: which files, and their ids
+
+# Of the formats that Pillow reads, those that pictures come in.
+PICTURE_SUFFIXES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+def find_pictures(places: Iterable[str]) -> list[Path]:
+    """Pictures in the order of `places`; of a folder all in it and below, sorted by path.
+
+    ValueError for a place that does not exist or a folder without pictures. A file is taken whatever its name.
+    """
+    found: list[Path] = []
+    for place in map(Path, places):
+        if place.is_dir():
+            inside = [
+                path for path in sorted(place.rglob("*")) if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file()
+            ]
+            if not inside:
+                raise ValueError(f"{place}: no pictures in this folder ({' '.join(PICTURE_SUFFIXES)})")
+            found += inside
+        elif place.exists():
+            found.append(place)
+        else:
+            raise ValueError(f"{place}: no such file or folder")
+    return list(dict.fromkeys(found))
+
+
+def image_ids_of(paths: Sequence[Path]) -> list[int]:
+    """The ids in COCO's file names, such as `COCO_val2014_000000000042.jpg` or `000000000042.jpg`.
+
+    If one name is of another kind, or an id occurs twice, all pictures are numbered in order from 1.
+    """
+    matches = [re.fullmatch(r"(?:COCO_[a-z]+\d+_)?(\d+)", path.stem) for path in paths]
+    ids = [int(match[1]) for match in matches if match]
+    return ids if len(set(ids)) == len(paths) else list(range(1, len(paths) + 1))
 
 
 # Features: where those of an image are, and what they must look like

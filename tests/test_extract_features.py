@@ -1,0 +1,362 @@
+"""Extraction: the original's layout from every source, equal files although killed, unreadable pictures listed."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from datasets import load_from_disk
+from PIL import Image
+from test_pictures import broken_files, noise
+
+from dataset_difnet import decode_segmentation
+from pipeline_difnet import UNTRAINED_WARNING, load_grid_backbone, load_segmenter, open_picture
+from segmentation_difnet import CLASS_NAMES
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "extract_features.py"
+sys.path.insert(0, str(SCRIPT.parent))
+import extract_features  # noqa: E402
+from coco_sources import find_pictures, image_ids_of  # noqa: E402
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+CATEGORIES = [{"id": 1, "name": "person"}, {"id": 18, "name": "dog"}]
+
+
+def make_pictures(folder: Path, count: int = 4) -> list[int]:
+    """JPEGs with COCO's names; returns their ids."""
+    folder.mkdir(parents=True)
+    ids = [10 * (index + 1) for index in range(count)]
+    for image_id in ids:
+        noise(image_id).save(folder / f"{image_id:012d}.jpg")
+    return ids
+
+
+def run(*arguments: object) -> int:
+    return extract_features.main([*map(str, arguments), "--device", "cpu"])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def manifest_of(folder: Path) -> dict:
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def coco_file(path: Path, ids: list[int], annotations: list[dict], **further: object) -> Path:
+    images = [{"id": index, "file_name": f"{index:012d}.jpg", "width": 64, "height": 48} for index in ids]
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": CATEGORIES, **further}))
+    return path
+
+
+def test_the_layout_and_the_features_are_the_originals(tmp_path):
+    ids = make_pictures(tmp_path / "val2014")
+    assert run(tmp_path / "val2014", "--untrained", "--output", tmp_path / "out") == 0
+    backbone, segmenter = load_grid_backbone(None, untrained=True), load_segmenter(None, untrained=True)
+    with h5py.File(tmp_path / "out" / "grid_features.hdf5") as grids:
+        assert sorted(grids) == sorted(f"{image_id}_features" for image_id in ids)
+        for image_id in ids:
+            picture = open_picture(tmp_path / "val2014" / f"{image_id:012d}.jpg")
+            grid, segmentation = (
+                grids[f"{image_id}_features"][()],
+                np.load(tmp_path / "out" / "segmentations" / "val2014" / f"{image_id}.npy"),
+            )
+            assert grid.shape == (49, 2048)
+            assert segmentation.shape == (133, 7, 7)
+            assert grid.dtype == segmentation.dtype == np.float32
+            assert (grid == backbone.grid_features(picture).numpy()).all()
+            assert (segmentation == segmenter(picture)).all()
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_where_the_weights_came_from_is_recorded(tmp_path, capsys):
+    make_pictures(tmp_path / "pictures")
+    assert run(tmp_path / "pictures", "--untrained", "--output", tmp_path / "out") == 0
+    assert UNTRAINED_WARNING in capsys.readouterr().err
+    manifest = manifest_of(tmp_path / "out")
+    assert manifest["warning"] == UNTRAINED_WARNING
+    for network in ("grid_backbone", "segmentation"):
+        assert len(manifest[network]["parameters_sha256"]) == 64
+    assert manifest["grid_backbone"]["weights_sha256"] is None
+    with h5py.File(tmp_path / "out" / "grid_features.hdf5") as grids:
+        assert grids.attrs["warning"] == UNTRAINED_WARNING
+        assert json.loads(grids.attrs["grid_backbone"]) == manifest["grid_backbone"]
+
+
+def test_nothing_is_random_unless_asked_for(tmp_path, capsys):
+    make_pictures(tmp_path / "pictures")
+    load_grid_backbone(None, untrained=True).save_pretrained(tmp_path / "random")
+    for arguments, message in [
+        ([], "nothing to make"),
+        (["--grid-backbone", tmp_path / "random"], "weights are random"),
+    ]:
+        assert run(tmp_path / "pictures", *arguments, "--output", tmp_path / "out") == 2
+        assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("out*"))
+
+
+# Sources of the segmentation
+
+
+def test_instance_annotations(tmp_path):
+    ids = make_pictures(tmp_path / "train2017", 2)
+    left, all_of_it = [[0, 0, 32, 0, 32, 48, 0, 48]], [[0, 0, 64, 0, 64, 48, 0, 48]]
+    annotations = [
+        {"image_id": 10, "category_id": 1, "segmentation": left, "iscrowd": 0},
+        {"image_id": 10, "category_id": 18, "segmentation": all_of_it, "iscrowd": 0},
+    ]
+    instances = coco_file(tmp_path / "instances.json", ids, annotations)
+    out = tmp_path / "out"
+    assert run(tmp_path / "train2017", "--instance-annotations", instances, "--output", out) == 0
+    feature = np.load(out / "segmentations" / "train2017" / "10.npy")
+    person, dog = CLASS_NAMES.index("person"), CLASS_NAMES.index("dog")
+    assert (feature[person, :, :3] == 1).all()
+    assert (feature[dog, :, 4:] == 1).all()
+    assert feature.sum() == 49
+    assert (np.load(out / "segmentations" / "train2017" / "20.npy") == 0).all()
+    assert not (out / "grid_features.hdf5").exists()
+    assert list(manifest_of(out)["segmentation"]["sha256"]) == ["instances.json"]
+
+
+def test_panoptic_annotations(tmp_path):
+    ids = make_pictures(tmp_path / "val2017", 1)
+    segments = np.zeros((48, 64, 3), dtype=np.uint8)
+    segments[:, 32:] = (1, 1, 0)
+    (tmp_path / "panoptic_val2017").mkdir()
+    Image.fromarray(segments).save(tmp_path / "panoptic_val2017" / "000000000010.png")
+    annotation = {
+        "image_id": 10,
+        "file_name": "000000000010.png",
+        "segments_info": [{"id": 257, "category_id": 18}],
+    }
+    panoptic = coco_file(tmp_path / "panoptic_val2017.json", ids, [annotation])
+    assert run(tmp_path / "val2017", "--panoptic-annotations", panoptic, "--output", tmp_path / "out") == 0
+    feature = np.load(tmp_path / "out" / "segmentations" / "val2017" / "10.npy")
+    assert (feature[CLASS_NAMES.index("dog"), :, 4:] == 1).all()
+    assert feature[:, :, :3].sum() == 0
+
+
+@pytest.mark.parametrize(("order", "label", "name"), [("stuff-first", 0, "banner"), ("things-first", 0, "person")])
+def test_label_maps(tmp_path, order, label, name):
+    make_pictures(tmp_path / "pictures", 2)
+    (tmp_path / "maps").mkdir()
+    np.save(tmp_path / "maps" / "10.npy", np.full((30, 30), label))
+    Image.fromarray(np.full((30, 30), label, dtype=np.uint8)).save(tmp_path / "maps" / "20.png")
+    arguments = ["--label-maps", tmp_path / "maps", "--label-order", order]
+    assert run(tmp_path / "pictures", *arguments, "--output", tmp_path / "out") == 0
+    for image_id in (10, 20):
+        feature = np.load(tmp_path / "out" / "segmentations" / "pictures" / f"{image_id}.npy")
+        assert (feature[CLASS_NAMES.index(name)] == 1).all()
+
+
+def test_annotations_are_matched_to_the_pixels_they_were_drawn_on(tmp_path, capsys):
+    make_pictures(tmp_path / "pictures", 3)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise(20).save(tmp_path / "pictures" / f"{20:012d}.jpg", exif=exif)  # upright it is 48 x 64
+    noise(30, 50, 50).save(tmp_path / "pictures" / f"{30:012d}.jpg")
+    instances = coco_file(tmp_path / "instances.json", [10, 20, 30], [])
+    assert run(tmp_path / "pictures", "--instance-annotations", instances, "--output", tmp_path / "out") == 1
+    assert "50 x 50 pixels, but the annotations are of 64 x 48" in capsys.readouterr().out
+    assert [image["id"] for image in manifest_of(tmp_path / "out")["images"]] == [10, 20]
+
+
+# Which pictures
+
+
+def test_ids_come_from_cocos_names_or_are_numbers():
+    coco = [Path("COCO_val2014_000000000042.jpg"), Path("a/000000000007.png"), Path("3.jpg")]
+    assert image_ids_of(coco) == [42, 7, 3]
+    assert image_ids_of([*coco, Path("holiday.jpg")]) == [1, 2, 3, 4]
+    assert image_ids_of([Path("a/7.jpg"), Path("b/7.jpg")]) == [1, 2]
+
+
+def test_a_coco_file_chooses_pictures_and_their_ids(tmp_path):
+    make_pictures(tmp_path / "pictures", 3)
+    images = [{"id": 5, "file_name": "000000000030.jpg"}, {"id": 6, "file_name": "000000000010.jpg"}]
+    (tmp_path / "some.json").write_text(json.dumps({"images": images}))
+    arguments = ["--coco-json", tmp_path / "some.json", "--untrained", "--output", tmp_path / "out"]
+    assert run(tmp_path / "pictures", *arguments) == 0
+    assert manifest_of(tmp_path / "out")["images"] == images
+
+
+def test_pictures_are_found_in_folders_below_whatever_the_case(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for name in ("a/b/2.JPG", "a/1.png", "a/notes.txt"):
+        (tmp_path / name).touch()
+    assert [path.name for path in find_pictures([str(tmp_path)])] == ["1.png", "2.JPG"]
+    with pytest.raises(ValueError, match="no such file"):
+        find_pictures([str(tmp_path / "elsewhere")])
+
+
+def test_pictures_that_cannot_be_read_are_listed_and_the_others_go_on(tmp_path, capsys):
+    folder = tmp_path / "pictures"
+    make_pictures(folder, 2)
+    messages = broken_files(folder)
+    Image.new("RGB", (1, 1), "red").save(folder / "one.png")
+    Image.effect_noise((20000, 100), 50).convert("RGB").save(folder / "long.jpg")
+    assert run(folder, "--untrained", "--output", tmp_path / "out") == 1
+    said = capsys.readouterr().out
+    for name in ("corrupt.jpg", "empty.jpg", "text.jpg", "cut.png"):
+        assert f"left out: {folder / name}: " in said
+    assert messages["empty.jpg"] in said
+    assert "one.png: 1 x 1 pixels" in said
+    assert "long.jpg: 20000 x 100 pixels" in said
+    names = [image["file_name"] for image in manifest_of(tmp_path / "out")["images"]]
+    assert names == ["000000000010.jpg", "000000000020.jpg", "long.jpg", "one.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.json"], "No such file"),
+        (["broken.json"], "not a COCO file"),
+        (["other.json"], "category 9 ('zeppelin') is none"),
+    ],
+)
+def test_mistakes_end_with_one_line(tmp_path, capsys, arguments, message):
+    make_pictures(tmp_path / "pictures", 1)
+    (tmp_path / "broken.json").write_text("[1, 2")
+    coco_file(tmp_path / "other.json", [10], [], categories=[{"id": 9, "name": "zeppelin"}])
+    files = [tmp_path / name for name in arguments]
+    assert run(tmp_path / "pictures", "--instance-annotations", *files, "--output", tmp_path / "out") == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "\n" not in error
+
+
+# Killed and started again
+
+
+def command(pictures: Path, output: Path) -> list[str]:
+    return [sys.executable, str(SCRIPT), str(pictures), "--untrained", "--device", "cpu", "--output", str(output)]
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_it_ends_with_equal_files(tmp_path, kills):
+    """Each kill comes a random time after the first picture of that run, or after the last that was left."""
+    rng = random.Random(kills)
+    pictures = tmp_path / "pictures"
+    make_pictures(pictures, 12 * kills)
+    (pictures / "999.jpg").write_text("no picture")
+    noise(7, 4, 4).save(pictures / "000000000001.png")
+    whole, pieces = tmp_path / "whole" / "out", tmp_path / "pieces" / "out"
+    for folder in (whole.parent, pieces.parent):
+        folder.mkdir()
+    assert subprocess.run(command(pictures, whole), env=ENVIRONMENT, capture_output=True).returncode == 1
+
+    progress = []
+    grids = pieces.with_name("out.partial") / "grids"
+    for _ in range(kills):
+        done = len(list(grids.glob("*.npy"))) if grids.exists() else 0
+        process = subprocess.Popen(
+            command(pictures, pieces), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while process.poll() is None and (not grids.exists() or len(list(grids.glob("*.npy"))) <= done):
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.4))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        progress.append(len(list(grids.glob("*.npy"))) if grids.exists() else 0)
+    assert 0 < progress[0] < 12 * kills
+    assert subprocess.run(command(pictures, pieces), env=ENVIRONMENT, capture_output=True).returncode == 1
+    assert contents(pieces) == contents(whole)
+    assert not pieces.with_name("out.partial").exists()
+
+
+def test_killed_while_the_hdf5_file_is_written(tmp_path, monkeypatch):
+    pictures, output = tmp_path / "pictures", tmp_path / "out"
+    make_pictures(pictures)
+    arguments = [pictures, "--untrained", "--output", output]
+    load, loaded = np.load, []
+
+    def load_until(path):
+        loaded.append(path)
+        if len(loaded) == 3:
+            raise KeyboardInterrupt
+        return load(path)
+
+    monkeypatch.setattr(extract_features.np, "load", load_until)
+    assert run(*arguments) == 130
+    assert not output.exists()
+    monkeypatch.undo()
+    assert run(*arguments) == 0
+    shutil.copytree(output, tmp_path / "kept")
+    shutil.rmtree(output)
+    assert run(*arguments) == 0
+    assert contents(output) == contents(tmp_path / "kept")
+
+
+def test_a_finished_folder_is_kept_and_another_request_refused(tmp_path, capsys):
+    pictures, output = tmp_path / "pictures", tmp_path / "out"
+    make_pictures(pictures)
+    assert run(pictures, "--untrained", "--output", output) == 0
+    before = contents(output)
+    assert run(pictures, "--untrained", "--output", output) == 0
+    assert "complete already" in capsys.readouterr().out
+    assert run(pictures, "--untrained", "--seed", 1, "--output", output) == 2
+    assert "was not made from these" in capsys.readouterr().err
+    assert contents(output) == before
+
+
+def test_a_picture_that_was_repaired_is_taken_up(tmp_path):
+    pictures, output = tmp_path / "pictures", tmp_path / "out"
+    ids = make_pictures(pictures)
+    broken = pictures / f"{ids[0]:012d}.jpg"
+    content = broken.read_bytes()
+    broken.write_bytes(b"")
+    extraction = [pictures, "--untrained", "--output", output]
+    process = subprocess.Popen(
+        [*command(pictures, output)], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    problem = output.with_name("out.partial") / "problems" / f"{ids[0]}.json"
+    while process.poll() is None and not problem.exists():
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert problem.exists()
+    broken.write_bytes(content)
+    assert run(*extraction) == 0
+    assert manifest_of(output)["problems"] == []
+
+
+def test_two_processes_make_the_same_files(tmp_path):
+    make_pictures(tmp_path / "pictures", 5)
+    outputs = [tmp_path / "one" / "out", tmp_path / "two" / "out"]
+    for output in outputs:
+        output.parent.mkdir()
+    subprocess.run(command(tmp_path / "pictures", outputs[0]), env=ENVIRONMENT, check=True, capture_output=True)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    parallel = [*torchrun, *command(tmp_path / "pictures", outputs[1])[1:]]
+    done = subprocess.run(parallel, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert contents(outputs[0]) == contents(outputs[1])
+
+
+# Straight into the packed dataset
+
+
+def test_packed(tmp_path):
+    ids = make_pictures(tmp_path / "val2017", 3)
+    annotations = [{"id": index, "image_id": index, "caption": f"a dog {index}"} for index in ids]
+    coco_file(tmp_path / "captions_val2017.json", ids, annotations)
+    captions = tmp_path / "captions"
+    captions.mkdir()
+    (tmp_path / "captions_val2017.json").rename(captions / "captions_val2017.json")
+    packing = ["--packed", tmp_path / "packed", "--captions", captions]
+    assert run(tmp_path / "val2017", "--untrained", "--output", tmp_path / "out", *packing) == 0
+    packed = load_from_disk(str(tmp_path / "packed"))["validation"]
+    assert packed["image_id"][:] == ids
+    for row in packed:
+        feature = np.load(tmp_path / "out" / "segmentations" / "val2017" / f"{row['image_id']}.npy")
+        stored = decode_segmentation([row["segmentation_features"]], np.float32)[0]
+        np.testing.assert_allclose(stored, feature, rtol=2**-11)
+    assert json.loads((tmp_path / "packed" / "extraction.json").read_text())["warning"] == UNTRAINED_WARNING
