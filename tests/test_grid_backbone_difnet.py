@@ -579,7 +579,7 @@ def test_a_folder_brings_its_code(folder: Path, tmp_path: Path) -> None:
     environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     for source in (folder, "again"):
         subprocess.run(
-            [sys.executable, "-P", "-c", USER_WITHOUT_THE_PACKAGE, source],
+            [sys.executable, "-c", USER_WITHOUT_THE_PACKAGE, source],
             check=True,
             cwd=tmp_path,
             env=environment,
