@@ -37,7 +37,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from evaluate_captions import caption_split, score_split  # noqa: E402
-from model_card import write_model_card  # noqa: E402
 from training_log import Log, TrainingFailed  # noqa: E402
 from training_options import parse_arguments  # noqa: E402
 from training_start import (  # noqa: E402
@@ -57,6 +56,7 @@ from dataset_difnet import (  # noqa: E402
     ReferenceBatches,
     load_packed_split,
 )
+from model_card import write_model_card  # noqa: E402
 from modeling_difnet import (  # noqa: E402
     DifnetConfig,
     DifnetForConditionalGeneration,
@@ -250,7 +250,7 @@ class Run:
         set_seed(options.seed)
         self.model, self.processor = make_model(options, resumed, self.train_images, self.validation_images)
         self.tokenizer = self.processor.tokenizer
-        check_data(self.model.config, self.train_images, options.dataset)
+        check_data(self.model.config, self.train_images, options)
         scorer = SequenceLogProbs(self.model)
         if options.compile:
             scorer.compile(dynamic=True)
@@ -514,7 +514,7 @@ def train_epoch(run: Run) -> bool:
         initial=progress.batch // accumulated,
         desc=f"{progress.stage} epoch {progress.epoch}",
         unit="step",
-        disable=not run.accelerator.is_main_process,
+        disable=None if run.accelerator.is_main_process else True,  # None: a terminal has bars, a file has lines
     )
     iterator = iter(batches)
     with bar:
@@ -660,6 +660,8 @@ def main(argv: list[str] | None = None) -> int:
         run.accelerator.end_training()
     except (ValueError, OSError, ImportError, TrainingFailed) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
+        if isinstance(error, OSError) and (options.output / "last").exists():
+            print(f"{options.output / 'last'} is as it was: mend this, then --resume last goes on", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         finished = False

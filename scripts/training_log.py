@@ -97,10 +97,21 @@ class Log:
             with self.path.open("ab") as file:
                 file.write(json.dumps({**place, **figures}).encode() + b"\n")
                 progress.log_bytes = file.tell()
-            readable = "  ".join(
-                f"{name} {value:.4g}" for name, value in figures.items() if not isinstance(value, bool)
-            )
-            tqdm.write(f"{progress.stage} epoch {progress.epoch} step {progress.step}  {readable}")
+            place = f"{progress.stage} epoch {progress.epoch} step {progress.step}"
+            tqdm.write(f"{place} {event}: {readable(figures)}")
         self.accelerator.log(
             {f"{progress.stage}/{event}/{name}": value for name, value in figures.items()}, step=progress.step
         )
+
+
+def readable(figures: dict[str, Any]) -> str:
+    """One line for a person: `loss 2.776  learning rate 0.0001  .. data 3%  backward 71%`."""
+    words = []
+    for name, value in figures.items():
+        if name.startswith("share_"):
+            words += [f"{name.removeprefix('share_')} {value:.0%}"] if value > 0 else []
+        elif isinstance(value, bool):
+            words += [name] if value else []
+        else:
+            words.append(f"{name.replace('_', ' ')} {value:.4g}")
+    return "  ".join(words)

@@ -121,7 +121,13 @@ def make_model(
 
 
 def load_model(folder: Path) -> DifnetForConditionalGeneration:
-    model, report = DifnetForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    try:
+        model, report = DifnetForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    except OSError as error:  # also the Hub's errors
+        raise ValueError(
+            f"{folder}: no model can be loaded from there. Give a folder that convert_checkpoint.py or train.py "
+            f"wrote, or a repository of the Hub. ({str(error).splitlines()[0]})"
+        ) from error
     wrong = {name: sorted(map(str, keys)) for name, keys in report.items() if keys}
     if wrong:
         raise ValueError(f"{folder}: the weights do not fit its config.json: {wrong}. Take both from one checkpoint.")
@@ -135,10 +141,12 @@ def read_config(path: Path | None) -> dict[str, Any]:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
-    known = DifnetConfig().to_dict()
-    unknown = sorted(set(fields) - set(known)) if isinstance(fields, dict) else [type(fields).__name__]
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} must hold a JSON object with fields of DifnetConfig, not a {type(fields).__name__}")
+    unknown = sorted(set(fields) - set(DifnetConfig().to_dict()))
     if unknown:
-        raise ValueError(f"{path}: DifnetConfig has no {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+        known = ", ".join(name for name in DifnetConfig.__annotations__ if not name.startswith("_"))
+        raise ValueError(f"{path}: DifnetConfig has no {', '.join(unknown)}. Its fields: {known}.")
     return fields
 
 
@@ -180,7 +188,14 @@ def with_new_vocabulary(
     return renewed
 
 
-def check_data(config: DifnetConfig, images: Dataset, folder: Path) -> None:
+def check_data(config: DifnetConfig, images: Dataset, options: argparse.Namespace) -> None:
+    """Refuses features and lengths that the model does not take."""
+    folder = options.dataset
+    if options.max_new_tokens > config.max_position_embeddings:
+        raise ValueError(
+            f"--max-new-tokens {options.max_new_tokens} is more than the model's position table has rows "
+            f"(max_position_embeddings {config.max_position_embeddings}). Give a smaller number."
+        )
     batch = PackedImages(images).read([0])
     if config.use_segmentation and "segmentation_features" not in batch:
         raise ValueError(

@@ -206,7 +206,7 @@ def save_checkpoint(
             replace_folder(unfinished, output / "last")
         except (OSError, SafetensorError) as error:
             shutil.rmtree(unfinished, ignore_errors=True)
-            problem = str(error)
+            problem = f"{output / 'last'} could not be saved: {error}"
     (problem,) = broadcast_object_list([problem])
     if problem is not None:
         raise OSError(problem)
