@@ -1,4 +1,4 @@
-"""A packed dataset that a tiny model learns in seconds: pictures of one thing in one colour, captions that name both."""
+"""A packed dataset that a tiny model learns in seconds: one thing in one colour, and captions that name both."""
 
 import json
 from pathlib import Path
