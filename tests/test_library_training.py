@@ -1,7 +1,11 @@
 """`Seq2SeqTrainer` and PEFT train the model as they train any other, and docs/library_training.md says the truth."""
 
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +68,7 @@ def split(num_images: int, seed: int) -> Dataset:
 
 @pytest.fixture(scope="module")
 def packed() -> DatasetDict:
-    return DatasetDict({"train": split(18, 0), "validation": split(7, 1), "test": split(6, 2)})
+    return DatasetDict({"train": split(18, 0), "validation": split(10, 1), "test": split(6, 2)})
 
 
 @pytest.fixture(scope="module")
@@ -273,6 +277,25 @@ def test_bf16_trains_fp32_weights(
     assert trained[1] == pytest.approx(trained[0], rel=1e-2)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler for the CPU")
+def test_a_compiled_training_step_is_the_same_step(
+    config: DifnetConfig, packed: DatasetDict, processor: DifnetProcessor, tmp_path: Path
+) -> None:
+    # Captions of one length, so that there is one shape to compile for.
+    pairs = CaptionPairs(packed["train"], processor.tokenizer, captions_per_image=1)
+    config.dropout = config.attention_dropout = 0.0
+    trained = []
+    for compiled in (False, True):
+        trainer = make_trainer(fresh_model(config), pairs, processor, tmp_path, torch_compile=compiled, max_steps=3)
+        trainer.train()
+        trained.append((losses(trainer), dict(trainer.model.named_parameters())))
+    (eager_losses, eager), (compiled_losses, compiled) = trained
+    assert compiled_losses == pytest.approx(eager_losses, rel=1e-5)
+    for name, parameter in eager.items():
+        torch.testing.assert_close(compiled[name], parameter, rtol=1e-4, atol=1e-5)
+
+
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
@@ -311,7 +334,7 @@ def test_the_trainer_evaluates_by_the_projects_metrics(page: dict, packed: Datas
     assert [entry["epoch"] for entry in evaluations] == [1, 2, 3]
     assert {"eval_bleu_4", "eval_rouge_l", "eval_loss"} <= evaluations[-1].keys()
     trainer, processor = page["trainer"], page["processor"]
-    inputs = PackedImages(packed["validation"]).read(range(7))
+    inputs = PackedImages(packed["validation"]).read(range(10))
     captions = processor.post_process_captions(trainer.model.generate(**inputs))
     scores = page["score_captions"](captions, packed["validation"]["captions"])
     measured = trainer.evaluate()
@@ -354,3 +377,38 @@ def test_lora_trains_the_adapter_alone_and_merges(page: dict, monkeypatch: pytes
         assert torch.equal(merged.generate(**inputs), adapted.generate(**inputs))
         with adapted.disable_adapter():
             assert torch.equal(adapted(**inputs, decoder_input_ids=tokens).logits, before)
+
+
+@pytest.mark.slow
+def test_two_processes_with_half_the_batch_are_one_process(
+    config: DifnetConfig, packed: DatasetDict, processor: DifnetProcessor, tmp_path: Path
+) -> None:
+    """The page's first block: the same training, and every image in the scores once (10 images, batches of 2 x 8)."""
+    config.dropout = config.attention_dropout = 0.0
+    model = fresh_model(config)
+    model.generation_config = default_generation_config(config)
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "difnet")
+    packed.save_to_disk(tmp_path / "coco_packed")
+    environment = {**os.environ, "PYTHONPATH": str(PAGE.parent.parent), "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    logs = []
+    for processes in (1, 2):
+        # 54 pairs are 3 batches an epoch. SGD, since Adam makes whole steps of gradients that are rounding alone.
+        block = blocks(PAGE)[0].replace("runs/xe", f"runs/{processes}").replace("adam_beta2=0.98", 'optim="sgd"')
+        batch = f"use_cpu=True, per_device_train_batch_size={18 // processes}"
+        block = block.replace("per_device_train_batch_size=50", batch).replace(
+            "learning_rate=1e-4", "learning_rate=0.1"
+        )
+        (tmp_path / "train.py").write_text(block)
+        command = [*torchrun, str(processes), "train.py"]
+        run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        assert run.returncode == 0, run.stderr[-3000:]
+        state = json.loads((tmp_path / "runs" / str(processes) / "checkpoint-6" / "trainer_state.json").read_text())
+        logs.append([entry["eval_cider_d"] for entry in state["log_history"] if "eval_cider_d" in entry])
+        logs[-1].append(load_file(tmp_path / "runs" / str(processes) / "checkpoint-6" / "model.safetensors"))
+    (*one_scores, one), (*two_scores, two) = logs
+    assert len(one_scores) == 2
+    assert two_scores == pytest.approx(one_scores, abs=1e-9)
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
