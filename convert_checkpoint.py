@@ -19,11 +19,9 @@ are not in the file: the number of heads, the paper's Lf (`--fusion-layers`) and
 import argparse
 import contextlib
 import hashlib
-import importlib.metadata
 import io
 import pickle
 import shutil
-import string
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,6 +32,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
+from model_card import write_model_card
 from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration
 from modeling_difnet.grid_backbone_difnet import GridBackboneConversion, convert_detectron2_state_dict
 from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer
@@ -430,48 +429,6 @@ def read_vocabulary(path: str | Path) -> list[str]:
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
         raise ValueError(f"{path} holds no list of tokens (`itos`).")
     return tokens
-
-
-def write_model_card(folder: str | Path, config: DifnetConfig, source: str, results: str = "") -> None:
-    """Writes `README.md`, the model card, beside a saved model.
-
-    Args:
-        folder: a checkpoint folder.
-        config: the model's configuration.
-        source: one sentence, where the weights come from.
-        results: a `model-index` block for the card's YAML head; empty as long as nothing was measured.
-    """
-    flows = "grid features and a panoptic segmentation map" if config.use_segmentation else "grid features alone"
-    card = string.Template(model_card_template().read_text(encoding="utf-8")).substitute(
-        source=source,
-        flows=flows,
-        results=results.strip() + "\n" if results.strip() else "",
-        vocab_size=f"{config.vocab_size:,}",
-        feature_arguments="grid_features=grid_features, segmentation_features=segmentation_features"
-        if config.use_segmentation
-        else "grid_features=grid_features",
-    )
-    Path(folder, "README.md").write_text(card, encoding="utf-8")
-
-
-def model_card_template() -> Path:
-    """`model_card.md`, wherever this copy of the project has it."""
-    here = Path(__file__).parent
-    installed = importlib.metadata.distributions(name="difnet-transformers")
-    places = [
-        here / "model_card.md",  # a clone
-        here / "share" / "difnet-transformers" / "model_card.md",  # `pip install --target`
-        *(
-            Path(file.locate())
-            for distribution in installed
-            for file in distribution.files or []
-            if file.name == "model_card.md"
-        ),
-    ]
-    for place in places:
-        if place.is_file():
-            return place
-    raise ValueError(f"{places[0]}: no such file, and no installed copy brings it. Install the project again.")
 
 
 def default_generation_config(config: DifnetConfig) -> GenerationConfig:

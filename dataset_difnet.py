@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from datasets import Array2D, Dataset, Features, List, Value
+from datasets import Array2D, Dataset, DatasetDict, Features, List, Value, load_from_disk
 
 if TYPE_CHECKING:
     import torch
@@ -107,6 +108,26 @@ def decode_segmentation(packed: Sequence[bytes], dtype: Any = None) -> np.ndarra
         count = (len(item) - 8) // (2 + itemsize)
         row[np.frombuffer(item, "<u2", count, 8)] = np.frombuffer(item, f"<f{itemsize}", count, 8 + 2 * count)
     return dense.reshape(len(packed), *shape)
+
+
+def load_packed_split(folder: str | Path, split: str) -> Dataset:
+    """One split of a packed dataset.
+
+    Raises:
+        ValueError: the folder is no packed dataset, or has no such split.
+    """
+    try:
+        packed = load_from_disk(str(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{folder} is not a packed dataset: scripts/pack_coco.py makes one.") from None
+    if not isinstance(packed, DatasetDict) or split not in packed:
+        found = ", ".join(packed) if isinstance(packed, DatasetDict) else "no splits"
+        raise ValueError(f"{folder} has no split {split!r}, it has {found}.")
+    if "grid_features" not in packed[split].features:
+        raise ValueError(f"{folder} is a dataset, but not a packed one: scripts/pack_coco.py makes it.")
+    if len(packed[split]) == 0:
+        raise ValueError(f"{folder}: the split {split!r} is empty.")
+    return packed[split]
 
 
 class PackedImages:
@@ -263,15 +284,23 @@ class _Batches:
 class _TokenizedCaptions:
     """The labels `w1 .. wn <eos>` of every caption, in one flat array; tokenized once, when first needed."""
 
-    def __init__(self, images: PackedImages, tokenizer: DifnetTokenizer):
+    def __init__(self, images: PackedImages, tokenizer: DifnetTokenizer, max_length: int | None = None):
         ids, lengths, counts = [], [], []
         for start in range(0, len(images), 1000):
-            for captions in images.captions(range(start, min(start + 1000, len(images)))):
+            rows = range(start, min(start + 1000, len(images)))
+            for row, captions in zip(rows, images.captions(rows), strict=True):
                 counts.append(len(captions))
-                for words in tokenizer.encode_captions(captions):
+                for words, caption in zip(tokenizer.encode_captions(captions), captions, strict=True):
+                    if max_length is not None and len(words) + 1 > max_length:
+                        raise ValueError(
+                            f"image {images.dataset[row]['image_id']}: a caption has {len(words) + 1} tokens, the "
+                            f"model takes {max_length} (max_position_embeddings); shorten it and pack again, or train "
+                            f"a model with a longer position table: {caption[:60]!r}.."
+                        )
                     ids.extend([*words, tokenizer.eos_token_id])
                     lengths.append(len(words) + 1)
         self.ids = np.array(ids, dtype=np.int32)
+        self.unknown_share = float((self.ids == tokenizer.unk_token_id).mean()) if ids else 0.0
         self.starts = np.cumsum([0, *lengths])
         self.image_starts = np.cumsum([0, *counts])
 
@@ -290,8 +319,9 @@ class CaptionPairBatches(_Batches):
     """Batches of (image, caption) pairs, as in the original's XE training: 50, shuffled, the last one dropped.
 
     A batch goes into the model as it is, `model(**batch)`: the features as `PackedImages.read` gives them, and
-    `labels` (B, length) int64, `w1 .. wn <eos>` padded with -100. The other arguments are those of
-    `_Batches` and `PackedImages`.
+    `labels` (B, length) int64, `w1 .. wn <eos>` padded with -100. With `max_length`, a caption of more tokens
+    (`<eos>` counted) raises ValueError, which names its image. The other arguments are those of `_Batches` and
+    `PackedImages`. `unknown_share` is the share of `<unk>` among all tokens.
     """
 
     def __init__(
@@ -302,10 +332,12 @@ class CaptionPairBatches(_Batches):
         *,
         shuffle: bool = True,
         drop_last: bool = True,
+        max_length: int | None = None,
         **options,
     ):
         super().__init__(dataset, batch_size, shuffle=shuffle, drop_last=drop_last, **options)
-        self._captions = _TokenizedCaptions(self.images, tokenizer)
+        self._captions = _TokenizedCaptions(self.images, tokenizer, max_length)
+        self.unknown_share = self._captions.unknown_share
 
     def num_items(self) -> int:
         return int(self._captions.image_starts[-1])
@@ -319,7 +351,8 @@ class ImageCaptionBatches(_Batches):
     """Batches of images with all their captions, so that the encoder runs once an image.
 
     Beside the features of B images: `labels` (captions of all B images, length) and `image_index` (captions,) int64,
-    the number in the batch of each caption's image, e.g. for `last_hidden_state[batch["image_index"]]`.
+    the number in the batch of each caption's image, e.g. for `last_hidden_state[batch["image_index"]]`. `max_length`
+    and `unknown_share` are those of `CaptionPairBatches`.
     """
 
     def __init__(
@@ -330,10 +363,12 @@ class ImageCaptionBatches(_Batches):
         *,
         shuffle: bool = True,
         drop_last: bool = True,
+        max_length: int | None = None,
         **options,
     ):
         super().__init__(dataset, batch_size, shuffle=shuffle, drop_last=drop_last, **options)
-        self._captions = _TokenizedCaptions(self.images, tokenizer)
+        self._captions = _TokenizedCaptions(self.images, tokenizer, max_length)
+        self.unknown_share = self._captions.unknown_share
 
     def make_batch(self, items: np.ndarray) -> dict[str, Any]:
         import torch
@@ -376,6 +411,7 @@ class CaptionPairs:
     Args:
         dataset, dtype, mask_padded_cells: as for `PackedImages`.
         tokenizer: the model's.
+        max_length: a caption of more tokens (`<eos>` counted) raises ValueError, which names its image.
         captions_per_image: how many of an image's captions to take, the first ones; None (default) takes all. With 1
             every image comes once, which is what generating captions for an evaluation needs.
     """
@@ -386,13 +422,14 @@ class CaptionPairs:
         tokenizer: DifnetTokenizer,
         *,
         captions_per_image: int | None = None,
+        max_length: int | None = None,
         dtype: torch.dtype | None = None,
         mask_padded_cells: bool = True,
     ):
         if captions_per_image is not None and captions_per_image < 1:
             raise ValueError(f"expected captions_per_image >= 1, or None for all captions, got {captions_per_image}")
         self.images = PackedImages(dataset, dtype, mask_padded_cells)
-        self._captions = _TokenizedCaptions(self.images, tokenizer)
+        self._captions = _TokenizedCaptions(self.images, tokenizer, max_length)
         starts = self._captions.image_starts
         counts = np.diff(starts)
         if captions_per_image is not None:

@@ -18,6 +18,7 @@ import itertools
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -122,6 +123,25 @@ class DifnetTokenizer(PythonBackend):
             special_tokens_pattern="bos_eos",
             **kwargs,
         )
+
+    @classmethod
+    def from_captions(cls, captions: Iterable[str], min_count: int = 5, **kwargs) -> "DifnetTokenizer":
+        """A tokenizer whose vocabulary is made from captions, as the original's `build_vocab` makes it.
+
+        Args:
+            captions: strings; the original takes those of its training and validation images.
+            min_count: how often the captions must have a word.
+            kwargs: further arguments of the class.
+
+        Returns:
+            The four special tokens, then the words, more frequent ones first, equally frequent ones by the alphabet.
+        """
+        special = ["<unk>", "<pad>", "<bos>", "<eos>"]
+        words_of = cls(vocab=special)._tokenize
+        counts = Counter(word for caption in captions for word in words_of(caption))
+        frequent = [word for word, count in counts.items() if count >= min_count and word not in special]
+        words = sorted(frequent, key=lambda word: (-counts[word], word))
+        return cls(vocab=[*special, *words], **kwargs)
 
     @property
     def vocab_size(self) -> int:

@@ -3,7 +3,7 @@
 from .bleu import bleu
 from .captions import Score
 from .cider import CiderD, CiderReward
-from .java_metrics import JavaMissing, meteor, spice
+from .java_metrics import JavaMissing, check_java, meteor, spice
 from .rouge import rouge_l
 from .scoring import score_captions
 from .tokenizer import PTBTokenizer
@@ -15,6 +15,7 @@ __all__ = [
     "PTBTokenizer",
     "Score",
     "bleu",
+    "check_java",
     "meteor",
     "rouge_l",
     "score_captions",

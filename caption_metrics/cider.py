@@ -175,11 +175,18 @@ class CiderReward:
         words = ngram_words(self._tokenizer.tokenize(caption))
         return (*words, EOS) if self.count_eos else tuple(words)
 
-    def reward(self, hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
+    def reward(
+        self,
+        hypotheses: Sequence[str],
+        references: Sequence[Sequence[str]],
+        finished: Sequence[bool] | None = None,
+    ) -> np.ndarray:
         """CIDEr-D (0 to 10) of every hypothesis, float64 (hypotheses,).
 
         hypotheses: raw captions as decoded, special tokens such as `<unk>` included.
         references: for every hypothesis the raw captions of its image. Equal lists are found and scored once.
+        finished: for every hypothesis whether it came to its end, or was cut off at the longest length; with
+            `count_eos` a caption that was cut off has no end that could count. Default: all came to their end.
 
         Raises ValueError if the lengths differ, an image has no references, or a caption is not a string.
         """
@@ -196,9 +203,13 @@ class CiderReward:
                     f"references[{position}] must be a list with at least one string, got {captions!r:.80}"
                 )
             images.append(groups.setdefault(tuple(captions), len(groups)))
+        if finished is not None and len(finished) != len(hypotheses):
+            raise ValueError(f"finished has {len(finished)} entries for {len(hypotheses)} hypotheses")
         words = [self._words(caption) for caption in hypotheses]
         if not words:
             return np.zeros(0)
+        if self.count_eos and finished is not None:
+            words = [each if ended else each[:-1] for each, ended in zip(words, finished, strict=True)]
         return _cider_d(words, images, [list(map(self._reference, group)) for group in groups], self.frequencies)
 
     def save(self, path: str | os.PathLike) -> None:

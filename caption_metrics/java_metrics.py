@@ -63,6 +63,26 @@ def _sentence(tokens: Sequence[str]) -> str:
     return " ".join(tokens).replace("|||", "").replace("  ", " ")
 
 
+def _spice_program() -> Path:
+    jar = _program("spice", "spice-1.0.jar")
+    if not (jar.parent / "lib" / _SPICE_MODELS).is_file():
+        raise JavaMissing(
+            "SPICE needs the models of Stanford's parser (a download of 385 MB), which are not there: run "
+            '`python -c "from pycocoevalcap.spice.spice import Spice; Spice()"` once'
+        )
+    return jar
+
+
+def check_java(with_meteor: bool, with_spice: bool) -> None:
+    """Raises JavaMissing if something that these metrics need is not there: to ask before the captions are made."""
+    if with_meteor or with_spice:
+        _java()
+    if with_meteor:
+        _program("meteor", "meteor-1.5.jar")
+    if with_spice:
+        _spice_program()
+
+
 def meteor(hypotheses: Sequence[Caption], references: Sequence[Sequence[Caption]]) -> Score:
     """METEOR 1.5 (0 to 1) of one hypothesis for each image, strings or lists of tokens.
 
@@ -121,13 +141,8 @@ def spice(hypotheses: Sequence[Caption], references: Sequence[Sequence[Caption]]
     Raises JavaMissing if Java, pycocoevalcap or the parser's models (385 MB) are not there; other errors as in
     `tokenized`.
     """
-    jar = _program("spice", "spice-1.0.jar")
+    jar = _spice_program()
     java = _java()
-    if not (jar.parent / "lib" / _SPICE_MODELS).is_file():
-        raise JavaMissing(
-            "SPICE needs the models of Stanford's parser (a download of 385 MB), which are not there: run "
-            '`python -c "from pycocoevalcap.spice.spice import Spice; Spice()"` once'
-        )
     hypotheses, references = tokenized(hypotheses, references)
     images = [
         {"image_id": i, "test": " ".join(words), "refs": [" ".join(reference) for reference in group]}

@@ -12,6 +12,7 @@ from transformers import (
 from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer
 
 from .configuration_difnet import DifnetConfig
+from .ensemble_difnet import DifnetEnsemble
 from .generation_difnet import original_beam_search, sequence_log_probs
 from .grid_backbone_difnet import GridFeatureBackbone, GridFeatureBackboneConfig
 from .modeling_difnet import DifnetForConditionalGeneration, DifnetModel, DifnetPreTrainedModel
@@ -28,6 +29,7 @@ AutoModel.register(GridFeatureBackboneConfig, GridFeatureBackbone)
 
 __all__ = [
     "DifnetConfig",
+    "DifnetEnsemble",
     "DifnetFeatureExtractor",
     "DifnetForConditionalGeneration",
     "DifnetModel",

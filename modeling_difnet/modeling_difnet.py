@@ -682,7 +682,46 @@ class DifnetModel(DifnetPreTrainedModel):
         )
 
 
-class DifnetForConditionalGeneration(DifnetPreTrainedModel, GenerationMixin):
+class DifnetGenerationMixin(GenerationMixin):
+    """What the library's `generate` must know of DIFNet, for one captioner and for an ensemble of them."""
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.LongTensor | None = None,
+        **model_kwargs,
+    ):
+        """Drops the features before the library repeats everything for each beam: the encoder has run.
+
+        With one beam nothing is repeated, and assisted decoding encodes once more for the assistant: keep them.
+        """
+        if expand_size > 1:
+            for name in ("segmentation_features", "segmentation_attention_mask"):
+                model_kwargs.pop(name, None)
+        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+
+    def _reorder_cache(self, past_key_values: EncoderDecoderCache, beam_idx: torch.LongTensor) -> EncoderDecoderCache:
+        """Moves the words' keys and values to their new beams. Those of the picture are equal in all its beams."""
+        past_key_values.self_attention_cache.reorder_cache(beam_idx)
+        return past_key_values
+
+    def _validate_generated_length(
+        self, generation_config: GenerationConfig, input_ids_length: int, has_default_max_length: bool
+    ) -> None:
+        super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
+        longest = self.config.max_position_embeddings + 1  # the last token is never read
+        if generation_config.max_length > longest:
+            raise ValueError(
+                f"`generate` is asked for sequences of up to {generation_config.max_length} tokens, but the position "
+                f"table of this model ends at {longest - 1}. Ask for `max_new_tokens={longest - input_ids_length}` or "
+                "less."
+            )
+
+    original_beam_search = staticmethod(original_beam_search)
+
+
+class DifnetForConditionalGeneration(DifnetPreTrainedModel, DifnetGenerationMixin):
     """DIFNet with its projection to words: the captioner."""
 
     _tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}
@@ -796,40 +835,6 @@ class DifnetForConditionalGeneration(DifnetPreTrainedModel, GenerationMixin):
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
         return shift_tokens_right(labels, self.config.pad_token_id, self.config.decoder_start_token_id)
 
-    def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: torch.LongTensor | None = None,
-        **model_kwargs,
-    ):
-        """Drops the features before the library repeats everything for each beam: the encoder has run.
-
-        With one beam nothing is repeated, and assisted decoding encodes once more for the assistant: keep them.
-        """
-        if expand_size > 1:
-            for name in ("segmentation_features", "segmentation_attention_mask"):
-                model_kwargs.pop(name, None)
-        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
-
-    def _reorder_cache(self, past_key_values: EncoderDecoderCache, beam_idx: torch.LongTensor) -> EncoderDecoderCache:
-        """Moves the words' keys and values to their new beams. Those of the picture are equal in all its beams."""
-        past_key_values.self_attention_cache.reorder_cache(beam_idx)
-        return past_key_values
-
-    def _validate_generated_length(
-        self, generation_config: GenerationConfig, input_ids_length: int, has_default_max_length: bool
-    ) -> None:
-        super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
-        longest = self.config.max_position_embeddings + 1  # the last token is never read
-        if generation_config.max_length > longest:
-            raise ValueError(
-                f"`generate` is asked for sequences of up to {generation_config.max_length} tokens, but the position "
-                f"table of this model ends at {longest - 1}. Ask for `max_new_tokens={longest - input_ids_length}` or "
-                "less."
-            )
-
-    original_beam_search = staticmethod(original_beam_search)
     sequence_log_probs = sequence_log_probs
 
 

@@ -1,0 +1,325 @@
+"""Several captioners as one: at each step the mean of their probabilities for the next word.
+
+Image captioning's usual ensemble (the original paper reports single models). It is a model for `generate`, in all its
+modes, and for the original's beam search; each member reads the pictures and the words so far on its own.
+
+    members' encoders --> states (B, N, d_1), (B, N, d_2), .. side by side: one tensor to repeat and select from
+    members' decoders, each with its own layers of one common cache --> log(mean of softmax(logits)) (B, L, V)
+"""
+
+import copy
+import json
+import math
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.hub import cached_file
+
+from .configuration_difnet import DifnetConfig
+from .generation_difnet import sequence_log_probs
+from .modeling_difnet import (
+    DifnetForConditionalGeneration,
+    DifnetGenerationMixin,
+    DifnetPreTrainedModel,
+    shift_tokens_right,
+)
+
+SHARED = ("unk_token_id", "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
+
+
+class DifnetEnsembleEncoder(nn.Module):
+    """The members' encoders, their outputs side by side in the last dimension."""
+
+    main_input_name = "grid_features"
+
+    def __init__(self, members: nn.ModuleList) -> None:
+        super().__init__()
+        self.members = members
+
+    def forward(
+        self,
+        grid_features: torch.Tensor,
+        segmentation_features: torch.Tensor | None = None,
+        grid_attention_mask: torch.Tensor | None = None,
+        segmentation_attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutput:
+        """Arguments as in `DifnetForConditionalGeneration.forward`; returns states (B, N, sum of the d_model)."""
+        raise_for_outputs_of_members(kwargs)
+        inputs = (grid_features, segmentation_features, grid_attention_mask, segmentation_attention_mask)
+        states = [member.get_encoder()(*inputs).last_hidden_state for member in self.members]
+        return BaseModelOutput(torch.cat(states, dim=-1))
+
+
+class DifnetEnsemble(DifnetPreTrainedModel, DifnetGenerationMixin):
+    r"""Averages the probabilities of several captioners at each step.
+
+    Members may differ in size and in their fusion, and the paper's baseline (`use_segmentation=False`) may be among
+    them; vocabulary, special tokens and inputs must be the same. The ensemble generates with the settings of its first
+    member, has no weights of its own and cannot be saved: save the members.
+
+    Args:
+        members: captioners of one dtype, on one device. They are used as they are, not copied.
+
+    Raises:
+        ValueError: no members, or members that do not fit together, with what differs.
+
+    ```python
+    >>> from modeling_difnet import DifnetEnsemble
+
+    >>> ensemble = DifnetEnsemble.from_pretrained(["difnet_seed1", "difnet_seed2"])
+    >>> ensemble.generate(**inputs)
+    ```
+    """
+
+    def __init__(self, members: Sequence[DifnetForConditionalGeneration]) -> None:
+        members = list(members)
+        raise_for_misfits(members)
+        super().__init__(ensemble_config([member.config for member in members]))
+        self.generation_config = copy.deepcopy(members[0].generation_config)
+        self.members = nn.ModuleList(members)
+        self.training = any(member.training for member in members)
+
+    @classmethod
+    def from_pretrained(cls, names: Sequence[str | os.PathLike], **kwargs) -> "DifnetEnsemble":
+        """Loads an ensemble, in eval mode.
+
+        Args:
+            names: folders or repositories of the members.
+            kwargs: of `DifnetForConditionalGeneration.from_pretrained`, for every member: `dtype`, `device_map`, ..
+
+        Raises:
+            ValueError: as the class, and vocabularies that differ, with the first token that does.
+        """
+        if isinstance(names, str | os.PathLike) or not names:
+            raise ValueError(f"DifnetEnsemble.from_pretrained takes a list of one or more folders, got {names!r}.")
+        raise_for_other_vocabularies(names)
+        return cls([DifnetForConditionalGeneration.from_pretrained(name, **kwargs) for name in names])
+
+    def save_pretrained(self, *args, **kwargs) -> None:
+        """Always raises: an ensemble has no weights of its own."""
+        raise ValueError(
+            "An ensemble is not saved: call `save_pretrained` on each of its `members`, and load the folders with "
+            "`DifnetEnsemble.from_pretrained([..])`."
+        )
+
+    def get_encoder(self, modality: str | None = None) -> DifnetEnsembleEncoder:
+        return DifnetEnsembleEncoder(self.members)
+
+    @can_return_tuple
+    def forward(
+        self,
+        grid_features: torch.Tensor | None = None,
+        segmentation_features: torch.Tensor | None = None,
+        grid_attention_mask: torch.Tensor | None = None,
+        segmentation_attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        encoder_outputs: BaseModelOutput | tuple | None = None,
+        past_key_values: Cache | None = None,
+        decoder_position_ids: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Seq2SeqLMOutput:
+        r"""Scores captions of pictures, as `DifnetForConditionalGeneration.forward`, whose arguments these are.
+
+        Returns:
+            `Seq2SeqLMOutput` with `logits` (captions, length, vocab_size), the logarithm of the members' mean
+            probability in float32 or better, and, with `labels`, `loss`, the mean of its negative over the labels.
+
+        Raises:
+            ValueError: as a member's forward; attention weights or hidden states are asked for.
+        """
+        raise_for_outputs_of_members(kwargs)
+        if encoder_outputs is None:
+            if grid_features is None:
+                raise ValueError("Pass `grid_features` or `encoder_outputs`.")
+            encoder_outputs = self.get_encoder()(
+                grid_features, segmentation_features, grid_attention_mask, segmentation_attention_mask
+            )
+        if labels is not None:
+            use_cache = False
+            if decoder_input_ids is None:
+                config = self.config
+                decoder_input_ids = shift_tokens_right(labels, config.pad_token_id, config.decoder_start_token_id)
+        if use_cache and past_key_values is None:
+            past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
+
+        states = self.states_of_members(encoder_outputs)
+        log_probs = []
+        for member, member_states, cache in zip(
+            self.members, states, self.caches_of_members(past_key_values), strict=True
+        ):
+            logits = member(
+                grid_attention_mask=grid_attention_mask,
+                decoder_input_ids=decoder_input_ids,
+                decoder_attention_mask=decoder_attention_mask,
+                encoder_outputs=BaseModelOutput(member_states),
+                past_key_values=cache,
+                decoder_position_ids=decoder_position_ids,
+                use_cache=use_cache,
+            ).logits
+            log_probs.append(logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1))
+        logits = log_of_mean_exp(log_probs)  # (B * K, L, V)
+
+        loss = None
+        if labels is not None:
+            loss = nn.functional.nll_loss(logits.flatten(0, 1), labels.to(logits.device).flatten())
+        return Seq2SeqLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=past_key_values,
+            encoder_last_hidden_state=encoder_outputs[0],
+        )
+
+    def sequence_log_probs(
+        self,
+        sequences: torch.LongTensor,
+        grid_features: torch.Tensor | None = None,
+        segmentation_features: torch.Tensor | None = None,
+        *,
+        encoder_outputs: BaseModelOutput | tuple | None = None,
+        **model_kwargs,
+    ) -> torch.Tensor:
+        """Log-probability of each token of given captions under the ensemble; see `sequence_log_probs`."""
+        states = [None] * len(self.members) if encoder_outputs is None else self.states_of_members(encoder_outputs)
+        return log_of_mean_exp(
+            [
+                sequence_log_probs(
+                    member,
+                    sequences,
+                    grid_features,
+                    segmentation_features,
+                    encoder_outputs=None if member_states is None else BaseModelOutput(member_states),
+                    **model_kwargs,
+                )
+                for member, member_states in zip(self.members, states, strict=True)
+            ]
+        )
+
+    def states_of_members(self, encoder_outputs: BaseModelOutput | tuple) -> tuple[torch.Tensor, ...]:
+        """Each member's part (B, N, d_model) of what the ensemble's encoder returned."""
+        return encoder_outputs[0].split([member.config.d_model for member in self.members], dim=-1)
+
+    def caches_of_members(self, cache: EncoderDecoderCache | None) -> list[EncoderDecoderCache | None]:
+        """Views of one cache that holds the layers of all decoders one after another.
+
+        What is done to the common cache (reordering of beams, selection of pictures) is thereby done to all members.
+        """
+        if cache is None:
+            return [None] * len(self.members)
+        views, first = [], 0
+        for member in self.members:
+            last = first + member.config.decoder_layers
+            # A view finds out by itself which of its cross-attention layers hold the picture already.
+            parts = (cache.self_attention_cache, cache.cross_attention_cache)
+            views.append(EncoderDecoderCache(*(layers_of_cache(part, first, last) for part in parts)))
+            first = last
+        return views
+
+
+def raise_for_outputs_of_members(kwargs: TransformersKwargs) -> None:
+    """ValueError if something is asked for that there is once a member."""
+    for name in ("output_attentions", "output_hidden_states"):
+        if kwargs.get(name):
+            raise ValueError(f"An ensemble has no {name.removeprefix('output_')}: call one of its `members`.")
+
+
+def layers_of_cache(cache: Cache, first: int, last: int) -> Cache:
+    """A cache of some layers of another: the same layers, not copies. Layers that do not exist yet are made."""
+    while len(cache.layers) < last:
+        cache.layers.append(cache.layer_class_to_replicate())
+    view = copy.copy(cache)
+    view.layers = cache.layers[first:last]
+    return view
+
+
+def log_of_mean_exp(log_probs: list[torch.Tensor]) -> torch.Tensor:
+    """Logarithm of the mean of probabilities that are given as logarithms, all of one shape."""
+    if len(log_probs) == 1:
+        return log_probs[0]
+    return torch.stack(log_probs).logsumexp(0) - math.log(len(log_probs))
+
+
+def ensemble_config(configs: list[DifnetConfig]) -> DifnetConfig:
+    """What `generate` and its caches ask for: the first member's, with all layers and widths, the shortest table."""
+    config = copy.deepcopy(configs[0])
+    config.use_segmentation = any(member.use_segmentation for member in configs)
+    for member in configs:
+        if member.use_segmentation:
+            config.num_segmentation_classes = member.num_segmentation_classes
+    config.d_model = sum(member.d_model for member in configs)
+    config.decoder_layers = sum(member.decoder_layers for member in configs)
+    config.max_position_embeddings = min(member.max_position_embeddings for member in configs)
+    return config
+
+
+def raise_for_misfits(members: list[DifnetForConditionalGeneration]) -> None:
+    """ValueError if captioners cannot be averaged."""
+    if not members:
+        raise ValueError("DifnetEnsemble needs at least one member.")
+    for position, member in enumerate(members):
+        if not isinstance(member, DifnetForConditionalGeneration):
+            raise ValueError(
+                f"Member {position} is a {type(member).__name__}; an ensemble is made of captioners "
+                "(`DifnetForConditionalGeneration`), or by `DifnetEnsemble.from_pretrained([..])`."
+            )
+
+    configs = [member.config for member in members]
+    same_data = "Average models that were trained with one vocabulary and one kind of features."
+    for name in ("vocab_size", *SHARED, "grid_feature_size"):
+        raise_if_differing(name, {i: getattr(config, name) for i, config in enumerate(configs)}, same_data)
+    classes = {i: config.num_segmentation_classes for i, config in enumerate(configs) if config.use_segmentation}
+    raise_if_differing("num_segmentation_classes", classes, same_data)
+    for name in ("dtype", "device"):
+        values = {i: getattr(member, name) for i, member in enumerate(members)}
+        raise_if_differing(name, values, f"Bring them to one with `.to({name})`.")
+    attention = {i: config._attn_implementation for i, config in enumerate(configs)}
+    raise_if_differing("attn_implementation", attention, "Call `set_attn_implementation` on one of them.")
+
+
+def raise_if_differing(name: str, values: dict[int, object], remedy: str) -> None:
+    """ValueError if members have different values, which are given by their position."""
+    for position, value in values.items():
+        first = next(iter(values))
+        if value != values[first]:
+            raise ValueError(
+                f"The members do not fit together: `{name}` is {values[first]} in member {first} and {value} in "
+                f"member {position}. {remedy}"
+            )
+
+
+def raise_for_other_vocabularies(names: Sequence[str | os.PathLike]) -> None:
+    """ValueError if two checkpoints number their words differently; one without a `vocab.json` is not compared."""
+    first, expected = None, None
+    for name in names:
+        path = cached_file(str(name), "vocab.json", _raise_exceptions_for_missing_entries=False)
+        if path is None:
+            continue
+        with open(path, encoding="utf-8") as file:
+            tokens = json.load(file)
+        if isinstance(tokens, dict):
+            tokens = sorted(tokens, key=tokens.get)
+        if expected is None:
+            first, expected = name, tokens
+        elif tokens != expected:
+            raise ValueError(f"{first} and {name} have different vocabularies: {first_difference(expected, tokens)}.")
+
+
+def first_difference(expected: list[str], tokens: list[str]) -> str:
+    for index, (one, other) in enumerate(zip(expected, tokens, strict=False)):
+        if one != other:
+            return f"the id {index} is {one!r} in the one and {other!r} in the other"
+    index = min(len(expected), len(tokens))
+    longer = max(expected, tokens, key=len)
+    return f"{len(expected)} and {len(tokens)} tokens; the id {index}, {longer[index]!r}, is in one of them alone"
+
+
+__all__ = ["DifnetEnsemble"]

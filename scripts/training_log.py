@@ -1,0 +1,117 @@
+"""The log of a training run: figures of every interval, and the alarm when they stop being numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+from training_state import Progress
+
+
+class TrainingFailed(RuntimeError):
+    """The numbers went wrong: not a user's mistake, but nothing to go on with either."""
+
+
+class Log:
+    """The figures of every interval: to the terminal, to the trackers and to `log.jsonl`, one JSON object a line.
+
+    Sums are kept on the device and read when a line is due, so that logging does not wait for the device at every
+    step. A resumed run cuts the file where its checkpoint was made.
+    """
+
+    def __init__(self, accelerator: Accelerator, path: Path, progress: Progress):
+        self.accelerator, self.path, self.progress = accelerator, path, progress
+        if accelerator.is_main_process:
+            with path.open("ab") as file:
+                file.truncate(progress.log_bytes)
+        self.reset()
+
+    def reset(self) -> None:
+        self.sums: dict[str, torch.Tensor] = {}
+        self.steps = 0
+        self.seconds = dict.fromkeys(("data", "decoding", "reward", "backward"), 0.0)
+        self.started = time.perf_counter()
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[what] += time.perf_counter() - started
+
+    def add(self, **figures: torch.Tensor | float) -> None:
+        for name, value in figures.items():
+            value = torch.as_tensor(value, dtype=torch.float64, device=self.accelerator.device).detach()
+            self.sums[name] = self.sums.get(name, 0) + value
+
+    def totals(self) -> dict[str, float]:
+        """The sums since the last line, over all processes."""
+        names = sorted(self.sums)
+        if not names:
+            return {}
+        sums = self.accelerator.reduce(torch.stack([self.sums[name] for name in names]), "sum")
+        return dict(zip(names, sums.tolist(), strict=True))
+
+    def check_finite(self) -> None:
+        for name, value in self.totals().items():
+            if not math.isfinite(value):
+                progress, folder = self.progress, self.path.parent
+                raise TrainingFailed(
+                    f"{name} is {value} ({progress.stage} epoch {progress.epoch}, near step {progress.step}). The "
+                    f"checkpoints in {folder} are from before and good. Start again from one (--model "
+                    f"{folder / 'last'}, another --output) with a lower learning rate or --max-grad-norm 1, and "
+                    "--mixed-precision bf16 where it was fp16; look for features that are not "
+                    "numbers with pack_coco.py --verify."
+                )
+
+    def train_line(self, learning_rate: float) -> dict[str, Any]:
+        """Writes the line of the interval that ends here, and returns it."""
+        self.check_finite()
+        totals, processes = self.totals(), self.accelerator.num_processes
+        elapsed = time.perf_counter() - self.started
+        line = {
+            "loss": totals["loss"] / self.steps,
+            "learning_rate": learning_rate,
+            "gradient_norm": totals.get("gradient_norm", 0.0) / self.steps / processes,
+        }
+        if "captions" in totals:
+            for name in ("reward", "baseline", "reward_spread", "caption_length", "unfinished", "bad_endings"):
+                line[name] = totals[name] / totals["captions"]
+        line["images_per_second"] = totals["images"] / elapsed
+        line |= {f"share_{name}": seconds / elapsed for name, seconds in self.seconds.items()}
+        self.write("train", line)
+        self.reset()
+        return line
+
+    def write(self, event: str, figures: dict[str, Any]) -> None:
+        progress = self.progress
+        place = {"event": event, "stage": progress.stage, "epoch": progress.epoch, "step": progress.step}
+        if self.accelerator.is_main_process:
+            with self.path.open("ab") as file:
+                file.write(json.dumps({**place, **figures}).encode() + b"\n")
+                progress.log_bytes = file.tell()
+            place = f"{progress.stage} epoch {progress.epoch} step {progress.step}"
+            tqdm.write(f"{place} {event}: {readable(figures)}")
+        self.accelerator.log(
+            {f"{progress.stage}/{event}/{name}": value for name, value in figures.items()}, step=progress.step
+        )
+
+
+def readable(figures: dict[str, Any]) -> str:
+    """One line for a person: `loss 2.776  learning rate 0.0001  .. data 3%  backward 71%`."""
+    words = []
+    for name, value in figures.items():
+        if name.startswith("share_"):
+            words += [f"{name.removeprefix('share_')} {value:.0%}"] if value > 0 else []
+        elif isinstance(value, bool):
+            words += [name] if value else []
+        else:
+            words.append(f"{name.replace('_', ' ')} {value:.4g}")
+    return "  ".join(words)
