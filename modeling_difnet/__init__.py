@@ -12,9 +12,11 @@ from transformers import (
 from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer
 
 from .configuration_difnet import DifnetConfig
+from .faithfulness_difnet import FaithfulnessOutput, faithfulness
 from .generation_difnet import original_beam_search, sequence_log_probs
 from .grid_backbone_difnet import GridFeatureBackbone, GridFeatureBackboneConfig
 from .modeling_difnet import DifnetForConditionalGeneration, DifnetModel, DifnetPreTrainedModel
+from .relevance_difnet import RelevanceOutput, relevance
 
 AutoConfig.register("difnet", DifnetConfig)
 # With two classes, `architectures` in config.json decides: a saved captioner loads as a captioner and generates.
@@ -34,8 +36,12 @@ __all__ = [
     "DifnetPreTrainedModel",
     "DifnetProcessor",
     "DifnetTokenizer",
+    "FaithfulnessOutput",
     "GridFeatureBackbone",
     "GridFeatureBackboneConfig",
+    "RelevanceOutput",
+    "faithfulness",
     "original_beam_search",
+    "relevance",
     "sequence_log_probs",
 ]
