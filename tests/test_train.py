@@ -592,7 +592,7 @@ class TestMistakes:
             data, tmp_path / "run", config=None, model=finished_run / "best", vocab=tmp_path / "vocab.json"
         )
         error = self.said(capsys, *words)
-        assert "'zebra' is 4 in the one" in error
+        assert "the id 4 is 'zebra' in the one and 'a' in the other" in error
         assert "--new-vocabulary" in error
 
     def test_a_vocabulary_of_another_checkpoint(self, data, finished_run, tmp_path, capsys):
