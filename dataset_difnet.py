@@ -11,6 +11,7 @@ made and not at the top.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -192,6 +193,10 @@ class PackedImages:
             mask = np.arange(self.cell_shape[0]) < cells[:, None]
             batch["grid_attention_mask"] = torch.from_numpy(mask.astype(np.int64))
         return batch
+
+    def cells(self) -> np.ndarray:
+        """How many cells each image's grid has without the padded ones, (images,)."""
+        return self._cells if self._table_rows is None else self._cells[self._table_rows]
 
     def captions(self, rows: Sequence[int] | slice) -> list[list[str]]:
         """The captions of some rows."""
@@ -393,3 +398,91 @@ class ReferenceBatches(_Batches):
     def make_batch(self, items: np.ndarray) -> dict[str, Any]:
         texts = self._texts[items.tolist()]
         return {**self.images.read(items), "image_ids": texts["image_id"], "references": texts["captions"]}
+
+
+class CaptionPairs:
+    """(image, caption) pairs as a map-style dataset, for `transformers.Seq2SeqTrainer` or a `DataLoader`.
+
+    Item `i` is a dictionary of tensors: `grid_features` (cells, width), where the dataset has them
+    `segmentation_features` (classes, height, width), where any image of the split has padded cells
+    `grid_attention_mask` (cells,), and `labels` (length,) int64, `w1 .. wn <eos>`. `CaptionCollator` makes a batch of
+    items. The pairs of an image follow one another, in the order of the split.
+
+    Args:
+        dataset, dtype, mask_padded_cells: as for `PackedImages`.
+        tokenizer: the model's.
+        max_length: a caption of more tokens (`<eos>` counted) raises ValueError, which names its image.
+        captions_per_image: how many of an image's captions to take, the first ones; None (default) takes all. With 1
+            every image comes once, which is what generating captions for an evaluation needs.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        tokenizer: DifnetTokenizer,
+        *,
+        captions_per_image: int | None = None,
+        max_length: int | None = None,
+        dtype: torch.dtype | None = None,
+        mask_padded_cells: bool = True,
+    ):
+        if captions_per_image is not None and captions_per_image < 1:
+            raise ValueError(f"expected captions_per_image >= 1, or None for all captions, got {captions_per_image}")
+        self.images = PackedImages(dataset, dtype, mask_padded_cells)
+        self._captions = _TokenizedCaptions(self.images, tokenizer, max_length)
+        starts = self._captions.image_starts
+        counts = np.diff(starts)
+        if captions_per_image is not None:
+            counts = np.minimum(counts, captions_per_image)
+        # The image and the caption of each pair.
+        self._rows = np.repeat(np.arange(len(counts)), counts)
+        first_pairs = np.cumsum([0, *counts])[:-1]
+        self._numbers = starts[self._rows] + np.arange(len(self._rows)) - first_pairs[self._rows]
+        self._has_padded_cells = mask_padded_cells and bool((self.images.cells() < self.images.cell_shape[0]).any())
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, torch.Tensor]]:
+        """Several items, read together; `DataLoader` prefers it."""
+        import torch
+
+        indices = np.asarray(indices)
+        rows = self._rows[indices]
+        features = self.images.read(rows)
+        if self._has_padded_cells and "grid_attention_mask" not in features:
+            features["grid_attention_mask"] = torch.ones(features["grid_features"].shape[:2], dtype=torch.int64)
+        items = [dict(zip(features, tensors, strict=True)) for tensors in zip(*features.values(), strict=True)]
+        for item, number in zip(items, self._numbers[indices], strict=True):
+            item["labels"] = self._captions.labels(np.array([number]))[0]
+        return items
+
+
+@dataclass
+class CaptionCollator:
+    """Makes a batch for `model(**batch)` of the items of `CaptionPairs`.
+
+    Features are stacked. `labels` (B, length) are padded with -100 to the longest. `decoder_input_ids` (B, length),
+    `<bos> w1 .. wn <pad> ..`, are what the model makes of the labels by itself; they are there for a loss that is
+    computed outside of the model, such as the Trainer's label smoothing.
+
+    Args:
+        tokenizer: the model's.
+    """
+
+    tokenizer: DifnetTokenizer
+
+    def __call__(self, items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        import torch
+
+        batch = {name: torch.stack([item[name] for item in items]) for name in items[0] if name != "labels"}
+        labels = [item["labels"] for item in items]
+        batch["labels"] = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL)
+        words = batch["labels"][:, :-1].masked_fill(
+            batch["labels"][:, :-1] == IGNORED_LABEL, self.tokenizer.pad_token_id
+        )
+        batch["decoder_input_ids"] = torch.nn.functional.pad(words, (1, 0), value=self.tokenizer.bos_token_id)
+        return batch

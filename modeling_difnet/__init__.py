@@ -13,9 +13,11 @@ from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTok
 
 from .configuration_difnet import DifnetConfig
 from .ensemble_difnet import DifnetEnsemble
+from .faithfulness_difnet import FaithfulnessOutput, faithfulness
 from .generation_difnet import original_beam_search, sequence_log_probs
 from .grid_backbone_difnet import GridFeatureBackbone, GridFeatureBackboneConfig
 from .modeling_difnet import DifnetForConditionalGeneration, DifnetModel, DifnetPreTrainedModel
+from .relevance_difnet import RelevanceOutput, relevance
 
 AutoConfig.register("difnet", DifnetConfig)
 # With two classes, `architectures` in config.json decides: a saved captioner loads as a captioner and generates.
@@ -36,8 +38,12 @@ __all__ = [
     "DifnetPreTrainedModel",
     "DifnetProcessor",
     "DifnetTokenizer",
+    "FaithfulnessOutput",
     "GridFeatureBackbone",
     "GridFeatureBackboneConfig",
+    "RelevanceOutput",
+    "faithfulness",
     "original_beam_search",
+    "relevance",
     "sequence_log_probs",
 ]

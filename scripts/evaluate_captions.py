@@ -153,7 +153,7 @@ def run(options: argparse.Namespace, accelerator: Accelerator) -> None:
         raise ValueError(f"--update-card: {options.model[0]} is no folder with a README.md, the model card")
     dataset = load_packed_split(options.dataset, options.split)
     model, processor = load_captioner(options.model, DTYPES[options.dtype])
-    check_data(model.config, dataset, options.dataset)
+    check_data(model.config, dataset, options)
     generation = {"num_beams": options.num_beams, "max_new_tokens": options.max_new_tokens}
 
     start = time.perf_counter()

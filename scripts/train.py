@@ -16,6 +16,7 @@ import argparse
 import math
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -265,7 +266,7 @@ class Run:
         self.resumed = resumed
         self.resumed = resumed
         self.log = Log(accelerator, self.output / "log.jsonl", self.progress)
-        self.stop_requested = False
+        self.stop_requested = 0.0  # when
         self.background = ThreadPoolExecutor(1)  # one reward at a time
 
     def stage_optimizer(self) -> torch.optim.Optimizer:
@@ -648,9 +649,10 @@ def main(argv: list[str] | None = None) -> int:
         run = Run(options, make_accelerator(options))
 
         def stop(number: int, frame: Any) -> None:
-            if run.stop_requested:
+            # A launcher passes the terminal's signal on to processes that have it already.
+            if run.stop_requested and time.monotonic() - run.stop_requested > 1:
                 raise KeyboardInterrupt
-            run.stop_requested = True
+            run.stop_requested = run.stop_requested or time.monotonic()
             tqdm.write("stopping after this step; once more to stop at once", file=sys.stderr)
 
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -663,10 +665,19 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, OSError) and (options.output / "last").exists():
             print(f"{options.output / 'last'} is as it was: mend this, then --resume last goes on", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError as error:
+        print(
+            f"train.py: error: {str(error).splitlines()[0]} Lower --xe-batch-size or --scst-batch-size and raise "
+            "--gradient-accumulation-steps as much: the result is the same.",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         finished = False
-    if run is None or not finished:
-        print(f"train.py: stopped; --resume last goes on from {options.output / 'last'}", file=sys.stderr)
+    if not finished:
+        saved = (options.output / "last").exists()
+        onward = f"--resume last goes on from {options.output / 'last'}" if saved else "nothing was saved yet"
+        print(f"train.py: stopped; {onward}", file=sys.stderr)
         return 130
     run.accelerator.print(
         f"done: best CIDEr-D on {options.validation_split} {run.progress.best_score:.4f}, {options.output / 'best'}"

@@ -35,7 +35,7 @@ class Log:
         self.reset()
 
     def reset(self) -> None:
-        self.sums: dict[str, torch.Tensor] = {}
+        self.sums: dict[str, torch.Tensor | float] = {}
         self.steps = 0
         self.seconds = dict.fromkeys(("data", "decoding", "reward", "backward"), 0.0)
         self.started = time.perf_counter()
@@ -48,7 +48,8 @@ class Log:
 
     def add(self, **figures: torch.Tensor | float) -> None:
         for name, value in figures.items():
-            value = torch.as_tensor(value, dtype=torch.float64, device=self.accelerator.device).detach()
+            if isinstance(value, torch.Tensor):
+                value = value.detach().double()
             self.sums[name] = self.sums.get(name, 0) + value
 
     def totals(self) -> dict[str, float]:
@@ -56,7 +57,9 @@ class Log:
         names = sorted(self.sums)
         if not names:
             return {}
-        sums = self.accelerator.reduce(torch.stack([self.sums[name] for name in names]), "sum")
+        device = self.accelerator.device
+        sums = torch.stack([torch.as_tensor(self.sums[name], dtype=torch.float64, device=device) for name in names])
+        sums = self.accelerator.reduce(sums, "sum")
         return dict(zip(names, sums.tolist(), strict=True))
 
     def check_finite(self) -> None:

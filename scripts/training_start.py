@@ -25,6 +25,7 @@ from training_state import recover  # noqa: E402
 from convert_checkpoint import default_generation_config  # noqa: E402
 from dataset_difnet import PackedImages  # noqa: E402
 from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration  # noqa: E402
+from modeling_difnet.ensemble_difnet import first_difference  # noqa: E402
 from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer  # noqa: E402
 
 CHECKPOINTS = ("last", "best", "best_xe")
@@ -158,13 +159,12 @@ def make_tokenizer(options: argparse.Namespace, train: Dataset, validation: Data
 
 
 def check_same_vocabulary(vocab: Path, tokenizer: DifnetTokenizer, source: Path) -> None:
-    given, own = DifnetTokenizer(vocab_file=vocab).get_vocab(), tokenizer.get_vocab()
-    for token in sorted(given.keys() | own.keys(), key=lambda token: given.get(token, own.get(token))):
-        if given.get(token) != own.get(token):
-            raise ValueError(
-                f"{vocab} does not fit {source}: {token!r} is {given.get(token)} in the one and {own.get(token)} in "
-                "the other. Leave out --vocab, or add --new-vocabulary to give the model new words."
-            )
+    given, own = (list(each.get_vocab()) for each in (DifnetTokenizer(vocab_file=vocab), tokenizer))
+    if given != own:
+        raise ValueError(
+            f"{vocab} does not fit {source}: {first_difference(given, own)}. Leave out --vocab, or add "
+            "--new-vocabulary to give the model new words."
+        )
 
 
 def with_new_vocabulary(

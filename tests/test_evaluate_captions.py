@@ -330,6 +330,9 @@ class TestMistakes:
         plain = save_packed(tmp_path / "plain", {"test": 2}, with_segmentation=False)
         assert "has no segmentation features, which this model reads" in mistake("--dataset", plain)
 
+    def test_captions_longer_than_the_position_table(self, mistake):
+        assert "--max-new-tokens 60 is more than the model's position table" in mistake("--max-new-tokens", "60")
+
     def test_a_vocabulary_of_another_model(self, mistake, captioner, tmp_path):
         shutil.copytree(captioner, tmp_path / "other")
         DifnetTokenizer(vocab=[*VOCABULARY, "horse"]).save_pretrained(tmp_path / "other")

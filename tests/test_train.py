@@ -427,26 +427,20 @@ for folder in sys.argv[1:]:
                 assert second["reward"] == pytest.approx(first["reward"], abs=1e-6)
 
 
-def program_in_a_fork(words: list[str], output: Path) -> None:
-    """The target of a child process that a test kills: the program, without importing everything again."""
-    os.setpgid(0, 0)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
-        os.dup2(nowhere.fileno(), 2)
-    os._exit(run(*words))
-
-
 def killed_runs(data: Path, output: Path, whole: float, kills: int, seed: int) -> int:
     """Runs the program, kills it at random moments and resumes it, until it is done; the number of kills.
 
     Every other kill waits for a checkpoint that is being written or renamed.
     """
+    # Forked from a process that has imported everything, and that has no threads.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train"])
     rng = random.Random(seed)
     killed = 0
     while True:
         resume = ["--resume", "last"] if any((output / name).exists() for name in ("last", "last.previous")) else []
-        words = [*arguments(data, output, save_every=3), *resume]
-        child = multiprocessing.get_context("fork").Process(target=program_in_a_fork, args=(words, output))
+        words = [*arguments(data, output, save_every=3), "--cpu", *resume]
+        child = context.Process(target=train.main, args=(words,))
         child.start()
         if killed < kills:
             time.sleep(rng.uniform(0.2, 0.6) * whole)
@@ -459,6 +453,7 @@ def killed_runs(data: Path, output: Path, whole: float, kills: int, seed: int) -
                 killed += 1
         child.join()
         if child.exitcode == 0:
+            assert training_state.read_checkpoint(output / "last")["progress"].stage == "done"
             return killed
         assert child.exitcode == -signal.SIGKILL, f"exit code {child.exitcode}"
 
@@ -597,7 +592,7 @@ class TestMistakes:
             data, tmp_path / "run", config=None, model=finished_run / "best", vocab=tmp_path / "vocab.json"
         )
         error = self.said(capsys, *words)
-        assert "'zebra' is 4 in the one" in error
+        assert "the id 4 is 'zebra' in the one and 'a' in the other" in error
         assert "--new-vocabulary" in error
 
     def test_a_vocabulary_of_another_checkpoint(self, data, finished_run, tmp_path, capsys):

@@ -1,0 +1,645 @@
+"""Relevance: which cells, classes and earlier words a word of a caption comes from. For any DIFNet model.
+
+Original files: `lrp_total.py`, `models/layers_lrp.py` and the second copies of both networks in `models/*_lrp/`. Their
+rules are those of Chefer et al., "Transformer Interpretability Beyond Attention Visualization", CVPR 2021; they end at
+the encoder's output. Here no network is written a second time: the model's own classes run once in float64, a `Tape`
+notes what each layer read and gave, and the functions below walk the layers backwards, for many captions and target
+words at once, down to the two inputs. What a layer does with relevance is one of three sets of rules:
+
+- `OriginalRules`: the original's, number for number (tests/test_relevance_difnet.py);
+- `GradientRules`: plain gradients, which become gradient x input at the end;
+- `ConservativeRules`: Ali et al., "XAI for Transformers: Better Explanations through Conservative Propagation", ICML
+  2022: gradient x input with attention weights and the norms' deviations held constant, so that the relevance of all
+  inputs adds up to the word's logit, but for what biases contribute.
+
+`attention_rollout` (Abnar and Zuidema, "Quantifying Attention Flow in Transformers", ACL 2020) needs no way back.
+`faithfulness` (faithfulness_difnet.py) tells which of them to believe for a model.
+"""
+
+import copy
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .configuration_difnet import DifnetConfig
+from .modeling_difnet import (
+    DifnetAttention,
+    DifnetDecoderLayer,
+    DifnetEncoder,
+    DifnetEncoderLayer,
+    DifnetFeedForward,
+    DifnetFlowEmbedding,
+    DifnetFlowLayer,
+    DifnetForConditionalGeneration,
+    DifnetIndependentLayerNorm,
+    DifnetModel,
+)
+
+
+@dataclass
+class RelevanceOutput:
+    """Relevance of the words of B captions. Row `t` is about the word that follows the first `t + 1` tokens.
+
+    T is the length of the longest caption, `<bos>` included; rows after the end of a shorter caption are 0. Relevances
+    are signed and summed over features, unless stated otherwise.
+
+    Args:
+        target_ids (`(B, T)`): the words that are explained; `<pad>` after the end.
+        target_log_probs (`(B, T)`): their log-probabilities; 0 after the end.
+        encoder_output (`(B, T, N)`): cells of the encoder's output, row by row; the original's `inp_lrp`.
+        caption (`(B, T, T)`): tokens of the caption so far; 0 above the diagonal.
+        caption_absolute (`(B, T, T)`): the same, absolute values summed over features; the original's `out_lrp`.
+        grid (`(B, T, N)`): cells of the grid features.
+        segmentation (`(B, T, N)`): cells of the segmentation features; `None` in the baseline.
+        segmentation_classes (`(B, T, classes)`): classes of the segmentation features; `None` in the baseline.
+
+    `grid` and the two of the segmentation are `None` with `through_encoder=False`. In each row, `encoder_output` and
+    `caption` add up to 1 (`"original"`, `"attention_rollout"`) or to the word's logit as far as the rules conserve it
+    (`"conservative"`); `grid` and `segmentation` take up the sum of `encoder_output` as far as the rules conserve it.
+    """
+
+    target_ids: torch.LongTensor
+    target_log_probs: torch.Tensor
+    encoder_output: torch.Tensor
+    caption: torch.Tensor
+    caption_absolute: torch.Tensor
+    grid: torch.Tensor | None = None
+    segmentation: torch.Tensor | None = None
+    segmentation_classes: torch.Tensor | None = None
+
+    def cells(self) -> torch.Tensor:
+        """`(B, T, N)`: relevance of each cell in both flows together; where it ends there, at the encoder's output."""
+        if self.grid is None:
+            return self.encoder_output
+        return self.grid if self.segmentation is None else self.grid + self.segmentation
+
+
+def relevance(
+    model: DifnetForConditionalGeneration,
+    grid_features: torch.Tensor,
+    segmentation_features: torch.Tensor | None,
+    sequences: torch.LongTensor,
+    *,
+    method: str = "original",
+    targets: str | torch.LongTensor = "predicted",
+    grid_attention_mask: torch.Tensor | None = None,
+    segmentation_attention_mask: torch.Tensor | None = None,
+    allow_unknown_words: bool = False,
+    through_encoder: bool = True,
+    dtype: torch.dtype = torch.float64,
+    chunk_size: int = 48,
+) -> RelevanceOutput:
+    r"""Relevance of both inputs, the encoder's output and the caption so far for every word of captions.
+
+    Args:
+        model: a `DifnetForConditionalGeneration` of any size, in any precision; it is not changed.
+        grid_features (`(B, N, 2048)`): the pictures' grid cells, row by row.
+        segmentation_features (`(B, 133, H, W)`): their class shares; `None` for a model without segmentation.
+        sequences (`(B, L)`): one caption of each picture: `<bos> w1 .. wn`, then `<eos>` and `<pad>` or nothing, as
+            `generate` returns them.
+        method: `"original"`, `"conservative"`, `"gradient_x_input"` or `"attention_rollout"`.
+        targets: `"predicted"`, the most likely word at each position (the original's choice); `"caption"`, the
+            caption's own words and its `<eos>`; or token ids `(B, T)`, `<pad>` where nothing is asked.
+        grid_attention_mask, segmentation_attention_mask (`(B, N)`): as in the model's `forward`.
+        allow_unknown_words: whether a caption may hold `<unk>`. It raises by default, since it is not the caption that
+            somebody wrote that would be explained.
+        through_encoder: `False` ends at the encoder's output, as the original does, and takes a fraction of the time.
+        dtype: precision of all computations. The original's rules divide by sums that can be near zero: in float32 a
+            map may be off by half of its maximum.
+        chunk_size: number of (caption, target word) pairs that are computed at once, to bound memory.
+
+    Returns:
+        `RelevanceOutput`.
+
+    Raises:
+        ValueError: wrong shapes, a caption without words or with `<unk>`, a model without segmentation that is given
+            segmentation features or the reverse, an unknown method.
+    """
+    methods = {
+        "original": OriginalRules,
+        "conservative": ConservativeRules,
+        "gradient_x_input": GradientRules,
+        "attention_rollout": None,
+    }
+    if method not in methods:
+        raise ValueError(f"`method` must be one of {', '.join(map(repr, methods))}, got {method!r}.")
+    if chunk_size < 1:
+        raise ValueError(f"`chunk_size` must be at least 1, got {chunk_size}.")
+    config = model.config
+    check_pictures(model, grid_features, segmentation_features)
+    check_captions(sequences, len(grid_features), config, allow_unknown_words)
+    input_ids, target_ids = inputs_and_targets(sequences.to(model.device), targets, config)
+
+    pictures = {
+        "grid_features": grid_features.to(dtype),
+        "segmentation_features": None if segmentation_features is None else segmentation_features.to(dtype),
+        "grid_attention_mask": grid_attention_mask,
+        "segmentation_attention_mask": segmentation_attention_mask,
+    }
+    network, word_rows = double(model.model, dtype), model.lm_head.weight.detach().to(dtype)
+    rules = methods[method]() if methods[method] else None
+    num_captions, num_words = input_ids.shape
+    captions_at_once = max(1, chunk_size // num_words)
+    chunks = []
+    for start in range(0, num_captions, captions_at_once):
+        rows = slice(start, start + captions_at_once)
+        shown = {name: value[rows].to(model.device) for name, value in pictures.items() if value is not None}
+        with torch.no_grad(), Tape(network) as tape:
+            is_word = input_ids[rows] != config.pad_token_id  # (B, T)
+            states = network(
+                **shown,
+                decoder_inputs_embeds=model.get_input_embeddings()(input_ids[rows]).to(dtype),
+                decoder_attention_mask=is_word.long(),
+                use_cache=False,
+            ).last_hidden_state  # (B, T, d_model)
+            log_probs = nn.functional.linear(states, word_rows).log_softmax(-1)  # (B, T, V)
+            words = log_probs.argmax(-1) if target_ids is None else target_ids[rows]
+            words = words.masked_fill(~is_word, config.pad_token_id)
+            is_asked = is_word if target_ids is None else words != config.pad_token_id
+            if rules is None:
+                shares = shown.get("segmentation_features")
+                maps = [attention_rollout(network, tape, is_asked, shares, through_encoder)]
+            else:
+                # The relevance of word t starts at the decoder's state t: (B, T, T, d_model).
+                first = rules.word(states, word_rows[words]) * is_asked.unsqueeze(-1)
+                first = first.unsqueeze(2) * torch.eye(num_words, dtype=dtype, device=model.device).unsqueeze(-1)
+                maps = [walk(network, tape, rules, some, through_encoder) for some in first.split(chunk_size, dim=1)]
+        maps = {name: torch.cat([some[name] for some in maps], dim=1) for name in maps[0]}
+        target_log_probs = log_probs.gather(-1, words.unsqueeze(-1)).squeeze(-1).masked_fill(~is_asked, 0)
+        chunks.append({"target_ids": words, "target_log_probs": target_log_probs, **maps})
+    return RelevanceOutput(**{name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]})
+
+
+# What the network is asked
+
+
+def check_pictures(
+    model: DifnetForConditionalGeneration, grid_features: torch.Tensor, segmentation_features: torch.Tensor | None
+) -> None:
+    """The model's own checks, and no silent leaving out of segmentation features."""
+    if not model.config.use_segmentation and segmentation_features is not None:
+        raise ValueError(
+            "This model has no segmentation flow (`use_segmentation=False`), hence there is no relevance of one: pass "
+            "`segmentation_features=None`, or load a model with `use_segmentation=True`."
+        )
+    model.get_encoder().check_features(grid_features, segmentation_features)
+
+
+def check_captions(
+    sequences: torch.LongTensor, num_pictures: int, config: DifnetConfig, allow_unknown_words: bool
+) -> None:
+    """Raises `ValueError` unless `sequences` are captions of known words, one of each picture."""
+    if sequences.ndim != 2 or sequences.is_floating_point() or len(sequences) != num_pictures:
+        raise ValueError(
+            f"`sequences` must be token ids of the shape (pictures, length), one caption for each of the "
+            f"{num_pictures} pictures, got {sequences.dtype} of shape {tuple(sequences.shape)}."
+        )
+    eos_token_ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    for index, tokens in enumerate(sequences.tolist()):
+        if not tokens or tokens[0] != config.decoder_start_token_id:
+            raise ValueError(
+                f"Caption {index} must begin with <bos> ({config.decoder_start_token_id}), as `generate` returns it, "
+                f"got {tokens[:1]}."
+            )
+        for position, token in enumerate(tokens):
+            if not 0 <= token < config.vocab_size:
+                raise ValueError(
+                    f"Caption {index}, position {position}: {token} is no token of this model, whose vocabulary has "
+                    f"the ids 0 to {config.vocab_size - 1}."
+                )
+            if token == config.unk_token_id and not allow_unknown_words:
+                raise ValueError(
+                    f"Caption {index}, position {position} is <unk>, a word that this model does not know: rephrase "
+                    "the caption, leave the word out, or pass `allow_unknown_words=True`."
+                )
+        end = next(
+            (i for i, token in enumerate(tokens) if token in (config.pad_token_id, *eos_token_ids)), len(tokens)
+        )
+        if end < 2:
+            raise ValueError(f"Caption {index} is empty: there is no word to explain after <bos>.")
+        if any(token != config.pad_token_id for token in tokens[end + 1 :]):
+            raise ValueError(f"Caption {index} goes on after <eos> or <pad> at position {end}: cut it there.")
+
+
+def inputs_and_targets(
+    sequences: torch.LongTensor, targets: str | torch.LongTensor, config: DifnetConfig
+) -> tuple[torch.LongTensor, torch.LongTensor | None]:
+    """What the decoder reads, and the words to explain (`None`: the most likely ones); both (B, T), `<pad>` behind."""
+    eos_token_ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    is_end = torch.isin(sequences, sequences.new_tensor([token for token in eos_token_ids if token is not None]))
+    input_ids = sequences.masked_fill(is_end, config.pad_token_id)  # what follows <eos> is no word
+    num_words = int((input_ids != config.pad_token_id).sum(1).max())
+    if isinstance(targets, torch.Tensor):
+        if targets.shape != (len(sequences), num_words):
+            raise ValueError(
+                f"`targets` must have the shape {(len(sequences), num_words)}, a word after each token of the "
+                f"captions (<bos> included, <eos> excluded), got {tuple(targets.shape)}."
+            )
+        target_ids = targets.to(sequences.device)
+    elif targets == "caption":
+        target_ids = nn.functional.pad(sequences[:, 1:], (0, 1), value=config.pad_token_id)[:, :num_words]
+    elif targets == "predicted":
+        target_ids = None
+    else:
+        raise ValueError(f'`targets` must be "predicted", "caption" or a tensor of token ids, got {targets!r}.')
+    return input_ids[:, :num_words], target_ids
+
+
+# One run of the network, noted down
+
+
+def double(network: DifnetModel, dtype: torch.dtype) -> DifnetModel:
+    """The same network in another precision and with attention weights to read; without its word embeddings."""
+    config = copy.deepcopy(network.config)
+    config._attn_implementation = "eager"
+    with torch.device("meta"):
+        twin = DifnetModel(config)
+    state_dict = {name: value.to(dtype) for name, value in network.state_dict().items() if "embed_tokens" not in name}
+    twin.load_state_dict(state_dict, strict=False, assign=True)
+    return twin.eval()
+
+
+class Tape:
+    """While it is open: what each linear layer, norm and attention of a network read and gave, call by call."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.calls = defaultdict(list)
+        self.handles = [
+            module.register_forward_hook(lambda module, inputs, output: self.calls[module].append((inputs[0], output)))
+            for module in network.modules()
+            if isinstance(module, nn.Linear | nn.LayerNorm | DifnetIndependentLayerNorm | DifnetAttention)
+        ]
+
+    def __enter__(self) -> "Tape":
+        return self
+
+    def __exit__(self, *error) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def read(self, module: nn.Module, call: int = -1) -> torch.Tensor:
+        return self.calls[module][call][0]
+
+    def gave(self, module: nn.Module, call: int = -1) -> torch.Tensor:
+        return self.calls[module][call][1]
+
+    def heads(self, attention: DifnetAttention, projection: nn.Linear, call: int = -1) -> torch.Tensor:
+        """What a projection gave, (B, heads, L, head_dim)."""
+        return self.gave(projection, call).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+
+
+# What one operation does with relevance. Activations are (B, L, features); relevance has a target word as its second
+# dimension, (B, T, L, features), and is relevance itself or, in the rules of gradients, relevance over activation.
+
+
+def divisor(activations: torch.Tensor) -> torch.Tensor:
+    """The original's `safe_divide(a, b)` is `a / divisor(b)`: b + 1e-9, and infinity where b is 0."""
+    shifted = activations + 1e-9
+    return shifted.masked_fill(shifted == 0, 1e-9).masked_fill(activations == 0, torch.inf)
+
+
+class OriginalRules:
+    """Relevance goes through linear layers in proportion to positive products (alpha = 1), biases left out.
+
+    Divisors have no dimension of target words: they are made once for all words. What equals the original's
+    `x * (R / z)` up to rounding is written as `R * (x / z)` where that makes it once for all words, too.
+    """
+
+    def __init__(self) -> None:
+        self.signed_weights: dict[nn.Linear, torch.Tensor] = {}
+
+    def word(self, states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """1 of relevance at a word's logit, given its row of the output layer: (B, T, d_model) alike."""
+        products = (states * rows).clamp(min=0)
+        return products / divisor(products.sum(-1, keepdim=True))
+
+    def linear(self, layer: nn.Linear, inputs: torch.Tensor, relevance: torch.Tensor) -> torch.Tensor:
+        """Equals the rule for positive and for negative inputs apart: each input meets the weights of its own sign.
+
+        `relevance` is overwritten: with many words it is the largest tensor there is.
+        """
+        if layer not in self.signed_weights:  # (out, 2 * in): positive weights beside negative weights
+            both = layer.weight.new_empty(layer.out_features, 2 * layer.in_features)
+            torch.clamp(layer.weight, min=0, out=both[:, : layer.in_features])
+            torch.clamp(layer.weight, max=0, out=both[:, layer.in_features :])
+            self.signed_weights[layer] = both
+        weights = self.signed_weights[layer]
+        if (inputs >= 0).all():  # features and what follows a ReLU: half of the work
+            weights = weights[:, : layer.in_features]
+            relevance /= divisor(nn.functional.linear(inputs, weights)).unsqueeze(1)
+            return (relevance @ weights).mul_(inputs.unsqueeze(1))
+        signed_inputs = torch.cat([inputs.clamp(min=0), inputs.clamp(max=0)], dim=-1)
+        relevance /= divisor(nn.functional.linear(signed_inputs, weights)).unsqueeze(1)
+        positive_inputs, negative_inputs = signed_inputs.unsqueeze(1).chunk(2, dim=-1)
+        for_positive, for_negative = (relevance @ weights).chunk(2, dim=-1)
+        return (for_positive * positive_inputs).addcmul_(for_negative, negative_inputs)
+
+    def features(self, layer: nn.Linear, inputs: torch.Tensor, relevance: torch.Tensor) -> torch.Tensor:
+        """As `linear`, but what reaches a unit without any positive product is shared by its negative ones.
+
+        The original, which has no rule for this layer, would let it vanish: half of what reaches a cell of one class.
+        """
+        weight = layer.weight
+        products = nn.functional.linear(inputs.clamp(min=0), weight.clamp(min=0))
+        products += nn.functional.linear(inputs.clamp(max=0), weight.clamp(max=0))  # (B, N, out)
+        if (products > 0).all():
+            return self.linear(layer, inputs, relevance)
+        stranded = relevance * (products == 0).unsqueeze(1)
+        return self.linear(layer, inputs, relevance) + self.linear(layer, -inputs, stranded)
+
+    def attention(
+        self,
+        layer: DifnetAttention,
+        weights: torch.Tensor,  # (B, heads, L, S)
+        query: torch.Tensor,  # (B, heads, L, head_dim)
+        key: torch.Tensor,  # (B, heads, S, head_dim)
+        value: torch.Tensor,  # (B, heads, S, head_dim)
+        relevance: torch.Tensor,  # (B, T, heads, L, head_dim)
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
+        """Relevance of query, key and value: each product gives half to each factor; softmax lets it pass."""
+        weights, query, key, value = (tensor.unsqueeze(1) for tensor in (weights, query, key, value))
+        shares = relevance / divisor(weights @ value)
+        of_value = (weights.transpose(-1, -2) @ shares).mul_(value / 2)
+        shares = (shares @ value.transpose(-1, -2)).mul_(weights / divisor(query @ key.transpose(-1, -2)) / 2)
+        of_query = (shares @ key).mul_(query / 2)
+        return of_query, (shares.transpose(-1, -2) @ query).mul_(key / 2), of_value
+
+    def relu(self, outputs: torch.Tensor, relevance: torch.Tensor) -> torch.Tensor:
+        return relevance
+
+    def layer_norm(self, norm: nn.LayerNorm, inputs: torch.Tensor, relevance: torch.Tensor) -> torch.Tensor:
+        return relevance
+
+    def residual(
+        self, left: torch.Tensor, right: torch.Tensor, relevance: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Relevance of both addends of a sum, scaled so that their totals stand as their absolute totals do.
+
+        Totals are over all positions and features of one target word (the original's are over its whole batch of 1).
+        """
+        shift = divisor(left + right)
+        parts = [relevance * (addend / shift).unsqueeze(1) for addend in (left, right)]
+        totals = [part.sum((-2, -1), keepdim=True) for part in parts]
+        share = relevance.sum((-2, -1), keepdim=True) / divisor(totals[0].abs() + totals[1].abs())
+        of_left, of_right = (
+            part.mul_(total.abs() * share / divisor(total)) for part, total in zip(parts, totals, strict=True)
+        )
+        return of_left, of_right
+
+    def copies(self, source: torch.Tensor, relevances: list[torch.Tensor | None]) -> torch.Tensor:
+        """Relevance of what several branches read: their sum, up to the original's division by the source."""
+        total = relevances[0] + relevances[1]
+        for relevance in relevances[2:]:
+            total += relevance
+        return total.mul_((source / divisor(source)).unsqueeze(1))
+
+    def finish(self, inputs: torch.Tensor, relevance: torch.Tensor) -> torch.Tensor:
+        return relevance
+
+
+class GradientRules:
+    """The chain rule. What is carried is the gradient of a word's logit; times the input it becomes relevance."""
+
+    def word(self, states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return rows
+
+    def linear(self, layer: nn.Linear, inputs: torch.Tensor, relevance: torch.Tensor) -> torch.Tensor:
+        return relevance @ layer.weight
+
+    features = linear
+
+    def attention(self, layer, weights, query, key, value, relevance):
+        """As `OriginalRules.attention`."""
+        weights, query, key, value = (tensor.unsqueeze(1) for tensor in (weights, query, key, value))
+        of_weights = relevance @ value.transpose(-1, -2)  # (B, T, heads, L, S)
+        of_scores = layer.scaling * weights * (of_weights - (weights * of_weights).sum(-1, keepdim=True))
+        return of_scores @ key, of_scores.transpose(-1, -2) @ query, weights.transpose(-1, -2) @ relevance
+
+    def relu(self, outputs: torch.Tensor, relevance: torch.Tensor) -> torch.Tensor:
+        return relevance * (outputs > 0).unsqueeze(1)
+
+    def layer_norm(self, norm: nn.LayerNorm, inputs: torch.Tensor, relevance: torch.Tensor) -> torch.Tensor:
+        relevance = relevance * norm.weight
+        deviation = (inputs.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
+        normed = ((inputs - inputs.mean(-1, keepdim=True)) / deviation).unsqueeze(1)
+        relevance = relevance - relevance.mean(-1, keepdim=True) - normed * (relevance * normed).mean(-1, keepdim=True)
+        return relevance / deviation.unsqueeze(1)
+
+    def residual(
+        self, left: torch.Tensor, right: torch.Tensor, relevance: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return relevance, relevance
+
+    def copies(self, source: torch.Tensor, relevances: list[torch.Tensor | None]) -> torch.Tensor:
+        return sum(relevance for relevance in relevances if relevance is not None)
+
+    def finish(self, inputs: torch.Tensor, relevance: torch.Tensor) -> torch.Tensor:
+        return inputs.unsqueeze(1) * relevance
+
+
+class ConservativeRules(GradientRules):
+    """The chain rule with attention weights and the norms' deviations held constant: a network of linear pieces."""
+
+    def attention(self, layer, weights, query, key, value, relevance):
+        """As `OriginalRules.attention`; all relevance goes to the values."""
+        return None, None, weights.unsqueeze(1).transpose(-1, -2) @ relevance
+
+    def layer_norm(self, norm: nn.LayerNorm, inputs: torch.Tensor, relevance: torch.Tensor) -> torch.Tensor:
+        relevance = relevance * norm.weight
+        deviation = (inputs.var(-1, correction=0, keepdim=True) + norm.eps).sqrt().unsqueeze(1)
+        return (relevance - relevance.mean(-1, keepdim=True)) / deviation
+
+
+Rules = OriginalRules | GradientRules
+
+
+# The way back through the network
+
+
+def walk(
+    network: DifnetModel, tape: Tape, rules: Rules, relevance: torch.Tensor, through_encoder: bool
+) -> dict[str, torch.Tensor]:
+    """From the decoder's states (B, T, L, d_model), through all layers, to what `RelevanceOutput` holds."""
+    of_pictures = []
+    for layer in reversed(network.decoder.layers):
+        relevance, of_picture = decoder_layer(rules, layer, tape, relevance)
+        of_pictures.append(of_picture)
+    of_pictures = torch.stack(of_pictures).sum(0)  # (B, T, N, d_model)
+
+    of_words = rules.finish(tape.read(network.decoder.layers[0].self_attn.q_proj), relevance)
+    encoder_states = tape.read(network.decoder.layers[0].encoder_attn.k_proj)
+    maps = {
+        "encoder_output": rules.finish(encoder_states, of_pictures).sum(-1),
+        "caption": of_words.sum(-1),
+        "caption_absolute": of_words.abs().sum(-1),
+    }
+    if through_encoder:
+        maps |= encoder(rules, network.encoder, tape, of_pictures)
+    return maps
+
+
+def decoder_layer(
+    rules: Rules, layer: DifnetDecoderLayer, tape: Tape, relevance: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Relevance of the layer's words (B, T, L, d_model) and of the encoder's output (B, T, N, d_model)."""
+    relevance = feed_forward(rules, layer.feed_forward, layer.final_layer_norm, tape, relevance)
+    norms = (layer.encoder_attn_layer_norm, layer.encoder_layer_norm)
+    *of_words, of_keys, of_values = double_residual(rules, layer.encoder_attn, *norms, tape, relevance)
+    of_picture = rules.copies(tape.read(layer.encoder_attn.k_proj), [of_keys, of_values])
+    relevance = rules.copies(tape.read(layer.encoder_attn.q_proj), of_words)
+    norms = (layer.self_attn_layer_norm, layer.layer_norm)
+    branches = double_residual(rules, layer.self_attn, *norms, tape, relevance)
+    return rules.copies(tape.read(layer.self_attn.q_proj), branches), of_picture
+
+
+def encoder(rules: Rules, network: DifnetEncoder, tape: Tape, relevance: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Relevance of the inputs; the original's encoder has a rule for each layer, but never calls it."""
+    if not network.config.use_segmentation:
+        for layer in reversed(network.layers):
+            relevance = encoder_layer(rules, layer, tape, relevance)
+        return {"grid": flow_embedding(rules, network.grid_embedding, tape, relevance).sum(-1)}
+
+    states = tape.gave(network.layers[-1].final_layer_norm)
+    grid_states, segmentation_states = tape.gave(network.flow_layers[-1].final_layer_norm).chunk(2)
+    relevance, of_segmentation = rules.residual(states + grid_states, segmentation_states, relevance)
+    relevance, of_grid = rules.residual(states, grid_states, relevance)
+    for layer in reversed(network.layers):
+        relevance = encoder_layer(rules, layer, tape, relevance)
+    of_fused_grid, of_fused_segmentation = rules.residual(grid_states, segmentation_states, relevance)
+    of_grid = rules.copies(grid_states, [of_grid, of_fused_grid])
+    of_segmentation = rules.copies(segmentation_states, [of_segmentation, of_fused_segmentation])
+    relevance = torch.cat([of_grid, of_segmentation])  # (2B, T, N, d_model), as the layers had the flows
+    for layer in reversed(network.flow_layers):
+        for call in reversed(range(layer.fusion_iterations)):
+            relevance = encoder_layer(rules, layer, tape, relevance, call)
+    of_grid, of_segmentation = relevance.chunk(2)
+    of_grid = flow_embedding(rules, network.grid_embedding, tape, of_grid)
+    of_segmentation = flow_embedding(rules, network.segmentation_embedding, tape, of_segmentation)
+    return {
+        "grid": of_grid.sum(-1),
+        "segmentation": of_segmentation.sum(-1),
+        "segmentation_classes": of_segmentation.sum(-2),
+    }
+
+
+def encoder_layer(
+    rules: Rules, layer: DifnetEncoderLayer | DifnetFlowLayer, tape: Tape, relevance: torch.Tensor, call: int = 0
+) -> torch.Tensor:
+    relevance = feed_forward(rules, layer.feed_forward, layer.final_layer_norm, tape, relevance, call)
+    norms = (layer.self_attn_layer_norm, layer.layer_norm)
+    *of_queries, of_keys, of_values = double_residual(rules, layer.self_attn, *norms, tape, relevance, call)
+    states = tape.read(layer.self_attn.q_proj, call)
+    return rules.copies(states, [rules.copies(states, of_queries), of_keys, of_values])
+
+
+def feed_forward(
+    rules: Rules, layer: DifnetFeedForward, norm: nn.Module, tape: Tape, relevance: torch.Tensor, call: int = 0
+) -> torch.Tensor:
+    """The feed-forward layer with its residual and norm."""
+    states, activations = tape.read(layer.fc1, call), tape.read(layer.fc2, call)
+    relevance = layer_norm(rules, norm, tape.read(norm, call), relevance)
+    of_states, relevance = rules.residual(states, tape.gave(layer.fc2, call), relevance)
+    relevance = rules.relu(activations, rules.linear(layer.fc2, activations, relevance))
+    return rules.copies(states, [of_states, rules.linear(layer.fc1, states, relevance)])
+
+
+def double_residual(
+    rules: Rules,
+    attention: DifnetAttention,
+    inner_layer_norm: nn.Module,
+    outer_layer_norm: nn.Module,
+    tape: Tape,
+    relevance: torch.Tensor,  # (B, T, L, d_model)
+    call: int = 0,
+) -> tuple[torch.Tensor, ...]:
+    """Relevance that reaches the attention's inputs: residual, queries (B, T, L, ..), keys, values (B, T, S, ..)."""
+    states = tape.read(attention.q_proj, call)
+    relevance = layer_norm(rules, outer_layer_norm, tape.read(outer_layer_norm, call), relevance)
+    of_states, relevance = rules.residual(states, tape.gave(inner_layer_norm, call), relevance)
+    relevance = layer_norm(rules, inner_layer_norm, tape.read(inner_layer_norm, call), relevance)
+    of_inner_states, relevance = rules.residual(states, tape.gave(attention.out_proj, call), relevance)
+
+    relevance = rules.linear(attention.out_proj, tape.read(attention.out_proj, call), relevance)
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    of_heads = rules.attention(
+        attention,
+        tape.gave(attention, call)[1],
+        *(tape.heads(attention, projection, call) for projection in projections),
+        relevance.unflatten(-1, (-1, attention.head_dim)).transpose(2, 3),  # (B, T, heads, L, head_dim)
+    )
+    of_queries, of_keys, of_values = (
+        None
+        if relevance is None
+        else rules.linear(projection, tape.read(projection, call), relevance.transpose(2, 3).flatten(-2))
+        for projection, relevance in zip(projections, of_heads, strict=True)
+    )
+    return of_states, rules.copies(states, [of_inner_states, of_queries]), of_keys, of_values
+
+
+def layer_norm(rules: Rules, norm: nn.Module, inputs: torch.Tensor, relevance: torch.Tensor) -> torch.Tensor:
+    """One norm, or one for each of the two flows that are stacked in the batch dimension."""
+    if not isinstance(norm, DifnetIndependentLayerNorm):
+        return rules.layer_norm(norm, inputs, relevance)
+    norms = (norm.grid_layer_norm, norm.segmentation_layer_norm)
+    parts = zip(norms, inputs.chunk(2), relevance.chunk(2), strict=True)
+    return torch.cat([rules.layer_norm(*part) for part in parts])
+
+
+def flow_embedding(rules: Rules, embedding: DifnetFlowEmbedding, tape: Tape, relevance: torch.Tensor) -> torch.Tensor:
+    """Relevance of one flow's features, (B, T, N, feature_size)."""
+    features = tape.read(embedding.projection)
+    relevance = rules.layer_norm(embedding.layer_norm, tape.read(embedding.layer_norm), relevance)
+    relevance = rules.relu(tape.read(embedding.layer_norm), relevance)
+    return rules.finish(features, rules.features(embedding.projection, features, relevance))
+
+
+# Attention alone
+
+
+def attention_rollout(
+    network: DifnetModel, tape: Tape, is_asked: torch.Tensor, class_shares: torch.Tensor | None, through_encoder: bool
+) -> dict[str, torch.Tensor]:
+    """What `RelevanceOutput` holds, from attention weights alone: mixtures of tokens, multiplied from layer to layer.
+
+    Each row adds up to 1. It does not depend on the word that is asked for, and it knows no classes: a cell's part of
+    the segmentation is given to the classes by their shares in the cell.
+    """
+    num_words = is_asked.shape[1]
+    num_cells = tape.gave(network.decoder.layers[0].encoder_attn)[1].shape[-1]
+    tokens = torch.eye(num_words, num_words + num_cells, dtype=network.dtype, device=network.device)
+    tokens = tokens.expand(len(is_asked), -1, -1)  # (B, T, T + N): words, then cells of the encoder's output
+    for layer in network.decoder.layers:
+        tokens = mixed(tape, layer.self_attn, tokens)
+        looks = tape.gave(layer.encoder_attn)[1].mean(1)  # (B, T, N)
+        tokens = 0.75 * tokens + 0.25 * nn.functional.pad(looks, (num_words, 0))
+    words, picture = (tokens * is_asked.unsqueeze(-1)).split([num_words, num_cells], dim=-1)
+    maps = {"encoder_output": picture, "caption": words, "caption_absolute": words}
+    if not through_encoder:
+        return maps
+
+    # Rows: cells. Columns: cells of the grid, then cells of the segmentation.
+    grid = torch.eye(num_cells, 2 * num_cells, dtype=network.dtype, device=network.device)
+    grid = grid.expand(len(is_asked), -1, -1)
+    flows = torch.cat([grid, grid.roll(num_cells, dims=-1)])
+    if not network.config.use_segmentation:
+        for layer in network.encoder.layers:
+            grid = mixed(tape, layer.self_attn, grid)
+        return maps | {"grid": picture @ grid[..., :num_cells]}
+    for layer in network.encoder.flow_layers:
+        for call in range(layer.fusion_iterations):
+            flows = mixed(tape, layer.self_attn, flows, call)
+    both_flows = flows.chunk(2)[0] + flows.chunk(2)[1]
+    cells = both_flows / 2
+    for layer in network.encoder.layers:
+        cells = mixed(tape, layer.self_attn, cells)
+    grid, segmentation = (picture @ (cells + both_flows) / 3).chunk(2, dim=-1)
+    class_shares = nn.functional.normalize(class_shares.flatten(2), p=1, dim=1).transpose(1, 2)  # (B, N, classes)
+    return maps | {"grid": grid, "segmentation": segmentation, "segmentation_classes": segmentation @ class_shares}
+
+
+def mixed(tape: Tape, attention: DifnetAttention, tokens: torch.Tensor, call: int = -1) -> torch.Tensor:
+    """Mixtures (B, L, columns) after an attention, which brings a quarter: twice its input is added, then normed."""
+    weights = tape.gave(attention, call)[1].mean(1)  # (B, L, L)
+    return 0.75 * tokens + 0.25 * weights @ tokens
