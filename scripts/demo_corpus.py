@@ -22,6 +22,7 @@ import argparse
 import json
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -76,7 +77,8 @@ from tqdm import tqdm
 from segmentation_difnet import CLASS_NAMES, pool_channel_map
 
 GRID_SIZE, GRID_FEATURE_SIZE = 7, 2048
-SIZES = {"train": 440, "restval": 60, "validation": 60, "test": 80}
+SIZES = {"train": 540, "restval": 60, "validation": 60, "test": 80}
+SCENES_PER_PAIR = 6  # held-out scenes with the same held-out pair, at most
 
 # What there is
 
@@ -284,9 +286,10 @@ def word_pairs(scene: Scene) -> set[tuple[str, str, str]]:
     """The pairs that decide about the split: (what they are about, one part, the other part)."""
     pairs = {
         ("colour", scene.subject.kind, scene.subject.colour),
-        ("action", scene.subject.kind, scene.action),
         ("setting", scene.subject.kind, scene.setting),
     }
+    if scene.action != scene.relation:
+        pairs.add(("action", scene.subject.kind, scene.action))
     if scene.companion:
         pairs.add(("colour", scene.companion.kind, scene.companion.colour))
         pairs.add((scene.relation, scene.subject.kind, scene.companion.kind))
@@ -302,7 +305,7 @@ def held_out_pairs() -> dict[tuple[str, str, str], str]:
     partners: dict[tuple[str, str], set[str]] = {}
     for frame in FRAMES:
         for subject in frame.subjects:
-            partners.setdefault(("action", subject), set()).update(frame.actions)
+            partners.setdefault(("action", subject), set()).update(set(frame.actions) - {frame.relation})
             partners.setdefault(("setting", subject), set()).update(frame.settings)
             if frame.companions:
                 partners.setdefault((frame.relation, subject), set()).update(set(frame.companions) - {subject})
@@ -317,6 +320,11 @@ def held_out_pairs() -> dict[tuple[str, str, str], str]:
         if len(others) >= 5:
             held_out[about, part, others[1]] = ("validation", "test")[len(held_out) % 2]
     return held_out
+
+
+def new_pairs_of(scene: Scene) -> list[tuple[str, str, str]]:
+    """The pairs of a scene that no training scene has."""
+    return sorted(pair for pair in word_pairs(scene) if pair in held_out_pairs())
 
 
 def _random_scene(image_id: int, rng: np.random.Generator) -> Scene:
@@ -335,22 +343,28 @@ def _random_scene(image_id: int, rng: np.random.Generator) -> Scene:
 def make_scenes(seed: int = 0, sizes: dict[str, int] = SIZES) -> list[Scene]:
     """The scenes of all splits, by image id; the same for the same seed and sizes.
 
-    A scene with held-out pairs of one split goes there, a scene with none to training, one with pairs of both nowhere.
+    No two scenes are alike. A scene with held-out pairs of one split goes there, as long as the pair is not there too
+    often; a scene with none goes to training; one with pairs of both splits nowhere.
     """
     rng = np.random.default_rng([seed, 1])
     wanted = dict(sizes)
     scenes: list[Scene] = []
+    seen = set()
+    uses: Counter[tuple[str, str, str]] = Counter()
     image_id = 0
     while any(wanted.values()):
         image_id += 1
         scene = _random_scene(image_id, rng)
-        splits = {held_out_pairs()[pair] for pair in word_pairs(scene) if pair in held_out_pairs()}
-        if len(splits) == 2:
-            continue
+        new_pairs = new_pairs_of(scene)
+        splits = {held_out_pairs()[pair] for pair in new_pairs}
         split = splits.pop() if splits else "train" if wanted.get("train", 0) > 0 else "restval"
-        if wanted.get(split, 0) > 0:
-            wanted[split] -= 1
-            scenes.append(scene._replace(split=split))
+        too_often = any(uses[pair] >= SCENES_PER_PAIR for pair in new_pairs)
+        if splits or too_often or scene[2:] in seen or wanted.get(split, 0) == 0:
+            continue
+        wanted[split] -= 1
+        seen.add(scene[2:])
+        uses.update(new_pairs)
+        scenes.append(scene._replace(split=split))
     return scenes
 
 
