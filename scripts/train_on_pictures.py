@@ -27,6 +27,7 @@ from coco_sources import find_pictures
 from convert_checkpoint import written_at_once
 from dataset_difnet import load_packed_split
 from model_card import METRICS
+from processing_difnet import DifnetTokenizer
 
 SCRIPTS = Path(__file__).resolve().parent
 SPLITS = ("train", "validation", "test")
@@ -43,7 +44,6 @@ SMALL_CONFIG = {
     "decoder_ffn_dim": 256,
 }
 SMALL_TRAINING = {
-    "--min-word-count": 1,
     "--xe-batches": "images",
     "--xe-batch-size": 4,
     "--xe-schedule": "constant",
@@ -135,11 +135,28 @@ def pack(options: argparse.Namespace, annotations: Path) -> None:
     call("pack_coco.py", *words, "--output", options.output / "packed")
 
 
-def train(options: argparse.Namespace) -> None:
+def make_vocabulary(options: argparse.Namespace, annotations: Path) -> Path:
+    """The words of the training and validation captions; those without a letter or a digit are left out.
+
+    No metric sees a word such as "..", so that self-critical training would append it to captions at will.
+    """
+    content = [json.loads((annotations / f"captions_{split}.json").read_text("utf-8")) for split in SPLITS[:2]]
+    captions = [annotation["caption"] for file in content for annotation in file["annotations"]]
+    tokens = DifnetTokenizer.from_captions(captions, options.min_word_count).get_vocab()
+    path = options.output / "vocab.json"
+    with written_at_once(path) as unfinished:
+        unfinished.write_text(
+            json.dumps([token for token in tokens if any(map(str.isalnum, token))], ensure_ascii=False, indent=0)
+        )
+    return path
+
+
+def train(options: argparse.Namespace, annotations: Path) -> None:
     run, config = options.output / "training", options.output / "config.json"
     with written_at_once(config) as unfinished:
         unfinished.write_text(json.dumps(SMALL_CONFIG, indent=1) + "\n")
     words: list[object] = ["--dataset", options.output / "packed", "--output", run, "--config", config]
+    words += ["--vocab", make_vocabulary(options, annotations)]
     words += [word for option in SMALL_TRAINING.items() for word in option]
     words += ["--validation-split", options.choose_by, "--seed", options.seed]
     words += ["--report-to", "none"] + (["--cpu"] if options.cpu else []) + options.training
@@ -305,6 +322,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="split whose CIDEr-D says which checkpoint is best (default: validation); train shows whether all works: "
         "the pictures are learnt by heart",
     )
+    add(
+        "--min-word-count",
+        type=int,
+        default=1,
+        metavar="N",
+        help="how often the captions must have a word (default 1)",
+    )
     add("--seed", type=int, default=0, metavar="N", help="default: 0")
     add("--cpu", action="store_true", help="even where there is a GPU")
     add("training", nargs="*", metavar="-- OPTION", help="options of train.py")
@@ -325,7 +349,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         annotations = copy_annotations(options)
         make_features(options, annotations)
         pack(options, annotations)
-        train(options)
+        train(options, annotations)
         model = copy_model(options)
         reports = evaluate_splits(options, model)
         captions = caption_all(options, model)

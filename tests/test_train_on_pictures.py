@@ -27,7 +27,8 @@ CONFIG = {
     "encoder_ffn_dim": 64,
     "decoder_ffn_dim": 64,
 }
-TRAINING = ["--xe-epochs", "30", "--xe-batch-size", "2", "--scst-epochs", "1", "--dropout", "0"]
+TRAINING = ["--xe-epochs", 50, "--xe-patience", 50, "--xe-batch-size", 3, "--xe-learning-rate", 3e-3]
+TRAINING += ["--scst-epochs", 1, "--dropout", 0]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,18 @@ def data(tmp_path_factory) -> Path:
 def command(data: Path, output: Path) -> list[str]:
     words = ["--pictures", data / "pictures", "--captions", data / "captions_train.json", data / "captions_val.json"]
     words += ["--instances", data / "instances_train.json", data / "instances_val.json", "--untrained", "--cpu"]
-    words += ["--choose-by", "train", "--output", output, "--", "--config", data / "config.json", *TRAINING]
+    words += [
+        "--choose-by",
+        "train",
+        "--name",
+        "dogs",
+        "--output",
+        output,
+        "--",
+        "--config",
+        data / "config.json",
+        *TRAINING,
+    ]
     return [sys.executable, str(REPOSITORY / "scripts" / "train_on_pictures.py"), *map(str, words)]
 
 
@@ -132,9 +144,7 @@ def test_a_killed_run_goes_on(data, tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
     subprocess.run(command(data, tmp_path / "killed"), env=ENVIRONMENT, capture_output=True, check=True)
     for name in ("model/model.safetensors", "captions.json", "captions.html"):
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes().replace(
-            b"<title>whole</title>", b"<title>killed</title>"
-        ).replace(b"<h1>whole</h1>", b"<h1>killed</h1>")
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
 class TestMistakes:
