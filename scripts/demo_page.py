@@ -47,7 +47,7 @@ def line_chart(
     series = [line for line in series if line.points]
     all_x = [x for line in series for x, _ in line.points] or [0.0, 1.0]
     all_y = [y for line in series for _, y in line.points] or [0.0, 1.0]
-    x_ticks, y_ticks = _ticks(min(0.0, *all_x), max(all_x)), _ticks(min(all_y), max(all_y))
+    x_ticks, y_ticks = _ticks(min(all_x), max(all_x)), _ticks(min(all_y), max(all_y))
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
@@ -204,11 +204,12 @@ class Shown(NamedTuple):
 
 
 class Explained(NamedTuple):
-    """A caption with one map (7, 7) for each of its words."""
+    """A caption with, for each of its words, a map (7, 7) and the segmentation class that spoke most for it."""
 
     picture: Image.Image
     words: list[str]
     maps: np.ndarray
+    classes: list[str]
 
 
 STYLE = """
@@ -226,12 +227,13 @@ th, td { padding: 7px 16px; text-align: right; border-bottom: 1px solid #e6e8ec 
 .card img { width: 100%; display: block } .card div { padding: 10px 14px 14px; font-size: 14px; line-height: 1.4 }
 .caption { font-size: 16px; font-weight: 600; margin: 0 0 6px } .card ul { margin: 4px 0 0; padding-left: 18px;
 color: #5b616b }
-.tag { display: inline-block; background: #e8f1e9; color: #2c6a41; border-radius: 9px; padding: 1px 9px; font-size: 12px;
-margin-bottom: 7px } .xe { color: #2f6fb0; margin: 0 0 4px }
+.tag { display: inline-block; background: #e8f1e9; color: #2c6a41; border-radius: 9px; padding: 1px 9px;
+font-size: 12px; margin-bottom: 7px } .xe { color: #2f6fb0; margin: 0 0 4px }
 .words { display: flex; flex-wrap: wrap; gap: 8px; background: #fff; border-radius: 10px; padding: 14px;
-margin: 12px 0 }
-.words figure { margin: 0; width: 106px } .words img { width: 100%; border-radius: 6px; display: block }
-.words figcaption { text-align: center; font-size: 14px; margin-top: 3px }
+margin: 12px 0 } .words figure { margin: 0; width: calc((100% - 88px) / 12); min-width: 76px }
+.words img { width: 100%; border-radius: 6px; display: block }
+.words figcaption { text-align: center; font-size: 14px; margin-top: 3px; line-height: 1.2 }
+.words small { color: #8a8f98; font-size: 11px; overflow-wrap: anywhere }
 pre { background: #fff; padding: 12px 16px; border-radius: 8px; overflow-x: auto; font-size: 13px }
 """
 
@@ -260,15 +262,17 @@ def _card(shown: Shown) -> str:
 
 def _explained(explained: Explained) -> str:
     largest = max(float(np.max(explained.maps)), 1e-9)
-    figures = [("", explained.picture)] + [
-        (word, heat_over(explained.picture, relevance, max(float(relevance.max()), 0.25 * largest)))
-        for word, relevance in zip(explained.words, explained.maps, strict=True)
-    ]
-    return '<div class="words">' + "".join(
+    figures = [(explained.picture, "", "")]
+    for word, relevance, name in zip(explained.words, explained.maps, explained.classes, strict=True):
+        # A word about which the cells say little stays pale.
+        heat = heat_over(explained.picture, relevance, max(float(relevance.max()), 0.25 * largest))
+        figures.append((heat, word, name))
+    inner = "".join(
         f'<figure><img src="{as_data_url(picture)}" alt="{html.escape(word)}">'
-        f"<figcaption>{html.escape(word) or '&nbsp;'}</figcaption></figure>"
-        for word, picture in figures
-    ) + "</div>"  # fmt: skip
+        f"<figcaption>{html.escape(word)}<br><small>{html.escape(name)}</small></figcaption></figure>"
+        for picture, word, name in figures
+    )
+    return f'<div class="words">{inner}</div>'
 
 
 def build_page(
@@ -290,7 +294,8 @@ def build_page(
     if explained:
         relevance = (
             "<h2>Why this word</h2><p>Where each word comes from: relevance of the cells of both flows together, "
-            "followed from the word back to the two inputs. Scenes with two things that the caption names both.</p>"
+            "followed from the word back to the two inputs. Below each word the segmentation class that spoke most for "
+            "it. The first scenes, one of each subject, with two things that the caption names both.</p>"
             + "".join(map(_explained, explained))
         )
     return f"""<!DOCTYPE html>
