@@ -173,7 +173,7 @@ class Demo:
         return {row["image_id"]: row["caption"] for row in json.loads(file.read_text())}
 
     def show(self, scenes: list[Scene], results: dict[str, dict], captions: dict[int, str], took: str) -> Path:
-        """Write the page, the sheet and the curves; returns the page's path. `took` says how long all took, if known."""
+        """Write the page, the sheet and the curves; returns the page's path. `took`: how long all took, if known."""
         test = load_from_disk(str(self.packed))["test"]
         references = dict(zip(test["image_id"], test["captions"], strict=True))
         by_id = {scene.image_id: scene for scene in scenes}
@@ -200,8 +200,8 @@ class Demo:
         page = build_page(
             summary=[
                 f"A captioner that was trained from nothing{took}: {counts['train'] + counts['restval']} drawn scenes "
-                f"with five captions each, cross-entropy, then self-critical training; and then shown {counts['test']} "
-                "scenes with combinations that it had never seen.",
+                "with five captions each, cross-entropy, then self-critical training; and then shown "
+                f"{counts['test']} scenes with combinations that it had never seen.",
             ],
             scores={
                 "cross-entropy (best_xe)": results["best_xe"]["scores"],

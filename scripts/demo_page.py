@@ -294,8 +294,8 @@ def build_page(
     if explained:
         relevance = (
             "<h2>Why this word</h2><p>Where each word comes from: relevance of the cells of both flows together, "
-            "followed from the word back to the two inputs. Below each word the segmentation class that spoke most for "
-            "it. The first scenes, one of each subject, with two things that the caption names both.</p>"
+            "followed from the word back to the two inputs. Below each word the segmentation class that spoke most "
+            "for it. The first scenes, one of each subject, with two things that the caption names both.</p>"
             + "".join(map(_explained, explained))
         )
     return f"""<!DOCTYPE html>
