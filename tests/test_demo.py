@@ -98,7 +98,6 @@ def test_captions_name_the_subject_and_never_a_wrong_colour_or_thing(scenes):
         for caption in captions:
             words = set(re.findall(r"[a-z]+", caption.lower()))
             assert words & words_of[scene.subject.kind]
-            # An orange is no colour of fruit here: the only oranges are cats.
             assert words & set(demo_corpus.COLOURS) <= {thing.colour for thing in things}
             named = {name for name, theirs in words_of.items() if words & theirs}
             assert named <= {thing.kind for thing in things}
