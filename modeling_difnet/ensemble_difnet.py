@@ -149,6 +149,7 @@ class DifnetEnsemble(DifnetPreTrainedModel, DifnetGenerationMixin):
             if decoder_input_ids is None:
                 config = self.config
                 decoder_input_ids = shift_tokens_right(labels, config.pad_token_id, config.decoder_start_token_id)
+        use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None:
             past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
 

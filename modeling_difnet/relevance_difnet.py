@@ -251,13 +251,13 @@ def inputs_and_targets(
 
 
 def double(network: DifnetModel, dtype: torch.dtype) -> DifnetModel:
-    """The same network in another precision and with attention weights to read; without its word embeddings."""
-    config = copy.deepcopy(network.config)
-    config._attn_implementation = "eager"
-    with torch.device("meta"):
-        twin = DifnetModel(config)
-    state_dict = {name: value.to(dtype) for name, value in network.state_dict().items() if "embed_tokens" not in name}
-    twin.load_state_dict(state_dict, strict=False, assign=True)
+    """The same network in another precision, with attention weights to read; word embeddings stay as they are."""
+    tensors = [*network.parameters(), *network.buffers()]
+    copies = {id(tensor): tensor.detach().to(dtype) for tensor in tensors if tensor.is_floating_point()}
+    copies = {key: nn.Parameter(tensor, requires_grad=False) for key, tensor in copies.items()}
+    copies[id(network.decoder.embed_tokens.weight)] = network.decoder.embed_tokens.weight
+    twin = copy.deepcopy(network, copies)
+    twin.config._attn_implementation = "eager"
     return twin.eval()
 
 
@@ -308,6 +308,7 @@ class OriginalRules:
     """
 
     def __init__(self) -> None:
+        self.positive_weights: dict[nn.Linear, torch.Tensor] = {}
         self.signed_weights: dict[nn.Linear, torch.Tensor] = {}
 
     def word(self, states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -320,16 +321,18 @@ class OriginalRules:
 
         `relevance` is overwritten: with many words it is the largest tensor there is.
         """
+        if (inputs >= 0).all():  # features and what follows a ReLU: half of the work
+            if layer not in self.positive_weights:
+                self.positive_weights[layer] = layer.weight.clamp(min=0)
+            weights = self.positive_weights[layer]
+            relevance /= divisor(nn.functional.linear(inputs, weights)).unsqueeze(1)
+            return (relevance @ weights).mul_(inputs.unsqueeze(1))
         if layer not in self.signed_weights:  # (out, 2 * in): positive weights beside negative weights
             both = layer.weight.new_empty(layer.out_features, 2 * layer.in_features)
             torch.clamp(layer.weight, min=0, out=both[:, : layer.in_features])
             torch.clamp(layer.weight, max=0, out=both[:, layer.in_features :])
             self.signed_weights[layer] = both
         weights = self.signed_weights[layer]
-        if (inputs >= 0).all():  # features and what follows a ReLU: half of the work
-            weights = weights[:, : layer.in_features]
-            relevance /= divisor(nn.functional.linear(inputs, weights)).unsqueeze(1)
-            return (relevance @ weights).mul_(inputs.unsqueeze(1))
         signed_inputs = torch.cat([inputs.clamp(min=0), inputs.clamp(max=0)], dim=-1)
         relevance /= divisor(nn.functional.linear(signed_inputs, weights)).unsqueeze(1)
         positive_inputs, negative_inputs = signed_inputs.unsqueeze(1).chunk(2, dim=-1)

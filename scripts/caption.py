@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from coco_sources import GridFiles, SegmentationFiles, find_pictures, image_ids_of
+from relevance_figures import explain_picture, page, panels, png
 
 from modeling_difnet import original_beam_search
 from pipeline_difnet import (
@@ -257,6 +258,20 @@ def png_sheet(results: list[Captioned], summary: str, warning: str | None) -> by
     return buffer.getvalue()
 
 
+def write_explanation(
+    captioner: DifnetImageCaptioningPipeline,
+    arguments: argparse.Namespace,
+    results: list[Captioned],
+    warning: str | None,
+) -> None:
+    """Relevance of the best caption's words, as a page or as panels."""
+    if len(results) != 1:
+        raise ValueError(f"--explain takes one picture, {arguments.pictures[0]} holds {len(results)}; see explain.py")
+    explained = explain_picture(captioner, results[0].path, **generation_options(captioner, arguments))
+    is_page = arguments.explain.suffix == ".html"
+    write_atomically(arguments.explain, page([explained], warning=warning) if is_page else png(panels(explained)))
+
+
 # The command
 
 DESCRIPTION = """\
@@ -293,6 +308,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--contact-sheet", type=Path, metavar="FILE", help="write pictures and captions: .html or .png"
     )
+    parser.add_argument(
+        "--explain", type=Path, metavar="FILE", help="of one picture: write where its words come from: .html or .png"
+    )
     parser.add_argument("--num-captions", type=int, default=1, metavar="N", help="captions a picture (default 1)")
     parser.add_argument(
         "--num-beams", type=int, metavar="N", help="default: the checkpoint's; at least --num-captions"
@@ -320,6 +338,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             parser.error("--contact-sheet needs pictures")
         if arguments.contact_sheet.suffix not in (".html", ".png"):
             parser.error("--contact-sheet must end with .html or .png")
+    if arguments.explain is not None and (
+        arguments.explain.suffix not in (".html", ".png") or len(arguments.pictures) != 1
+    ):
+        parser.error("--explain takes one picture, and a file that ends with .html or .png (explain.py takes many)")
     if arguments.features is None and arguments.grid_backbone is None and not arguments.untrained:
         parser.error("pictures need --grid-backbone (or --untrained for a check without weights)")
     for name in ("num_captions", "batch_size"):
@@ -354,6 +376,9 @@ def main(argv: list[str] | None = None) -> int:
             sheet = html_sheet if arguments.contact_sheet.suffix == ".html" else png_sheet
             write_atomically(arguments.contact_sheet, sheet(results, summary, warning))
             print(f"contact sheet in {arguments.contact_sheet}")
+        if arguments.explain is not None and results:
+            write_explanation(captioner, arguments, results, warning)
+            print(f"explanation in {arguments.explain}")
     except (ValueError, OSError, ImportError) as error:
         print(f"caption.py: error: {error}", file=sys.stderr)
         return 2

@@ -214,6 +214,16 @@ class TestDecoding:
             assert torch.equal(encoded, ensemble.generate(**pictures, **search, max_new_tokens=6))
 
     @torch.no_grad()
+    def test_continuing_from_a_returned_cache(self, tiny_config):
+        ensemble = DifnetEnsemble(members_of_all_kinds(tiny_config))
+        pictures, captions = double(random_pictures(tiny_config)), random_captions(tiny_config, length=7)
+        whole = ensemble(**pictures, decoder_input_ids=captions)
+        first = ensemble(**pictures, decoder_input_ids=captions[:, :4])
+        rest = ensemble(**pictures, decoder_input_ids=captions[:, 4:], past_key_values=first.past_key_values)
+        torch.testing.assert_close(torch.cat([first.logits, rest.logits], dim=1), whole.logits)
+        assert len(whole.past_key_values) == sum(member.config.decoder_layers for member in ensemble.members)
+
+    @torch.no_grad()
     def test_the_shortest_position_table_is_the_limit(self, tiny_config):
         ensemble = DifnetEnsemble([member(tiny_config, 0), member(tiny_config, 1, max_position_embeddings=9)])
         pictures = random_pictures(tiny_config)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration, DifnetModel
-from modeling_difnet.modeling_difnet import sinusoid_table
+from modeling_difnet.modeling_difnet import fast_dropout, relu_dropout, sinusoid_table
 
 
 @pytest.fixture(params=["two flows", "baseline"])
@@ -284,6 +284,44 @@ def test_dropout_acts_in_training_alone(config: DifnetConfig) -> None:
     model.train()
     first, second = (model(**pictures, decoder_input_ids=captions).logits for _ in range(2))
     assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.003])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_fast_dropout_drops_with_the_given_probability_and_keeps_the_mean(p: float, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    values = torch.full((333, 1001), 3, dtype=dtype)
+    dropped = fast_dropout(values, p, training=True)
+    assert dropped.dtype == dtype
+    expected = p * values.numel()
+    assert abs((dropped == 0).sum() - expected) < 5 * expected**0.5
+    torch.testing.assert_close(
+        dropped.unique()[1].item(), 3 / (1 - p), rtol=0.01 if dtype == torch.bfloat16 else 2e-5, atol=0
+    )
+    # Neither neighbours in memory nor the two halves of a random number depend on each other.
+    is_dropped = (dropped == 0).flatten().float()
+    for distance in (1, 2, 3, 4, 8, 1001):
+        both = (is_dropped[:-distance] * is_dropped[distance:]).sum()
+        assert abs(both - p * expected) < 6 * (p * expected) ** 0.5 + 1
+
+
+def test_relu_dropout_is_relu_then_dropout() -> None:
+    values = torch.randn(7, 5, 3, requires_grad=True)
+    gradient = torch.randn(7, 5, 3)
+    results = []
+    for function in (lambda: fast_dropout(values.relu(), 0.3, True), lambda: relu_dropout(values, 0.3, True)):
+        torch.manual_seed(1)
+        output = function()
+        results.append((output, *torch.autograd.grad(output, values, gradient)))
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("function", [fast_dropout, relu_dropout])
+def test_without_training_nothing_is_dropped(function) -> None:
+    values = torch.rand(5, 3)
+    assert torch.equal(function(values, 0.5, training=False), values)
+    assert torch.equal(function(values, 0.0, training=True), values)
 
 
 def test_a_fresh_model_is_initialised_as_the_original(config: DifnetConfig) -> None:

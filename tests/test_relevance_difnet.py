@@ -18,9 +18,9 @@ from modeling_difnet import (
 )
 
 METHODS = ["original", "conservative", "gradient_x_input", "attention_rollout"]
-# The rules divide by sums that can be near zero: what is compared to 1 is off by rounding on the scale of the largest
-# relevance, which signed relevances that cancel can exceed by far.
-ROUNDING = 1e-6
+# The original's rules add 1e-9 to every divisor, so that a little of what should be handed on is lost. A segmentation
+# cell may bring a unit a single product, and one of 1e-5 loses this share.
+LOSS, LOSS_AT_INPUTS = 1e-6, 1e-4
 
 
 def largest_difference(ours: torch.Tensor, reference: torch.Tensor) -> float:
@@ -137,14 +137,14 @@ def test_original_rules_hand_on_all_relevance(arguments: dict) -> None:
     output = relevance(**arguments)
     of_words, of_cells = output.caption.sum(-1), output.encoder_output.sum(-1)
     scale = 1 + output.encoder_output.abs().sum(-1) + output.caption_absolute.sum(-1)
-    assert ((of_words + of_cells - 1).abs() / scale < ROUNDING).all()
+    assert ((of_words + of_cells - 1).abs() / scale < LOSS).all()
     of_inputs = output.cells().sum(-1)
     scale = scale + output.grid.abs().sum(-1)
     if output.segmentation is not None:
         scale = scale + output.segmentation.abs().sum(-1)
         of_classes = output.segmentation_classes.sum(-1)
-        assert ((of_classes - output.segmentation.sum(-1)).abs() / scale < ROUNDING).all()
-    assert ((of_inputs - of_cells).abs() / scale < ROUNDING).all()
+        assert ((of_classes - output.segmentation.sum(-1)).abs() / scale < LOSS_AT_INPUTS).all()
+    assert ((of_inputs - of_cells).abs() / scale < LOSS_AT_INPUTS).all()
 
 
 @settings(max_examples=25, deadline=None)

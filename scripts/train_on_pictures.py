@@ -1,0 +1,374 @@
+"""From pictures with captions to a captioner of one's own: the other programs of this folder, one after another.
+
+The original (mrwu-mac/DIFNet, CVPR 2022) starts from feature files that others made. Nothing happens here that the
+printed commands do not do; this program knows their order and their defaults for a few hundred pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import html
+import io
+import json
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from caption import thumbnail
+from coco_sources import find_pictures
+
+from convert_checkpoint import written_at_once
+from dataset_difnet import load_packed_split
+from model_card import METRICS
+from processing_difnet import DifnetTokenizer
+
+SCRIPTS = Path(__file__).resolve().parent
+SPLITS = ("train", "validation", "test")
+
+# The paper's sizes are for 113,000 pictures; with a few hundred these learn as much, in minutes on a CPU.
+SMALL_CONFIG = {
+    "d_model": 128,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "head_dim": 32,
+    "encoder_ffn_dim": 256,
+    "decoder_ffn_dim": 256,
+}
+SMALL_TRAINING = {
+    "--xe-batches": "images",
+    "--xe-batch-size": 4,
+    "--xe-schedule": "constant",
+    "--xe-learning-rate": 1e-3,
+    "--xe-epochs": 40,
+    "--xe-patience": 10,
+    "--scst-epochs": 30,
+    "--scst-patience": 10,
+    "--scst-learning-rate": 2e-4,
+    "--log-every": 20,
+}
+
+
+class StepFailed(ValueError):
+    """A program of the sequence ended with an error, which it has explained itself."""
+
+    def __init__(self, name: str, exit_code: int):
+        super().__init__(f"{name} ended with exit code {exit_code}; the same command goes on from here")
+        self.exit_code = exit_code
+
+
+# The steps
+
+
+def call(program: str, *arguments: object, accept: Sequence[int] = (0,)) -> int:
+    """Runs a program of this folder, its command printed first. Returns its exit code; StepFailed if not accepted."""
+    words = [str(argument) for argument in arguments]
+    print(f"\n$ python scripts/{program} {shlex.join(words)}", flush=True)
+    process = subprocess.Popen([sys.executable, str(SCRIPTS / program), *words])
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
+    try:
+        while True:
+            try:
+                exit_code = process.wait()
+                break
+            except KeyboardInterrupt:
+                continue  # it reached the program as well, which ends in good order
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    if exit_code not in accept:
+        raise StepFailed(program, exit_code)
+    return exit_code
+
+
+def copy_annotations(options: argparse.Namespace) -> Path:
+    """The caption files under the names that say their splits."""
+    folder = options.output / "annotations"
+    for split, source in zip(SPLITS, options.captions, strict=False):
+        if not source.is_file():
+            raise ValueError(f"{source}: no such file; --captions takes COCO caption files")
+        with written_at_once(folder / f"captions_{split}.json") as unfinished:
+            shutil.copyfile(source, unfinished)
+    return folder
+
+
+def feature_networks(options: argparse.Namespace) -> list[object]:
+    """Arguments that say where features come from."""
+    words: list[object] = ["--untrained", "--seed", options.seed] if options.untrained else []
+    words += ["--grid-backbone", options.grid_backbone] if options.grid_backbone else []
+    words += ["--segmentation-model", options.segmentation_model] if options.segmentation_model else []
+    words += ["--instance-annotations", *options.instances] if options.instances else []
+    words += ["--panoptic-annotations", *options.panoptic] if options.panoptic else []
+    return words
+
+
+def annotated_segmentation(options: argparse.Namespace) -> bool:
+    """Whether there is a real source of segmentation features."""
+    return any((options.segmentation_model, options.instances, options.panoptic))
+
+
+def make_features(options: argparse.Namespace, annotations: Path) -> None:
+    captions = sorted(annotations.glob("*.json"))
+    # Exit code 1: pictures were left out. Packing asks whether that is meant.
+    device = ["--device", "cpu"] if options.cpu else []
+    where = ["--output", options.output / "features", *device]
+    words = [*options.pictures, *feature_networks(options), "--coco-json", *captions, *where]
+    call("extract_features.py", *words, accept=(0, 1))
+
+
+def segmentation_of(options: argparse.Namespace) -> list[object]:
+    folder = options.output / "features" / "segmentations"
+    return ["--segmentation", folder] if folder.is_dir() else []
+
+
+def pack(options: argparse.Namespace, annotations: Path) -> None:
+    grids = options.output / "features" / "grid_features.hdf5"
+    words = ["--features", grids, *segmentation_of(options), "--annotations", annotations]
+    words += ["--skip-missing"] if options.skip_missing else []
+    call("pack_coco.py", *words, "--output", options.output / "packed")
+
+
+def make_vocabulary(options: argparse.Namespace, annotations: Path) -> Path:
+    """The words of the training and validation captions; those without a letter or a digit are left out.
+
+    No metric sees a word such as "..", so that self-critical training would append it to captions at will.
+    """
+    content = [json.loads((annotations / f"captions_{split}.json").read_text("utf-8")) for split in SPLITS[:2]]
+    captions = [annotation["caption"] for file in content for annotation in file["annotations"]]
+    tokens = DifnetTokenizer.from_captions(captions, options.min_word_count).get_vocab()
+    path = options.output / "vocab.json"
+    with written_at_once(path) as unfinished:
+        unfinished.write_text(
+            json.dumps([token for token in tokens if any(map(str.isalnum, token))], ensure_ascii=False, indent=0)
+        )
+    return path
+
+
+def train(options: argparse.Namespace, annotations: Path) -> None:
+    run, config = options.output / "training", options.output / "config.json"
+    with written_at_once(config) as unfinished:
+        unfinished.write_text(json.dumps(SMALL_CONFIG, indent=1) + "\n")
+    words: list[object] = ["--dataset", options.output / "packed", "--output", run, "--config", config]
+    words += ["--vocab", make_vocabulary(options, annotations)]
+    words += [word for option in SMALL_TRAINING.items() for word in option]
+    words += ["--validation-split", options.choose_by, "--seed", options.seed]
+    words += ["--report-to", "none"] + (["--cpu"] if options.cpu else []) + options.training
+    if any((run / name).exists() for name in ("last", "last.previous")):
+        words += ["--resume", "last"]
+    call("train.py", *words)
+
+
+def copy_model(options: argparse.Namespace) -> Path:
+    """The best checkpoint without the state of its training."""
+    model = options.output / "model"
+    with written_at_once(model) as unfinished:
+        shutil.copytree(
+            options.output / "training" / "best", unfinished, ignore=shutil.ignore_patterns("training_state")
+        )
+    return model
+
+
+def evaluate_splits(options: argparse.Namespace, model: Path) -> dict[str, dict[str, Any]]:
+    """Scores of every split. The card gets those of pictures that the training has not seen."""
+    reports = {}
+    for split in SPLITS[: len(options.captions)]:
+        words = ["--model", model, "--dataset", options.output / "packed", "--dataset-name", options.name]
+        words += ["--split", split, "--output", options.output / "results"]
+        words += (["--cpu"] if options.cpu else []) + (["--update-card"] if split != "train" else [])
+        call("evaluate_captions.py", *words)
+        reports[split] = json.loads((options.output / "results" / f"scores_{split}.json").read_text())
+    return reports
+
+
+def caption_all(options: argparse.Namespace, model: Path) -> dict[int, str]:
+    """A caption of every picture that has features, by image id."""
+    results = options.output / "captions.json"
+    features = ["--features", options.output / "features" / "grid_features.hdf5", *segmentation_of(options)]
+    words = [*features, "--model", model, "--original-beam-search", "--json", results]
+    words += ["--device", "cpu"] if options.cpu else []
+    call("caption.py", *words)
+    return {entry["image_id"]: entry["caption"] for entry in json.loads(results.read_text())}
+
+
+# The sheet
+
+PAGE = """\
+<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{name}</title>
+<style>
+  body {{ font: 16px/1.4 system-ui, sans-serif; margin: 24px; background: #f6f6f4; color: #1c1c1c }}
+  section {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); gap: 20px }}
+  figure {{ margin: 0; background: #fff; border: 1px solid #ddd; border-radius: 6px; overflow: hidden }}
+  img {{ display: block; width: 100%; height: 220px; object-fit: contain; background: #ececea }}
+  figcaption {{ padding: 10px 12px; overflow-wrap: anywhere }}
+  figcaption p {{ margin: 0 0 6px; font-weight: 600 }}
+  details {{ color: #555; font-size: 14px }}
+  table {{ border-collapse: collapse; background: #fff }}
+  td, th {{ border: 1px solid #ddd; padding: 4px 12px; text-align: right }}
+  .warning {{ background: #fff3cd; border: 1px solid #d9b84a; border-radius: 6px; padding: 10px 14px }}
+</style>
+<h1>{name}</h1>
+{warnings}
+<table>{table}</table>
+{sections}
+</html>
+"""
+HEADINGS = {
+    "train": "Pictures that the model has learnt from",
+    "validation": "Held-out pictures",
+    "test": "Held-out pictures: test",
+}
+
+
+def write_sheet(
+    options: argparse.Namespace, captions: dict[int, str], reports: dict[str, dict[str, Any]], path: Path
+) -> None:
+    """One page: the scores, and every picture with its caption and those that people wrote."""
+    picture_of = {picture.name: picture for picture in find_pictures(options.pictures)}
+    warnings = []
+    if options.untrained:
+        features = "Grid features" if annotated_segmentation(options) else "Grid and segmentation features"
+        warnings.append(
+            f"{features} come from an untrained, random network: they tell pictures apart, not their content."
+        )
+    if options.choose_by == "train":
+        warnings.append("The checkpoint was chosen by its scores on the pictures that it learnt from.")
+    rows = ["<tr><th>split</th><th>images</th>"]
+    rows[0] += "".join(f"<th>{title}</th>" for _, title in METRICS.values() if title not in ("METEOR", "SPICE"))
+    sections = []
+    for split, report in reports.items():
+        cells = [split, f"{report['images']:,}", *(f"{score:.3f}" for score in report["scores"].values())]
+        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells))
+        figures = []
+        for row in load_packed_split(options.output / "packed", split).select_columns(
+            ["image_id", "file_name", "captions"]
+        ):
+            buffer = io.BytesIO()
+            thumbnail(picture_of[Path(row["file_name"]).name]).save(buffer, "JPEG", quality=85)
+            data = base64.b64encode(buffer.getvalue()).decode()
+            references = "".join(f"<br>{html.escape(reference)}" for reference in row["captions"])
+            figures.append(
+                f'<figure><img loading="lazy" src="data:image/jpeg;base64,{data}" alt="{row["image_id"]}">'
+                f"<figcaption><p>{html.escape(captions[row['image_id']])}</p>"
+                f"<details><summary>what people wrote</summary>{references}</details></figcaption></figure>"
+            )
+        sections.append(f"<h2>{HEADINGS[split]}</h2>\n<section>\n" + "\n".join(figures) + "\n</section>")
+    page = PAGE.format(
+        name=html.escape(options.name),
+        warnings="\n".join(f'<p class="warning">{html.escape(warning)}</p>' for warning in warnings),
+        table="\n".join(rows),
+        sections="\n".join(sections),
+    )
+    with written_at_once(path) as unfinished:
+        unfinished.write_text(page, encoding="utf-8")
+
+
+# The command
+
+DESCRIPTION = """\
+Train a captioner on a folder of pictures with captions, from the JPEG files to a sheet of captions.
+
+  python scripts/train_on_pictures.py --pictures pictures/ --captions captions_train.json captions_val.json \\
+      --instances instances_train.json instances_val.json --grid-backbone x101 --output mine
+
+Captions are COCO's files: {"images": [{"id", "file_name"}, ..], "annotations": [{"id", "image_id", "caption"}, ..]}.
+The steps, each a program of its own, whose command is printed:
+  extract_features.py  OUTPUT/features   grid and segmentation features of every picture
+  pack_coco.py         OUTPUT/packed     features and captions as one dataset
+  train.py             OUTPUT/training   cross-entropy, then self-critical training
+                       OUTPUT/model      the best checkpoint, for from_pretrained
+  evaluate_captions.py OUTPUT/results    captions and scores of every split
+  caption.py           OUTPUT/captions.json and captions.html, the sheet with all pictures
+
+It can be killed at any time: the same command goes on where it was. Network and recipe are for a few hundred pictures
+on a CPU; options of train.py after two dashes replace them, for example by a configuration of your own:
+
+  python scripts/train_on_pictures.py .. --output mine -- --config larger.json --xe-learning-rate 5e-4"""
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="train_on_pictures.py", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument_group("what").add_argument
+    add("--pictures", nargs="+", required=True, metavar="FOLDER", help="pictures, or folders of them")
+    add("--captions", nargs="+", required=True, type=Path, metavar="JSON", help="training, validation[, test]")
+    add("--output", type=Path, required=True, metavar="FOLDER", help="where everything goes")
+    add("--name", metavar="NAME", help="what card and sheet call the data (default: the folder's name)")
+    add("--skip-missing", action="store_true", help="do without pictures that are missing or cannot be read")
+
+    add = parser.add_argument_group("features; without segmentation the paper's baseline is trained").add_argument
+    add("--grid-backbone", metavar="FOLDER", help="made by `convert_checkpoint.py grid-backbone` of X-101.pth")
+    add("--untrained", action="store_true", help="a small random network instead: its features can be told apart only")
+    add("--segmentation-model", metavar="NAME", help="a COCO panoptic model of Transformers")
+    add("--instances", nargs="+", type=Path, metavar="JSON", help="COCO's instances_*.json of the pictures")
+    add("--panoptic", nargs="+", type=Path, metavar="JSON", help="COCO's panoptic_*.json of the pictures")
+
+    add = parser.add_argument_group("training").add_argument
+    add(
+        "--choose-by",
+        choices=["validation", "train"],
+        default="validation",
+        help="split whose CIDEr-D says which checkpoint is best (default: validation); train shows whether all works: "
+        "the pictures are learnt by heart",
+    )
+    add(
+        "--min-word-count",
+        type=int,
+        default=1,
+        metavar="N",
+        help="how often the captions must have a word (default 1)",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="default: 0")
+    add("--cpu", action="store_true", help="even where there is a GPU")
+    add("training", nargs="*", metavar="-- OPTION", help="options of train.py")
+    options = parser.parse_args(argv)
+    if not 2 <= len(options.captions) <= 3:
+        parser.error("--captions takes the files of two or three splits: training, validation and perhaps test")
+    if (options.grid_backbone is None) != options.untrained:
+        parser.error("give --grid-backbone FOLDER, or --untrained for a check without weights")
+    if sum(source is not None for source in (options.segmentation_model, options.instances, options.panoptic)) > 1:
+        parser.error("give one of --segmentation-model, --instances and --panoptic")
+    options.name = options.name or options.output.resolve().name
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse_arguments(argv)
+    try:
+        annotations = copy_annotations(options)
+        make_features(options, annotations)
+        pack(options, annotations)
+        train(options, annotations)
+        model = copy_model(options)
+        reports = evaluate_splits(options, model)
+        captions = caption_all(options, model)
+        sheet = options.output / "captions.html"
+        write_sheet(options, captions, reports, sheet)
+    except StepFailed as error:
+        print(f"train_on_pictures.py: {error}", file=sys.stderr)
+        return 130 if error.exit_code in (130, -signal.SIGTERM, -signal.SIGINT) else 2
+    except (ValueError, OSError) as error:
+        print(f"train_on_pictures.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    print()
+    for split, report in reports.items():
+        print(f"{split}: {report['images']:,} images, CIDEr-D {report['scores']['cider_d']:.4f}")
+    print(f"model in {model}, captions in {options.output / 'captions.json'}, all pictures in {sheet}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""`scripts/train_on_pictures.py`: from picture files to a captioner that loads, and a sheet of all pictures."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+REPOSITORY = Path(__file__).parent.parent
+sys.path.insert(0, str(REPOSITORY / "scripts"))
+import train_on_pictures  # noqa: E402
+
+COLOURS = {"red": (230, 20, 20), "blue": (20, 20, 230), "green": (20, 200, 20)}
+CONFIG = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "head_dim": 16,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+}
+TRAINING = ["--xe-epochs", 50, "--xe-patience", 50, "--xe-batch-size", 3, "--xe-learning-rate", 3e-3]
+TRAINING += ["--scst-epochs", 1, "--dropout", 0]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Six pictures, each of one colour with a dog (a square of instances) or without, in two splits."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    random = np.random.default_rng(0)
+    number = 0
+    for split in ("train", "val"):
+        (folder / "pictures" / split).mkdir(parents=True)
+        images, captions, instances = [], [], []
+        for colour, rgb in COLOURS.items():
+            number += 1
+            pixels = np.clip(random.normal(rgb, 10, (64, 80, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / "pictures" / split / f"{colour} picture {number}.png")
+            images.append(
+                {"id": 40 + number, "file_name": f"{colour} picture {number}.png", "width": 80, "height": 64}
+            )
+            for text in (f"A {colour} dog on a wall.", f"there is a {colour} dog"):
+                captions.append({"id": len(captions), "image_id": 40 + number, "caption": text})
+            square = {"segmentation": [[0, 0, 40, 0, 40, 40, 0, 40]], "iscrowd": 0, "area": 1600}
+            instances.append({"id": number, "image_id": 40 + number, "category_id": 18, **square})
+        categories = [{"id": 18, "name": "dog"}]
+        (folder / f"captions_{split}.json").write_text(json.dumps({"images": images, "annotations": captions}))
+        (folder / f"instances_{split}.json").write_text(
+            json.dumps({"images": images, "annotations": instances, "categories": categories})
+        )
+    return folder
+
+
+def command(data: Path, output: Path) -> list[str]:
+    words = ["--pictures", data / "pictures", "--captions", data / "captions_train.json", data / "captions_val.json"]
+    words += ["--instances", data / "instances_train.json", data / "instances_val.json", "--untrained", "--cpu"]
+    words += [
+        "--choose-by",
+        "train",
+        "--name",
+        "dogs",
+        "--output",
+        output,
+        "--",
+        "--config",
+        data / "config.json",
+        *TRAINING,
+    ]
+    return [sys.executable, str(REPOSITORY / "scripts" / "train_on_pictures.py"), *map(str, words)]
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+
+
+def test_from_pictures_to_captions(data, tmp_path):
+    output = tmp_path / "mine"
+    done = subprocess.run(
+        command(data, output), env=ENVIRONMENT, capture_output=True, text=True, timeout=570, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    programs = [line.split()[2] for line in done.stdout.splitlines() if line.startswith("$ python")]
+    assert programs == [
+        *("scripts/extract_features.py", "scripts/pack_coco.py", "scripts/train.py"),
+        *("scripts/evaluate_captions.py", "scripts/evaluate_captions.py", "scripts/caption.py"),
+    ]
+    # Every picture has a caption, by its image id, and the one that the evaluation scored.
+    captions = {entry["image_id"]: entry["caption"] for entry in json.loads((output / "captions.json").read_text())}
+    assert sorted(captions) == list(range(41, 47))
+    for split in ("train", "validation"):
+        for entry in json.loads((output / "results" / f"captions_{split}_results.json").read_text()):
+            assert captions[entry["image_id"]] == entry["caption"]
+    scores = json.loads((output / "results" / "scores_train.json").read_text())["scores"]
+    assert scores["bleu_4"] > 0.9, "the pictures are not learnt by heart"
+    assert "red" in captions[41]
+    assert "blue" in captions[42]
+
+    page = (output / "captions.html").read_text()
+    assert page.count("data:image/jpeg;base64,") == 6
+    for caption in captions.values():
+        assert f"<p>{caption}</p>" in page
+    assert "A green dog on a wall." in page
+    assert page.count("Grid features come from an untrained, random network") == 1
+    assert page.count("chosen by its scores on the pictures that it learnt from") == 1
+    assert f"{scores['cider_d']:.3f}" in page
+
+    # The card knows of the pictures that were not learnt from, and of no others.
+    card = (output / "model" / "README.md").read_text()
+    assert "split: validation" in card
+    assert "split: train" not in card
+    assert not (output / "model" / "training_state").exists()
+    user = (
+        "import sys, modeling_difnet\n"
+        "from transformers import AutoModel, AutoProcessor\n"
+        "model, processor = (auto.from_pretrained(sys.argv[1]) for auto in (AutoModel, AutoProcessor))\n"
+        "assert type(model).__name__ == 'DifnetForConditionalGeneration', type(model)\n"
+        "assert len(processor.tokenizer) == model.config.vocab_size\n"
+    )
+    subprocess.run([sys.executable, "-c", user, str(output / "model")], env=ENVIRONMENT, check=True)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on(data, tmp_path):
+    """Killed at random moments, with the program that is at work, until it ends: the same model."""
+    subprocess.run(command(data, tmp_path / "whole"), env=ENVIRONMENT, capture_output=True, check=True)
+    random = np.random.default_rng(0)
+    for _ in range(12):
+        with subprocess.Popen(
+            command(data, tmp_path / "killed"),
+            env=ENVIRONMENT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        ) as process:
+            time.sleep(random.uniform(5, 40))
+            os.killpg(process.pid, signal.SIGKILL)
+    subprocess.run(command(data, tmp_path / "killed"), env=ENVIRONMENT, capture_output=True, check=True)
+    for name in ("model/model.safetensors", "captions.json", "captions.html"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+class TestMistakes:
+    def test_a_program_that_fails_ends_the_run(self, data, tmp_path, capfd):
+        """Pictures that the captions name are missing: packing says which and how to do without."""
+        words = command(data, tmp_path / "mine")[2:]
+        words[words.index("--pictures") + 1] = str(data / "pictures" / "train")
+        assert train_on_pictures.main(words) == 2
+        said = capfd.readouterr().err
+        assert "--skip-missing leaves these images out" in said
+        assert said.endswith("pack_coco.py ended with exit code 2; the same command goes on from here\n")
+
+    def test_no_caption_file(self, data, tmp_path, capsys):
+        words = command(data, tmp_path / "mine")[2:]
+        words[words.index("--captions") + 1] = str(data / "nothing.json")
+        assert train_on_pictures.main(words) == 2
+        assert "nothing.json: no such file; --captions takes COCO caption files" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--untrained", "--captions", "a.json"], "--captions takes the files of two or three splits"),
+            (["--captions", "a.json", "b.json"], "give --grid-backbone FOLDER, or --untrained"),
+            (
+                ["--captions", "a.json", "b.json", "--untrained", "--grid-backbone", "x101"],
+                "give --grid-backbone FOLDER, or --untrained",
+            ),
+            (
+                ["--captions", "a", "b", "--untrained", "--instances", "c", "--segmentation-model", "d"],
+                "give one of --segmentation-model, --instances and --panoptic",
+            ),
+        ],
+    )
+    def test_options_that_make_no_sense(self, capsys, arguments, message):
+        with pytest.raises(SystemExit) as stopped:
+            train_on_pictures.main(["--pictures", "p", "--output", "o", *arguments])
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
