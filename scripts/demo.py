@@ -21,15 +21,15 @@ from pathlib import Path
 import torch
 from datasets import load_from_disk
 from demo_corpus import SIZES, Scene, draw, make_scenes, new_pairs_of, objects_of, write_corpus
-from demo_page import Explained, Shown, build_page, contact_sheet, curves_of_run
+from demo_page import Shown, build_page, contact_sheet, curves_of_run
+from relevance_figures import ExplainedPicture, explain_captions
+from relevance_figures import page as relevance_page
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from caption_metrics import score_captions  # noqa: E402
 from dataset_difnet import PackedImages  # noqa: E402
-from modeling_difnet import relevance  # noqa: E402
-from segmentation_difnet import CLASS_NAMES  # noqa: E402
 
 # A small network, on the original's features: 49 cells of 2048 values and 133 classes.
 NETWORK = {
@@ -197,6 +197,9 @@ class Demo:
         for name, chart in curves.items():
             (self.output / "curves" / f"{name}.svg").write_text(chart, encoding="utf-8")
         counts = {split: sum(scene.split == split for scene in scenes) for split in self.sizes}
+        explained = explain(self.run / "best", test, by_id, captions)
+        if explained:
+            (self.output / "why.html").write_bytes(relevance_page(explained))
         page = build_page(
             summary=[
                 f"A captioner that was trained from nothing{took}: {counts['train'] + counts['restval']} drawn scenes "
@@ -208,7 +211,7 @@ class Demo:
                 "then SCST (best)": results["best"]["scores"],
             },
             curves=[curves[name] for name in ("loss", "cider", "reward")],
-            explained=explain(self.run / "best", test, by_id, captions),
+            explained=explained,
             shown=shown,
             what_it_is=WHAT_IT_IS,
             commands=self.commands,
@@ -229,7 +232,7 @@ def describe_pair(pair: tuple[str, str, str]) -> str:
     return f"{part} {about} {other}"
 
 
-def explain(folder: Path, test, by_id: dict[int, Scene], captions: dict[int, str]) -> list[Explained]:
+def explain(folder: Path, test, by_id: dict[int, Scene], captions: dict[int, str]) -> list[ExplainedPicture]:
     """Relevance of every word of some captions: first scenes, one a subject, whose caption names both things."""
     from transformers import AutoModel, AutoProcessor
 
@@ -246,13 +249,15 @@ def explain(folder: Path, test, by_id: dict[int, Scene], captions: dict[int, str
     features = PackedImages(test, torch.float32).read(rows)
     texts = [captions[test[row]["image_id"]] for row in rows]
     sequences = processor.tokenizer(texts, padding=True, return_tensors="pt")["input_ids"]
-    result = relevance(model, **features, sequences=sequences, method="conservative", targets="caption")
-    explained = []
-    for number, (row, text) in enumerate(zip(rows, texts, strict=True)):
-        words = text.split()
-        maps = result.cells()[number, : len(words)].reshape(-1, 7, 7).numpy()
-        classes = [CLASS_NAMES[best] for best in result.segmentation_classes[number, : len(words)].argmax(-1)]
-        explained.append(Explained(draw(by_id[test[row]["image_id"]]).picture, words, maps, classes))
+    explained, _ = explain_captions(
+        model,
+        processor.tokenizer,
+        features,
+        sequences,
+        [f"scene {test[row]['image_id']}" for row in rows],
+        [draw(by_id[test[row]["image_id"]]).picture for row in rows],
+        method="conservative",
+    )
     return explained
 
 

@@ -1,4 +1,4 @@
-"""The demo's page: curves of a training run as SVG, relevance pictures, and one HTML file that needs nothing else.
+"""The demo's page: curves of a training run as SVG, and one HTML file that needs nothing else.
 
 Everything here is given and only drawn: `demo.py` says what the page is about. `curves_of_run` draws the log of any
 run of `train.py`, as in docs/healthy_training.md.
@@ -11,13 +11,16 @@ import html
 import io
 import json
 import math
+import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from relevance_figures import ExplainedPicture, heat
 
 BLUE, ORANGE, GREEN, GRAY = "#2f6fb0", "#d9782d", "#3f8f58", "#8a8f98"
 
@@ -178,16 +181,6 @@ def as_data_url(picture: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def heat_over(picture: Image.Image, relevance: np.ndarray, largest: float) -> Image.Image:
-    """The picture, pale, with a map (7, 7) of relevance over it: red where it is positive, up to `largest`."""
-    heat = Image.fromarray(np.clip(relevance / largest, 0, 1).astype(np.float32)).resize(
-        picture.size, Image.Resampling.BICUBIC
-    )
-    pale = np.asarray(picture.convert("L").convert("RGB"), dtype=np.float32) * 0.55 + 255 * 0.45
-    strength = np.clip(np.asarray(heat), 0, 1)[..., None] ** 0.8 * 0.85
-    return Image.fromarray((pale * (1 - strength) + np.array([222.0, 52, 38]) * strength).astype(np.uint8))
-
-
 # The page
 
 
@@ -201,15 +194,6 @@ class Shown(NamedTuple):
     cider: float
     xe_caption: str
     references: list[str]
-
-
-class Explained(NamedTuple):
-    """A caption with, for each of its words, a map (7, 7) and the segmentation class that spoke most for it."""
-
-    picture: Image.Image
-    words: list[str]
-    maps: np.ndarray
-    classes: list[str]
 
 
 STYLE = """
@@ -260,13 +244,11 @@ def _card(shown: Shown) -> str:
     )
 
 
-def _explained(explained: Explained) -> str:
-    largest = max(float(np.max(explained.maps)), 1e-9)
+def _explained(explained: ExplainedPicture) -> str:
     figures = [(explained.picture, "", "")]
-    for word, relevance, name in zip(explained.words, explained.maps, explained.classes, strict=True):
-        # A word about which the cells say little stays pale.
-        heat = heat_over(explained.picture, relevance, max(float(relevance.max()), 0.25 * largest))
-        figures.append((heat, word, name))
+    for number, (word, cells) in enumerate(zip(explained.words, explained.flows["both"], strict=True)):
+        strongest = "".join(name for name, _ in explained.strongest_classes(number, 1))
+        figures.append((heat(cells, explained.grid_shape, explained.picture), word, strongest))
     inner = "".join(
         f'<figure><img src="{as_data_url(picture)}" alt="{html.escape(word)}">'
         f"<figcaption>{html.escape(word)}<br><small>{html.escape(name)}</small></figcaption></figure>"
@@ -280,7 +262,7 @@ def build_page(
     summary: Sequence[str],
     scores: dict[str, dict[str, float]],
     curves: Sequence[str],
-    explained: Sequence[Explained],
+    explained: Sequence[ExplainedPicture],
     shown: Sequence[Shown],
     what_it_is: Sequence[str],
     commands: Sequence[str],
@@ -294,8 +276,9 @@ def build_page(
     if explained:
         relevance = (
             "<h2>Why this word</h2><p>Where each word comes from: relevance of the cells of both flows together, "
-            "followed from the word back to the two inputs. Below each word the segmentation class that spoke most "
-            "for it. The first scenes, one of each subject, with two things that the caption names both.</p>"
+            "followed from the word back to the two inputs. Orange cells speak for the word, blue ones against it; "
+            "below the word stands the segmentation class that spoke most for it. The first scenes, one of each "
+            "subject, with two things that the caption names both. The file why.html has them with words to point at.</p>"
             + "".join(map(_explained, explained))
         )
     return f"""<!DOCTYPE html>

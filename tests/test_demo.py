@@ -143,17 +143,6 @@ def test_a_chart_places_its_points_on_its_axes():
         assert f">{text}</text>" in chart
 
 
-def test_heat_is_where_relevance_is():
-    relevance = np.zeros((7, 7))
-    relevance[0, 6] = 1.0  # top right
-    red, green, _ = np.moveaxis(
-        np.asarray(demo_page.heat_over(Image.new("RGB", (224, 224)), relevance, 1.0), dtype=int), -1, 0
-    )
-    row, column = np.unravel_index((red - green).argmax(), red.shape)
-    assert row < 32
-    assert column >= 192
-
-
 class Tags(HTMLParser):
     """Every start tag of a page with its attributes."""
 
