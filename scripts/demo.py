@@ -21,14 +21,15 @@ from pathlib import Path
 import torch
 from datasets import load_from_disk
 from demo_corpus import SIZES, Scene, draw, make_scenes, new_pairs_of, objects_of, write_corpus
-from demo_page import Explained, Shown, build_page, contact_sheet, curves_of_run
+from demo_page import Shown, build_page, contact_sheet, curves_of_run
+from relevance_figures import ExplainedPicture, explain_captions
+from relevance_figures import page as relevance_page
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from caption_metrics import score_captions  # noqa: E402
 from dataset_difnet import PackedImages  # noqa: E402
-from modeling_difnet import relevance  # noqa: E402
 
 # A small network, on the original's features: 49 cells of 2048 values and 133 classes.
 NETWORK = {
@@ -97,7 +98,7 @@ class Demo:
 
     def __init__(self, output: Path, seed: int, sizes: dict[str, int] = SIZES, training: dict[str, object] = TRAINING):
         self.output, self.seed, self.sizes, self.training = output.resolve(), seed, sizes, training
-        self.corpus, self.packed, self.run_folder = (self.output / name for name in ("corpus", "packed", "run"))
+        self.corpus, self.packed, self.run = (self.output / name for name in ("corpus", "packed", "run"))
         self.commands: list[str] = []
         settings = json.dumps({"seed": seed, "sizes": sizes, "network": NETWORK, "training": self.training}, indent=1)
         settings_file = self.output / "settings.json"
@@ -141,43 +142,44 @@ class Demo:
             unless=self.packed,
         )
 
-    def train(self) -> None:
+    def train(self, run: str = "run", *more: str) -> None:
+        """Train both stages in the folder `run`; `more` are further options of train.py."""
         options = [word for name, value in self.training.items() for word in (f"--{name}", value)]
-        resumed = ["--resume", "last"] if (self.run_folder / "last").exists() else []
+        resumed = ["--resume", "last"] if (self.output / run / "last").exists() else []
         self.command(
             ROOT / "scripts/train.py",
-            *("--dataset", self.packed, "--output", self.run_folder, "--config", self.output / "network.json"),
-            *("--seed", self.seed, *options, *resumed),
+            *("--dataset", self.packed, "--output", self.output / run, "--config", self.output / "network.json"),
+            *("--seed", self.seed, *options, *more, *resumed),
         )
 
-    def evaluate(self) -> dict[str, dict]:
-        """Scores of the two checkpoints on the test scenes, with the captions by image id."""
+    def evaluate(self, run: str = "run") -> dict[str, dict]:
+        """Of `best_xe` and `best`: the scores on the test scenes, and the captions by image id."""
         results = {}
-        for label, checkpoint in (("cross-entropy (best_xe)", "best_xe"), ("then SCST (best)", "best")):
-            folder = self.output / "scores" / checkpoint
+        for checkpoint in ("best_xe", "best"):
+            folder = self.output / f"{run}_scores" / checkpoint
             self.command(
                 ROOT / "scripts/evaluate_captions.py",
-                *("--model", self.run_folder / checkpoint, "--dataset", self.packed, "--output", folder),
+                *("--model", self.output / run / checkpoint, "--dataset", self.packed, "--output", folder),
             )
             scores = json.loads((folder / "scores_test.json").read_text())["scores"]
             captions = json.loads((folder / "captions_test_results.json").read_text())
-            results[label] = {"scores": scores, "captions": {row["image_id"]: row["caption"] for row in captions}}
+            results[checkpoint] = {"scores": scores, "captions": {row["image_id"]: row["caption"] for row in captions}}
         return results
 
     def caption(self) -> dict[int, str]:
         """Captions of the test scenes by the library's `generate`, in a fresh process."""
         file = self.output / "captions.json"
-        self.command("-c", IN_A_FRESH_PROCESS, self.run_folder / "best", self.packed, file)
+        self.command("-c", IN_A_FRESH_PROCESS, self.run / "best", self.packed, file)
         return {row["image_id"]: row["caption"] for row in json.loads(file.read_text())}
 
-    def show(self, scenes: list[Scene], results: dict[str, dict], captions: dict[int, str], seconds: float) -> Path:
-        """Write the page, the sheet and the curves; returns the page's path."""
+    def show(self, scenes: list[Scene], results: dict[str, dict], captions: dict[int, str], took: str) -> Path:
+        """Write the page, the sheet and the curves; returns the page's path. `took`: how long all took, if known."""
         test = load_from_disk(str(self.packed))["test"]
         references = dict(zip(test["image_id"], test["captions"], strict=True))
         by_id = {scene.image_id: scene for scene in scenes}
         order = list(references)
         ciders = score_captions([captions[i] for i in order], [references[i] for i in order], per_image=True)
-        xe_captions = next(iter(results.values()))["captions"]
+        xe_captions = results["best_xe"]["captions"]
         shown = [
             Shown(
                 index,
@@ -190,20 +192,26 @@ class Demo:
             )
             for number, index in enumerate(order[:SCENES_SHOWN])
         ]
-        curves = curves_of_run(self.run_folder / "log.jsonl")
+        curves = curves_of_run(self.run / "log.jsonl")
         (self.output / "curves").mkdir(exist_ok=True)
         for name, chart in curves.items():
             (self.output / "curves" / f"{name}.svg").write_text(chart, encoding="utf-8")
         counts = {split: sum(scene.split == split for scene in scenes) for split in self.sizes}
+        explained = explain(self.run / "best", test, by_id, captions)
+        if explained:
+            (self.output / "why.html").write_bytes(relevance_page(explained))
         page = build_page(
             summary=[
-                f"A captioner that was trained from nothing in {seconds / 60:.1f} minutes on {os.cpu_count()} CPU "
-                f"cores: {counts['train'] + counts['restval']} drawn scenes with five captions each, cross-entropy, "
-                f"then self-critical training, then {counts['test']} scenes whose combinations it had never seen.",
+                f"A captioner that was trained from nothing{took}: {counts['train'] + counts['restval']} drawn scenes "
+                "with five captions each, cross-entropy, then self-critical training; and then shown "
+                f"{counts['test']} scenes with combinations that it had never seen.",
             ],
-            scores={label: result["scores"] for label, result in results.items()},
+            scores={
+                "cross-entropy (best_xe)": results["best_xe"]["scores"],
+                "then SCST (best)": results["best"]["scores"],
+            },
             curves=[curves[name] for name in ("loss", "cider", "reward")],
-            explained=explain(self.run_folder / "best", test, by_id, captions),
+            explained=explained,
             shown=shown,
             what_it_is=WHAT_IT_IS,
             commands=self.commands,
@@ -224,27 +232,32 @@ def describe_pair(pair: tuple[str, str, str]) -> str:
     return f"{part} {about} {other}"
 
 
-def explain(folder: Path, test, by_id: dict[int, Scene], captions: dict[int, str]) -> list[Explained]:
-    """Relevance of every word of some captions: the first scenes whose two things the caption names both."""
+def explain(folder: Path, test, by_id: dict[int, Scene], captions: dict[int, str]) -> list[ExplainedPicture]:
+    """Relevance of every word of some captions: first scenes, one a subject, whose caption names both things."""
     from transformers import AutoModel, AutoProcessor
 
-    def names_all(index: int) -> bool:
-        things = objects_of(by_id[index])
-        return len(things) == 2 and all(set(thing.words) & set(captions[index].split()) for thing in things)
-
-    rows = [row for row, index in enumerate(test["image_id"]) if names_all(index)][:SCENES_EXPLAINED]
+    rows, subjects = [], set()
+    for row, index in enumerate(test["image_id"]):
+        scene, things = by_id[index], objects_of(by_id[index])
+        names_both = len(things) == 2 and all(set(thing.words) & set(captions[index].split()) for thing in things)
+        if names_both and scene.subject.kind not in subjects and len(rows) < SCENES_EXPLAINED:
+            rows.append(row)
+            subjects.add(scene.subject.kind)
     if not rows:
         return []
     model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
     features = PackedImages(test, torch.float32).read(rows)
     texts = [captions[test[row]["image_id"]] for row in rows]
     sequences = processor.tokenizer(texts, padding=True, return_tensors="pt")["input_ids"]
-    maps = relevance(model, **features, sequences=sequences, method="conservative", targets="caption").cells()
-    explained = []
-    for number, (row, text) in enumerate(zip(rows, texts, strict=True)):
-        words = text.split()
-        of_words = maps[number, : len(words)].reshape(-1, 7, 7).numpy()
-        explained.append(Explained(draw(by_id[test[row]["image_id"]]).picture, words, of_words))
+    explained, _ = explain_captions(
+        model,
+        processor.tokenizer,
+        features,
+        sequences,
+        [f"scene {test[row]['image_id']}" for row in rows],
+        [draw(by_id[test[row]["image_id"]]).picture for row in rows],
+        method="conservative",
+    )
     return explained
 
 
@@ -256,6 +269,7 @@ def main() -> int:
     started = time.monotonic()
     try:
         demo = Demo(options.output, options.seed)
+        from_nothing = not demo.corpus.exists()
         print("1. Scenes, in the files that the original reads", flush=True)
         scenes = demo.draw()
         print("2. Packed", flush=True)
@@ -267,7 +281,9 @@ def main() -> int:
         print("5. Loaded in a fresh process, unseen scenes captioned with generate", flush=True)
         captions = demo.caption()
         print("6. The page", flush=True)
-        page = demo.show(scenes, results, captions, time.monotonic() - started)
+        minutes = (time.monotonic() - started) / 60
+        took = f" in {minutes:.1f} minutes on {os.cpu_count()} CPU cores" if from_nothing else ""
+        page = demo.show(scenes, results, captions, took)
     except (ValueError, OSError) as error:
         print(f"demo.py: error: {error}", file=sys.stderr)
         return 2

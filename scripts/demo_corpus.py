@@ -610,7 +610,7 @@ def read_like_a_backbone(scene: Scene, drawing: Drawing, noise: float = 0.12) ->
 
     row, column = np.mgrid[:GRID_SIZE, :GRID_SIZE] / GRID_SIZE * np.pi
     position = 0.2 * np.stack([np.sin(row), np.cos(row), np.sin(column), np.cos(column)], axis=-1)
-    seen = np.concatenate([colours, 4 * edges, 1.5 * appearance, position], axis=-1)
+    seen = np.concatenate([1.5 * np.sqrt(colours), 4 * edges, 1.5 * appearance, position], axis=-1)
     return np.maximum(seen.reshape(GRID_SIZE**2, -1) @ _mixing(), 0).astype(np.float32)
 
 

@@ -1,4 +1,4 @@
-"""The demo's page: curves of a training run as SVG, relevance pictures, and one HTML file that needs nothing else.
+"""The demo's page: curves of a training run as SVG, and one HTML file that needs nothing else.
 
 Everything here is given and only drawn: `demo.py` says what the page is about. `curves_of_run` draws the log of any
 run of `train.py`, as in docs/healthy_training.md.
@@ -11,13 +11,16 @@ import html
 import io
 import json
 import math
+import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from relevance_figures import ExplainedPicture, heat
 
 BLUE, ORANGE, GREEN, GRAY = "#2f6fb0", "#d9782d", "#3f8f58", "#8a8f98"
 
@@ -47,7 +50,7 @@ def line_chart(
     series = [line for line in series if line.points]
     all_x = [x for line in series for x, _ in line.points] or [0.0, 1.0]
     all_y = [y for line in series for _, y in line.points] or [0.0, 1.0]
-    x_ticks, y_ticks = _ticks(min(0.0, *all_x), max(all_x)), _ticks(min(all_y), max(all_y))
+    x_ticks, y_ticks = _ticks(min(all_x), max(all_x)), _ticks(min(all_y), max(all_y))
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
@@ -178,16 +181,6 @@ def as_data_url(picture: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def heat_over(picture: Image.Image, relevance: np.ndarray, largest: float) -> Image.Image:
-    """The picture, pale, with a map (7, 7) of relevance over it: red where it is positive, up to `largest`."""
-    heat = Image.fromarray(np.clip(relevance / largest, 0, 1).astype(np.float32)).resize(
-        picture.size, Image.Resampling.BICUBIC
-    )
-    pale = np.asarray(picture.convert("L").convert("RGB"), dtype=np.float32) * 0.55 + 255 * 0.45
-    strength = np.clip(np.asarray(heat), 0, 1)[..., None] ** 0.8 * 0.85
-    return Image.fromarray((pale * (1 - strength) + np.array([222.0, 52, 38]) * strength).astype(np.uint8))
-
-
 # The page
 
 
@@ -201,14 +194,6 @@ class Shown(NamedTuple):
     cider: float
     xe_caption: str
     references: list[str]
-
-
-class Explained(NamedTuple):
-    """A caption with one map (7, 7) for each of its words."""
-
-    picture: Image.Image
-    words: list[str]
-    maps: np.ndarray
 
 
 STYLE = """
@@ -226,12 +211,13 @@ th, td { padding: 7px 16px; text-align: right; border-bottom: 1px solid #e6e8ec 
 .card img { width: 100%; display: block } .card div { padding: 10px 14px 14px; font-size: 14px; line-height: 1.4 }
 .caption { font-size: 16px; font-weight: 600; margin: 0 0 6px } .card ul { margin: 4px 0 0; padding-left: 18px;
 color: #5b616b }
-.tag { display: inline-block; background: #e8f1e9; color: #2c6a41; border-radius: 9px; padding: 1px 9px; font-size: 12px;
-margin-bottom: 7px } .xe { color: #2f6fb0; margin: 0 0 4px }
+.tag { display: inline-block; background: #e8f1e9; color: #2c6a41; border-radius: 9px; padding: 1px 9px;
+font-size: 12px; margin-bottom: 7px } .xe { color: #2f6fb0; margin: 0 0 4px }
 .words { display: flex; flex-wrap: wrap; gap: 8px; background: #fff; border-radius: 10px; padding: 14px;
-margin: 12px 0 }
-.words figure { margin: 0; width: 106px } .words img { width: 100%; border-radius: 6px; display: block }
-.words figcaption { text-align: center; font-size: 14px; margin-top: 3px }
+margin: 12px 0 } .words figure { margin: 0; width: calc((100% - 88px) / 12); min-width: 76px }
+.words img { width: 100%; border-radius: 6px; display: block }
+.words figcaption { text-align: center; font-size: 14px; margin-top: 3px; line-height: 1.2 }
+.words small { color: #8a8f98; font-size: 11px; overflow-wrap: anywhere }
 pre { background: #fff; padding: 12px 16px; border-radius: 8px; overflow-x: auto; font-size: 13px }
 """
 
@@ -258,17 +244,17 @@ def _card(shown: Shown) -> str:
     )
 
 
-def _explained(explained: Explained) -> str:
-    largest = max(float(np.max(explained.maps)), 1e-9)
-    figures = [("", explained.picture)] + [
-        (word, heat_over(explained.picture, relevance, max(float(relevance.max()), 0.25 * largest)))
-        for word, relevance in zip(explained.words, explained.maps, strict=True)
-    ]
-    return '<div class="words">' + "".join(
+def _explained(explained: ExplainedPicture) -> str:
+    figures = [(explained.picture, "", "")]
+    for number, (word, cells) in enumerate(zip(explained.words, explained.flows["both"], strict=True)):
+        strongest = "".join(name for name, _ in explained.strongest_classes(number, 1))
+        figures.append((heat(cells, explained.grid_shape, explained.picture), word, strongest))
+    inner = "".join(
         f'<figure><img src="{as_data_url(picture)}" alt="{html.escape(word)}">'
-        f"<figcaption>{html.escape(word) or '&nbsp;'}</figcaption></figure>"
-        for word, picture in figures
-    ) + "</div>"  # fmt: skip
+        f"<figcaption>{html.escape(word)}<br><small>{html.escape(name)}</small></figcaption></figure>"
+        for picture, word, name in figures
+    )
+    return f'<div class="words">{inner}</div>'
 
 
 def build_page(
@@ -276,7 +262,7 @@ def build_page(
     summary: Sequence[str],
     scores: dict[str, dict[str, float]],
     curves: Sequence[str],
-    explained: Sequence[Explained],
+    explained: Sequence[ExplainedPicture],
     shown: Sequence[Shown],
     what_it_is: Sequence[str],
     commands: Sequence[str],
@@ -290,7 +276,9 @@ def build_page(
     if explained:
         relevance = (
             "<h2>Why this word</h2><p>Where each word comes from: relevance of the cells of both flows together, "
-            "followed from the word back to the two inputs. Scenes with two things that the caption names both.</p>"
+            "followed from the word back to the two inputs. Orange cells speak for the word, blue ones against it; "
+            "below the word stands the segmentation class that spoke most for it. The first scenes, one of each "
+            "subject, with two things that the caption names both. The file why.html has them with words to point at.</p>"
             + "".join(map(_explained, explained))
         )
     return f"""<!DOCTYPE html>

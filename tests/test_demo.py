@@ -1,0 +1,209 @@
+"""`scripts/demo.py` and its corpus: scenes that are always the same, honest splits, files that pack, a page."""
+
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import load_from_disk
+from PIL import Image
+
+from caption_metrics import CiderD
+from dataset_difnet import PackedImages
+from segmentation_difnet import CLASS_NAMES
+
+REPOSITORY = Path(__file__).parent.parent
+sys.path.insert(0, str(REPOSITORY / "scripts"))
+import demo  # noqa: E402
+import demo_corpus  # noqa: E402
+import demo_page  # noqa: E402
+import pack_coco  # noqa: E402
+
+TINY = {"train": 30, "restval": 4, "validation": 4, "test": 5}
+
+
+@pytest.fixture(scope="module")
+def scenes() -> list[demo_corpus.Scene]:
+    return demo_corpus.make_scenes(0)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> demo.Demo:
+    """The whole demo at its smallest: a few scenes, two epochs of each stage."""
+    training = {**demo.TRAINING, "xe-epochs": 2, "scst-epochs": 2, "min-word-count": 1, "log-every": 1}
+    return demo.Demo(tmp_path_factory.mktemp("demo") / "output", 3, TINY, training)
+
+
+def of_split(scenes: list[demo_corpus.Scene], *splits: str) -> list[demo_corpus.Scene]:
+    return [scene for scene in scenes if scene.split in splits]
+
+
+# The scenes
+
+
+def test_the_same_seed_gives_the_same_corpus_and_another_seed_another(scenes):
+    assert demo_corpus.make_scenes(0) == scenes
+    assert demo_corpus.make_scenes(1) != scenes
+    for scene in scenes[:5]:
+        first, second = demo_corpus.draw(scene), demo_corpus.draw(scene)
+        assert first.picture.tobytes() == second.picture.tobytes()
+        assert np.array_equal(
+            demo_corpus.read_like_a_backbone(scene, first), demo_corpus.read_like_a_backbone(scene, second)
+        )
+        assert demo_corpus.captions_of(scene) == demo_corpus.captions_of(scene)
+
+
+def test_splits_have_their_sizes_and_no_scene_comes_twice(scenes):
+    for split, size in demo_corpus.SIZES.items():
+        assert len(of_split(scenes, split)) == size
+    assert len({scene.image_id for scene in scenes}) == len(scenes)
+    assert len({scene[2:] for scene in scenes}) == len(scenes)
+
+
+def test_every_held_out_scene_has_a_pair_that_training_lacks(scenes):
+    def pairs(*splits: str) -> set:
+        return {pair for scene in of_split(scenes, *splits) for pair in demo_corpus.word_pairs(scene)}
+
+    trained = pairs("train", "restval")
+    new = {}
+    for split in ("validation", "test"):
+        new[split] = pairs(split) - trained
+        assert all(demo_corpus.word_pairs(scene) & new[split] for scene in of_split(scenes, split))
+        for scene in of_split(scenes, split):
+            assert set(demo_corpus.new_pairs_of(scene)) <= new[split]
+    held_out = demo_corpus.held_out_pairs()
+    assert not {pair for pair in new["validation"] & new["test"] if pair in held_out}
+
+
+def test_every_word_of_the_held_out_pairs_is_learnt_from_other_pairs(scenes):
+    parts = {(about, part) for scene in of_split(scenes, "train") for about, part, _ in demo_corpus.word_pairs(scene)}
+    assert {(about, part) for about, part, _ in demo_corpus.held_out_pairs()} <= parts
+
+
+# Captions, drawings and features fit the scene
+
+
+def test_captions_name_the_subject_and_never_a_wrong_colour_or_thing(scenes):
+    words_of = {
+        name: {word.split()[-1] for pair in kind.words for word in pair} for name, kind in demo_corpus.KINDS.items()
+    }
+    for scene in scenes:
+        things = [scene.subject] + ([scene.companion] if scene.companion else [])
+        captions = demo_corpus.captions_of(scene)
+        assert len(captions) == 5
+        assert len(set(captions)) > 1
+        for caption in captions:
+            words = set(re.findall(r"[a-z]+", caption.lower()))
+            assert words & words_of[scene.subject.kind]
+            assert words & set(demo_corpus.COLOURS) <= {thing.colour for thing in things}
+            named = {name for name, theirs in words_of.items() if words & theirs}
+            assert named <= {thing.kind for thing in things}
+
+
+def test_objects_lie_where_the_segmentation_has_their_class(scenes):
+    for scene in scenes[::20]:
+        drawing = demo_corpus.draw(scene)
+        segmentation = demo_corpus.segmentation_of(drawing)
+        assert segmentation.shape == (133, 7, 7)
+        assert np.allclose(segmentation.sum(axis=0), 1)
+        for thing in demo_corpus.objects_of(scene, drawing):
+            assert thing.cells().any()
+            assert (segmentation[CLASS_NAMES.index(thing.class_name)] >= thing.shares - 1e-6).all()
+
+
+def test_the_grid_shows_colour_which_the_segmentation_does_not(scenes):
+    scene = next(scene for scene in scenes if scene.subject.kind == "bus" and scene.companion is None)
+    red, blue = (scene._replace(subject=scene.subject._replace(colour=colour)) for colour in ("red", "blue"))
+    drawings = [demo_corpus.draw(scene) for scene in (red, blue)]
+    assert np.array_equal(*(demo_corpus.segmentation_of(drawing) for drawing in drawings))
+    grids = [demo_corpus.read_like_a_backbone(red, drawing) for drawing in drawings]
+    (thing,) = demo_corpus.objects_of(red)
+    changed = np.abs(grids[0] - grids[1]).max(axis=1).reshape(7, 7) > 1e-6
+    assert changed[thing.shares > 0.5].all()  # wheels are black on every bus
+    near = np.zeros((9, 9), dtype=bool)  # an edge may touch the cell beside it
+    for row, column in np.argwhere(thing.shares > 0):
+        near[row : row + 3, column : column + 3] = True
+    assert not changed[~near[1:-1, 1:-1]].any()
+    assert not changed.all()
+
+
+# The page
+
+
+def test_a_chart_places_its_points_on_its_axes():
+    chart = demo_page.line_chart("Loss", "steps", "nats", [demo_page.Series("a", "#000000", [(0, 0), (10, 1)])])
+    (points,) = re.findall(r'points="([^"]+)"', chart)
+    (x0, y0), (x1, y1) = (map(float, point.split(",")) for point in points.split())
+    assert x0 < x1
+    assert y0 > y1  # up is more
+    for text in ("Loss", "steps", "nats"):
+        assert f">{text}</text>" in chart
+
+
+class Tags(HTMLParser):
+    """Every start tag of a page with its attributes."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.found: list[tuple[str, dict]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+
+def test_the_demo_from_drawing_to_page(tiny):
+    scenes = tiny.draw()
+    tiny.pack()
+    tiny.train()
+    results = tiny.evaluate()
+    captions = tiny.caption()
+    page = tiny.show(scenes, results, captions, took="")
+
+    packed = load_from_disk(str(tiny.packed))
+    assert {split: len(rows) for split, rows in packed.items()} == {"train": 34, "validation": 4, "test": 5}
+    by_id = {scene.image_id: scene for scene in scenes}
+    test = packed["test"]
+    for row, index in enumerate(test["image_id"]):
+        drawing = demo_corpus.draw(by_id[index])
+        features = PackedImages(test).read([row])
+        assert np.array_equal(
+            features["segmentation_features"][0].numpy(), demo_corpus.segmentation_of(drawing).astype(np.float16)
+        )
+        expected = demo_corpus.read_like_a_backbone(by_id[index], drawing).astype(np.float16)
+        assert np.array_equal(features["grid_features"][0].numpy(), expected)
+        assert test["captions"][row] == demo_corpus.captions_of(by_id[index])
+        assert (tiny.corpus / "val2014" / test["file_name"][row]).is_file()
+
+    assert set(captions) == set(test["image_id"])
+    found = results["best"]["captions"]
+    assert results["best"]["scores"]["cider_d"] == pytest.approx(
+        CiderD().score([found[index] for index in test["image_id"]], test["captions"][:]).corpus
+    )
+    text = page.read_text(encoding="utf-8")
+    for caption in captions.values():
+        assert caption in text
+    tags = Tags(text).found
+    assert sum(tag == "svg" for tag, _ in tags) == 3
+    assert not [attrs for tag, attrs in tags if tag in ("link", "script")]
+    assert all(attrs["src"].startswith("data:image/png") for tag, attrs in tags if tag == "img")
+    assert Image.open(page.with_suffix(".png")).width > 900
+
+    with pytest.raises(ValueError, match="other settings"):
+        demo.Demo(tiny.output, 4, TINY, tiny.training)
+
+
+def test_the_packed_corpus_equals_its_sources(tmp_path):
+    corpus = tmp_path / "corpus"
+    demo_corpus.write_corpus(
+        corpus, demo_corpus.make_scenes(5, {"train": 3, "restval": 1, "validation": 1, "test": 1})
+    )
+    arguments = ["--features", str(corpus / "coco_grid_feats2.hdf5"), "--segmentation", str(corpus / "segmentations")]
+    arguments += ["--annotations", str(corpus / "annotations"), "--output", str(tmp_path / "packed")]
+    assert pack_coco.main(arguments) == 0
+    assert pack_coco.main([*arguments, "--verify"]) == 0
+    provenance = json.loads((tmp_path / "packed" / "provenance.json").read_text())
+    assert provenance["splits"]["train"] == {"images": 4, "captions": 20, "restval_images": 1}
