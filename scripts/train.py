@@ -399,20 +399,29 @@ class Run:
         """A complete folder for `from_pretrained`."""
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
-        write_model_card(folder, self.model.config, description(self))
+        write_model_card(folder, self.model.config, **card_texts(self))
 
 
-def description(run: Run) -> str:
-    """One sentence for the model card: what the weights learnt from."""
+def card_texts(run: Run) -> dict[str, str]:
+    """What the model card says of the weights, their data and their training."""
     options, progress = run.options, run.progress
-    source = "from scratch" if options.model is None else f"from {Path(options.model).name}"
-    sentence = f"Trained {source} on {Path(options.dataset).name} by `scripts/train.py` ({options.recipe} recipe)"
-    if progress.reward_steps == 0:
-        return f"{sentence} with cross-entropy."
-    return (
-        f"{sentence}, last with {progress.reward_steps:,} steps of self-critical training (reward "
-        f"`{run.cider_reward.signature}`, captions by {options.scst_samples})."
+    start = "from scratch" if options.model is None else f"from {Path(options.model).name}"
+    dataset = Path(options.dataset).name
+    training = (
+        f"Recipe `{options.recipe}`, {progress.total_epochs} epochs in all, seed {options.seed}. Cross-entropy with "
+        f"a learning rate of {options.xe_learning_rate:g} (schedule `{options.xe_schedule}`)."
     )
+    if progress.reward_steps:
+        training += (
+            f" Then {progress.reward_steps:,} steps of self-critical training at {options.scst_learning_rate:g}, "
+            f"{options.scst_num_captions} captions an image by `{options.scst_samples}`; reward "
+            f"`{run.cider_reward.signature}`, the end of a caption {'counts' if options.eos_in_reward else 'left out'}."
+        )
+    return {
+        "source": f"Trained {start} on {dataset} by `scripts/train.py`.",
+        "training": training,
+        "dataset": dataset,
+    }
 
 
 # The two stages
