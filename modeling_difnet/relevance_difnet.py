@@ -300,6 +300,19 @@ def divisor(activations: torch.Tensor) -> torch.Tensor:
     return shifted.masked_fill(shifted == 0, 1e-9).masked_fill(activations == 0, torch.inf)
 
 
+def of_rows(shares: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Equals `shares @ weights`; rows of zeros are left out, which in the decoder are more than half of all.
+
+    No relevance reaches the tokens behind a word, and in the last layer none but the word's own.
+    """
+    rows = shares.any(-1)  # (B, T, L)
+    if rows.all():
+        return shares @ weights
+    products = shares.new_zeros(*shares.shape[:-1], weights.shape[1])
+    products[rows] = shares[rows] @ weights
+    return products
+
+
 class OriginalRules:
     """Relevance goes through linear layers in proportion to positive products (alpha = 1), biases left out.
 
@@ -326,7 +339,7 @@ class OriginalRules:
                 self.positive_weights[layer] = layer.weight.clamp(min=0)
             weights = self.positive_weights[layer]
             relevance /= divisor(nn.functional.linear(inputs, weights)).unsqueeze(1)
-            return (relevance @ weights).mul_(inputs.unsqueeze(1))
+            return of_rows(relevance, weights).mul_(inputs.unsqueeze(1))
         if layer not in self.signed_weights:  # (out, 2 * in): positive weights beside negative weights
             both = layer.weight.new_empty(layer.out_features, 2 * layer.in_features)
             torch.clamp(layer.weight, min=0, out=both[:, : layer.in_features])
@@ -336,7 +349,7 @@ class OriginalRules:
         signed_inputs = torch.cat([inputs.clamp(min=0), inputs.clamp(max=0)], dim=-1)
         relevance /= divisor(nn.functional.linear(signed_inputs, weights)).unsqueeze(1)
         positive_inputs, negative_inputs = signed_inputs.unsqueeze(1).chunk(2, dim=-1)
-        for_positive, for_negative = (relevance @ weights).chunk(2, dim=-1)
+        for_positive, for_negative = of_rows(relevance, weights).chunk(2, dim=-1)
         return (for_positive * positive_inputs).addcmul_(for_negative, negative_inputs)
 
     def features(self, layer: nn.Linear, inputs: torch.Tensor, relevance: torch.Tensor) -> torch.Tensor:

@@ -232,9 +232,9 @@ of a packed split (scripts/pack_coco.py), with one curve for each model:
   writes why/contribution.png (the paper's figure: what the picture contributes to the words at each position, and over
   how many cells it spreads), curves.npz, and page and panels of the first --show images
 
-The method of the maps is one of: original (the paper's rules), conservative, gradient_x_input, attention_rollout;
-docs/relevance.md says what they are, and --faithfulness which of them to believe. Exit code 1 if a picture was left
-out, 2 for mistakes."""
+The method of the maps is one of: conservative (the default), original (the paper's rules, which the curves always
+follow), gradient_x_input, attention_rollout; docs/relevance.md says what they are, and --faithfulness which of them to
+believe. Exit code 1 if a picture was left out, 2 for mistakes."""
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -255,7 +255,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--segmentation-model", metavar="NAME", help="folder or repository")
     parser.add_argument("--untrained", action="store_true", help="check without weights: the maps mean nothing")
     parser.add_argument("--caption", metavar="TEXT", help="explain these words, not the model's own")
-    parser.add_argument("--method", choices=METHODS, default="original", help="of the maps (default original)")
+    parser.add_argument("--method", choices=METHODS, default="conservative", help="of the maps")
     parser.add_argument("--num-beams", type=int, metavar="N", help="of the captions (default: the checkpoint's)")
     parser.add_argument("--batch-size", type=int, default=20, metavar="N", help="of --dataset (default 20)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda:1, ..")

@@ -82,7 +82,7 @@ def explain_captions(
     names: Sequence[str],
     pictures: Sequence[Image.Image | None],
     *,
-    method: str = "original",
+    method: str = "conservative",
     allow_unknown_words: bool = True,
 ) -> tuple[list[ExplainedPicture], RelevanceOutput]:
     """Explains one caption of each picture: what the drawing functions below take, and the numbers behind it.
@@ -147,7 +147,7 @@ def explain_picture(
     *,
     name: str | None = None,
     caption: str | None = None,
-    method: str = "original",
+    method: str = "conservative",
     **generation_options: Any,
 ) -> ExplainedPicture:
     """Captions one picture, unless a caption is given, and explains every word.
