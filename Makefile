@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .PHONY: help setup demo test test-all lint format bench clean
 help:
-	@echo "make demo      convert, save, load and generate with a small model"
+	@echo "make demo      draw a little corpus, train on it, caption unseen scenes: demo_output/demo.html"
 	@echo "make test      lint and the tests (a few minutes on 2 cores)"
 	@echo "make test-all  the tests and the long campaigns"
 	@echo "make bench     the benchmarks; tables go to benchmarks/results/"

@@ -22,7 +22,7 @@ import torch
 from datasets import load_from_disk
 from demo_corpus import SIZES, Scene, draw, make_scenes, new_pairs_of, objects_of, write_corpus
 from demo_page import Shown, build_page, contact_sheet, curves_of_run
-from relevance_figures import ExplainedPicture, explain_captions
+from relevance_figures import ExplainedPicture, explain_captions, panels
 from relevance_figures import page as relevance_page
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -200,6 +200,7 @@ class Demo:
         explained = explain(self.run / "best", test, by_id, captions)
         if explained:
             (self.output / "why.html").write_bytes(relevance_page(explained))
+            panels(explained[-1], columns=5).save(self.output / "why.png")
         page = build_page(
             summary=[
                 f"A captioner that was trained from nothing{took}: {counts['train'] + counts['restval']} drawn scenes "

@@ -214,7 +214,7 @@ color: #5b616b }
 .tag { display: inline-block; background: #e8f1e9; color: #2c6a41; border-radius: 9px; padding: 1px 9px;
 font-size: 12px; margin-bottom: 7px } .xe { color: #2f6fb0; margin: 0 0 4px }
 .words { display: flex; flex-wrap: wrap; gap: 8px; background: #fff; border-radius: 10px; padding: 14px;
-margin: 12px 0 } .words figure { margin: 0; width: calc((100% - 88px) / 12); min-width: 76px }
+margin: 12px 0 } .words figure { margin: 0; width: calc((100% - 64px) / 9); min-width: 76px }
 .words img { width: 100%; border-radius: 6px; display: block }
 .words figcaption { text-align: center; font-size: 14px; margin-top: 3px; line-height: 1.2 }
 .words small { color: #8a8f98; font-size: 11px; overflow-wrap: anywhere }
@@ -247,7 +247,7 @@ def _card(shown: Shown) -> str:
 def _explained(explained: ExplainedPicture) -> str:
     figures = [(explained.picture, "", "")]
     for number, (word, cells) in enumerate(zip(explained.words, explained.flows["both"], strict=True)):
-        strongest = "".join(name for name, _ in explained.strongest_classes(number, 1))
+        strongest = "".join(name.split("-")[0] for name, _ in explained.strongest_classes(number, 1))
         figures.append((heat(cells, explained.grid_shape, explained.picture), word, strongest))
     inner = "".join(
         f'<figure><img src="{as_data_url(picture)}" alt="{html.escape(word)}">'
@@ -278,7 +278,7 @@ def build_page(
             "<h2>Why this word</h2><p>Where each word comes from: relevance of the cells of both flows together, "
             "followed from the word back to the two inputs. Orange cells speak for the word, blue ones against it; "
             "below the word stands the segmentation class that spoke most for it. The first scenes, one of each "
-            "subject, with two things that the caption names both. The file why.html has them with words to point at.</p>"
+            "subject, with two things that the caption names both; why.html has them with words to point at.</p>"
             + "".join(map(_explained, explained))
         )
     return f"""<!DOCTYPE html>
@@ -293,7 +293,7 @@ def build_page(
 <div class="curves">{"".join(curves)}</div>
 {relevance}
 <h2>Held-out scenes</h2>
-<p>The first {len(shown)} of the test scenes, none picked. In bold what the trained model says, in blue what it said
+<p>The first {len(shown)} test scenes, as they come. In bold what the trained model says, in blue what it said
 after cross-entropy alone, in gray the five references. Each scene has a combination that no training scene has.</p>
 <div class="cards">{"".join(map(_card, shown))}</div>
 <h2>What this is, and what it is not</h2>
