@@ -263,8 +263,6 @@ class Run:
         self.optimizer = self.stage_optimizer()
         if facts is not None:
             load_state(accelerator, resumed, facts, self.model, self.optimizer)
-        self.resumed = resumed
-        self.resumed = resumed
         self.log = Log(accelerator, self.output / "log.jsonl", self.progress)
         self.stop_requested = 0.0  # when
         self.background = ThreadPoolExecutor(1)  # one reward at a time
@@ -415,7 +413,8 @@ def card_texts(run: Run) -> dict[str, str]:
         training += (
             f" Then {progress.reward_steps:,} steps of self-critical training at {options.scst_learning_rate:g}, "
             f"{options.scst_num_captions} captions an image by `{options.scst_samples}`; reward "
-            f"`{run.cider_reward.signature}`, the end of a caption {'counts' if options.eos_in_reward else 'left out'}."
+            f"`{run.cider_reward.signature}`, the end of a caption "
+            f"{'counts' if options.eos_in_reward else 'left out'}."
         )
     return {
         "source": f"Trained {start} on {dataset} by `scripts/train.py`.",
@@ -489,8 +488,14 @@ def caption_figures(
         "reward_spread": rewards.std(-1, correction=0).sum().item() * rewards.shape[1],
         "caption_length": sum(len(caption.split()) for caption in captions),
         "unfinished": (~finished).sum().item(),
-        "bad_endings": sum(caption.split()[-1:] == [] or caption.split()[-1] in BAD_ENDINGS for caption in captions),
+        "bad_endings": sum(map(ends_badly, captions)),
     }
+
+
+def ends_badly(caption: str) -> bool:
+    """Whether a caption is empty, or its last word cannot be the last: `a man with a`, `a dog ..`."""
+    *_, last = caption.split() or [""]
+    return last in BAD_ENDINGS or not any(map(str.isalnum, last))
 
 
 def watch_reward(progress: Progress, reward: float) -> None:

@@ -213,6 +213,13 @@ class TestSelfCritical:
         standard_errors = (probabilities * (1 - probabilities) / 4000).sqrt()
         assert ((frequencies - probabilities).abs() < 5 * standard_errors + 1e-9).all()
 
+    @pytest.mark.parametrize(
+        ("caption", "expected"),
+        [("a man with a dog", False), ("a man with a", True), ("a dog ..", True), ("", True), ("a 747", False)],
+    )
+    def test_bad_endings(self, caption, expected):
+        assert train.ends_badly(caption) == expected
+
     def test_a_collapsed_reward_stops_the_run(self):
         progress = training_state.Progress("scst")
         for _ in range(150):
