@@ -28,8 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
+from accelerate.utils import set_seed
 from torch import nn
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
@@ -44,6 +43,7 @@ from training_start import (  # noqa: E402
     check_data,
     check_same_run,
     load_model,
+    make_accelerator,
     make_model,
     options_as_json,
     prepare_output,
@@ -634,24 +634,6 @@ def train(run: Run) -> bool:
 
 
 # The command
-
-
-def make_accelerator(options: argparse.Namespace) -> Accelerator:
-    trackers = [name for name in options.report_to if name != "none"]
-    available = {tracker.value for tracker in get_available_trackers()}
-    for name in trackers:
-        if name not in available:
-            raise ValueError(
-                f"--report-to {name}: the package is not installed, or Accelerate does not know it. `pip install "
-                f"{name}`, or choose one of: {', '.join(sorted(available | {'none'}))}."
-            )
-    return Accelerator(
-        mixed_precision=options.mixed_precision,
-        cpu=options.cpu,
-        log_with=trackers or None,
-        project_config=ProjectConfiguration(str(options.output), logging_dir=str(options.output / "tensorboard")),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
 
 
 def main(argv: list[str] | None = None) -> int:
