@@ -50,7 +50,7 @@ def report(results: dict[int, dict[str, dict[str, float]]]) -> str:
         f"# The demo's corpus: XE and SCST, two flows and one, {date}",
         "",
         f"`python benchmarks/demo_study.py --seeds {' '.join(map(str, results))}`, PyTorch {torch.__version__} on the "
-        f"CPU ({platform.machine()}). CIDEr-D (0 to 10) of 80 held-out drawn scenes; every seed has scenes, weights "
+        f"CPU ({platform.machine()}). CIDEr-D (0 to 10) of 200 held-out drawn scenes; every seed has scenes, weights "
         "and order of its own. The numbers are of drawn scenes and cannot be compared with COCO's.",
         "",
         "| seed | two flows, XE | two flows, SCST | baseline, XE | baseline, SCST |",

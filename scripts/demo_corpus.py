@@ -77,8 +77,8 @@ from tqdm import tqdm
 from segmentation_difnet import CLASS_NAMES, pool_channel_map
 
 GRID_SIZE, GRID_FEATURE_SIZE = 7, 2048
-SIZES = {"train": 540, "restval": 60, "validation": 60, "test": 80}
-SCENES_PER_PAIR = 6  # held-out scenes with the same held-out pair, at most
+SIZES = {"train": 540, "restval": 60, "validation": 100, "test": 200}
+SCENES_PER_PAIR = 10  # held-out scenes with the same held-out pair, at most
 
 # What there is
 
@@ -406,28 +406,28 @@ def _caption(scene: Scene, rng: np.random.Generator) -> str:
 
     def describe(thing: Thing) -> str:
         kind = KINDS[thing.kind]
-        singular, plural = kind.words[0] if usually(0.75) else one_of(kind.words)
+        singular, plural = kind.words[0] if usually(0.65) else one_of(kind.words)
         noun = singular if thing.count == 1 else plural
         clothes = ""
         if kind.class_name == "person":
-            if usually(0.45):
+            if usually(0.4):
                 clothes = one_of((f" in a {thing.colour} shirt", f" in {thing.colour}", f" wearing {thing.colour}"))
-        elif usually(0.8):
+        elif usually(0.65):
             noun = f"{thing.colour} {noun}"
         if thing.count > 1:
             return f"{one_of(COUNTS[thing.count])} {noun}{clothes}"
         return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}{clothes}"
 
     doing = "" if scene.action == "riding" else one_of(DOING[scene.action])
-    place = f" {SETTINGS[scene.setting].phrases[0] if usually(0.55) else one_of(SETTINGS[scene.setting].phrases)}"
+    place = f" {SETTINGS[scene.setting].phrases[0] if usually(0.45) else one_of(SETTINGS[scene.setting].phrases)}"
     text = describe(scene.subject)
     alone = scene.companion is None
     if alone:
-        if usually(0.8):
+        if usually(0.65):
             text += f" {'is ' if scene.subject.count == 1 and usually(0.15) else ''}{doing}"
     else:
         text += f" {one_of(BETWEEN[scene.relation]).format(doing=doing)} {describe(scene.companion)}"
-    if usually(0.85 if alone else 0.65) and not (scene.relation == "on" and usually(0.5)):
+    if usually(0.65 if alone else 0.5) and not (scene.relation == "on" and usually(0.5)):
         text += place
     if usually(0.12) and " is " not in text and " rides " not in text:
         opening = one_of(OPENINGS)
