@@ -5,6 +5,7 @@ where its weights come from, how they were trained and what was measured, in the
 """
 
 import importlib.metadata
+import json
 import os
 import string
 from collections.abc import Mapping
@@ -25,7 +26,12 @@ METRICS = {
 
 
 def write_model_card(
-    folder: str | Path, config: DifnetConfig, source: str, results: str = "", training: str = ""
+    folder: str | Path,
+    config: DifnetConfig,
+    source: str,
+    results: str = "",
+    training: str = "",
+    dataset: str = "COCO",
 ) -> None:
     """Writes `README.md`, the model card, beside a saved model.
 
@@ -36,10 +42,12 @@ def write_model_card(
         results: a `model-index` block for the card's YAML head; empty as long as nothing was measured.
         training: a paragraph or more (Markdown) on how the weights were trained: data, recipe, and for self-critical
             training the samples and whether `<eos>` counts in the reward. Empty where that is not known.
+        dataset: name of the data that the weights learnt from, for the card's YAML head.
     """
     flows = "grid features and a panoptic segmentation map" if config.use_segmentation else "grid features alone"
     card = string.Template(model_card_template().read_text(encoding="utf-8")).substitute(
         source=source,
+        dataset=json.dumps(dataset),  # a string in YAML, whatever the name
         flows=flows,
         results=results.strip() + "\n" if results.strip() else "",
         training=f"## Training\n\n{training.strip()}\n\n" if training.strip() else "",

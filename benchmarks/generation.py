@@ -52,9 +52,9 @@ def original_state_dict(mode: str) -> dict[str, torch.Tensor]:
     return reference_weights().reference_state_dict(keys, **meta["weights"])
 
 
-def original_captioner(clone: Path) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """The original's beam search from a clone of its repository, as a function of the two features."""
-    # Its modules import plotting code that captioning does not use.
+def original_model(clone: Path) -> torch.nn.Module:
+    """The original's own network from a clone of its repository, at full size, in eval mode."""
+    # Its modules import plotting code that captioning and training do not use.
     for name in ("matplotlib", "matplotlib.pyplot", "middle"):
         sys.modules[name] = mock.MagicMock()
     sys.path.insert(0, str(clone))
@@ -66,6 +66,12 @@ def original_captioner(clone: Path) -> Callable[[torch.Tensor, torch.Tensor], to
     encoder = DifnetEncoder(1, 2, 3, 0, attention_module=ScaledDotProductAttention)
     model = Difnet(2, encoder, DifnetDecoder(10201, 54, 3, 1)).eval()
     model.load_state_dict(original_state_dict("difnet"))
+    return model
+
+
+def original_captioner(clone: Path) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The original's beam search as a function of the two features."""
+    model = original_model(clone)
     return lambda grid, segmentation: model.beam_search(grid, segmentation, MAX_NEW_TOKENS, 3, 5, out_size=1)[0]
 
 

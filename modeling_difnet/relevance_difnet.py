@@ -252,10 +252,11 @@ def inputs_and_targets(
 
 def double(network: DifnetModel, dtype: torch.dtype) -> DifnetModel:
     """The same network in another precision, with attention weights to read; word embeddings stay as they are."""
-    tensors = [*network.parameters(), *network.buffers()]
-    copies = {id(tensor): tensor.detach().to(dtype) for tensor in tensors if tensor.is_floating_point()}
-    copies = {key: nn.Parameter(tensor, requires_grad=False) for key, tensor in copies.items()}
-    copies[id(network.decoder.embed_tokens.weight)] = network.decoder.embed_tokens.weight
+    embeddings = network.decoder.embed_tokens.weight
+    copies = {id(embeddings): embeddings}
+    for tensor in (*network.parameters(), *network.buffers()):
+        if id(tensor) not in copies:
+            copies[id(tensor)] = nn.Parameter(tensor.detach().to(dtype), requires_grad=False)
     twin = copy.deepcopy(network, copies)
     twin.config._attn_implementation = "eager"
     return twin.eval()
@@ -300,6 +301,19 @@ def divisor(activations: torch.Tensor) -> torch.Tensor:
     return shifted.masked_fill(shifted == 0, 1e-9).masked_fill(activations == 0, torch.inf)
 
 
+def of_rows(shares: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Equals `shares @ weights`; rows of zeros are left out, which in the decoder are more than half of all.
+
+    No relevance reaches the tokens behind a word, and in the last layer none but the word's own.
+    """
+    rows = shares.any(-1)  # (B, T, L)
+    if rows.all():
+        return shares @ weights
+    products = shares.new_zeros(*shares.shape[:-1], weights.shape[1])
+    products[rows] = shares[rows] @ weights
+    return products
+
+
 class OriginalRules:
     """Relevance goes through linear layers in proportion to positive products (alpha = 1), biases left out.
 
@@ -308,8 +322,7 @@ class OriginalRules:
     """
 
     def __init__(self) -> None:
-        self.positive_weights: dict[nn.Linear, torch.Tensor] = {}
-        self.signed_weights: dict[nn.Linear, torch.Tensor] = {}
+        self.signed_weights: dict[tuple[nn.Linear, int], torch.Tensor] = {}
 
     def word(self, states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """1 of relevance at a word's logit, given its row of the output layer: (B, T, d_model) alike."""
@@ -321,32 +334,31 @@ class OriginalRules:
 
         `relevance` is overwritten: with many words it is the largest tensor there is.
         """
+        positive_weights = self.weights_of_sign(layer, 1)
         if (inputs >= 0).all():  # features and what follows a ReLU: half of the work
-            if layer not in self.positive_weights:
-                self.positive_weights[layer] = layer.weight.clamp(min=0)
-            weights = self.positive_weights[layer]
-            relevance /= divisor(nn.functional.linear(inputs, weights)).unsqueeze(1)
-            return (relevance @ weights).mul_(inputs.unsqueeze(1))
-        if layer not in self.signed_weights:  # (out, 2 * in): positive weights beside negative weights
-            both = layer.weight.new_empty(layer.out_features, 2 * layer.in_features)
-            torch.clamp(layer.weight, min=0, out=both[:, : layer.in_features])
-            torch.clamp(layer.weight, max=0, out=both[:, layer.in_features :])
-            self.signed_weights[layer] = both
-        weights = self.signed_weights[layer]
-        signed_inputs = torch.cat([inputs.clamp(min=0), inputs.clamp(max=0)], dim=-1)
-        relevance /= divisor(nn.functional.linear(signed_inputs, weights)).unsqueeze(1)
-        positive_inputs, negative_inputs = signed_inputs.unsqueeze(1).chunk(2, dim=-1)
-        for_positive, for_negative = (relevance @ weights).chunk(2, dim=-1)
-        return (for_positive * positive_inputs).addcmul_(for_negative, negative_inputs)
+            relevance /= divisor(nn.functional.linear(inputs, positive_weights)).unsqueeze(1)
+            return of_rows(relevance, positive_weights).mul_(inputs.unsqueeze(1))
+        negative_weights = self.weights_of_sign(layer, -1)
+        positive_inputs, negative_inputs = inputs.clamp(min=0), inputs.clamp(max=0)
+        products = nn.functional.linear(positive_inputs, positive_weights)
+        products += nn.functional.linear(negative_inputs, negative_weights)
+        relevance /= divisor(products).unsqueeze(1)
+        result = of_rows(relevance, positive_weights).mul_(positive_inputs.unsqueeze(1))
+        return result.addcmul_(of_rows(relevance, negative_weights), negative_inputs.unsqueeze(1))
+
+    def weights_of_sign(self, layer: nn.Linear, sign: int) -> torch.Tensor:
+        """A layer's positive or negative weights, the others 0; made once for all chunks."""
+        if (layer, sign) not in self.signed_weights:
+            self.signed_weights[layer, sign] = layer.weight.clamp(min=0) if sign > 0 else layer.weight.clamp(max=0)
+        return self.signed_weights[layer, sign]
 
     def features(self, layer: nn.Linear, inputs: torch.Tensor, relevance: torch.Tensor) -> torch.Tensor:
         """As `linear`, but what reaches a unit without any positive product is shared by its negative ones.
 
         The original, which has no rule for this layer, would let it vanish: half of what reaches a cell of one class.
         """
-        weight = layer.weight
-        products = nn.functional.linear(inputs.clamp(min=0), weight.clamp(min=0))
-        products += nn.functional.linear(inputs.clamp(max=0), weight.clamp(max=0))  # (B, N, out)
+        products = nn.functional.linear(inputs.clamp(min=0), self.weights_of_sign(layer, 1))
+        products += nn.functional.linear(inputs.clamp(max=0), self.weights_of_sign(layer, -1))  # (B, N, out)
         if (products > 0).all():
             return self.linear(layer, inputs, relevance)
         stranded = relevance * (products == 0).unsqueeze(1)

@@ -102,7 +102,9 @@ def caption_split(
     bar.close()
     model.train(was_training)
 
-    caption_of = dict(gather_object(captions))
+    captions = gather_object(captions)
+    caption_of = dict(captions)
+    assert len(captions) == len(caption_of) == len(dataset), "an image was captioned twice, or not at all"
     rows = dataset.select_columns(["image_id", "captions"]).with_format(None)
     return [
         CaptionedImage(row["image_id"], caption_of[position], row["captions"]) for position, row in enumerate(rows)

@@ -82,7 +82,7 @@ def explain_captions(
     names: Sequence[str],
     pictures: Sequence[Image.Image | None],
     *,
-    method: str = "original",
+    method: str = "conservative",
     allow_unknown_words: bool = True,
 ) -> tuple[list[ExplainedPicture], RelevanceOutput]:
     """Explains one caption of each picture: what the drawing functions below take, and the numbers behind it.
@@ -147,7 +147,7 @@ def explain_picture(
     *,
     name: str | None = None,
     caption: str | None = None,
-    method: str = "original",
+    method: str = "conservative",
     **generation_options: Any,
 ) -> ExplainedPicture:
     """Captions one picture, unless a caption is given, and explains every word.
@@ -482,11 +482,15 @@ def chart(
     font, small = ImageFont.load_default(size=16), ImageFont.load_default(size=13)
     image = Image.new("RGB", size, "#ffffff")
     draw = ImageDraw.Draw(image)
-    left, top, right, bottom = 72, 48, size[0] - 20, size[1] - 56 - 20 * len(curves)
+    left, top, right, bottom = 72, 58, size[0] - 20, size[1] - 56 - 20 * len(curves)
     x_values, y_values = (
         np.concatenate([getattr(curve, axis) for curve in curves]) for axis in ("positions", "values")
     )
-    ticks = [_round_numbers(values.min(), values.max()) for values in (x_values, y_values)]
+    are_positions = all(curve.positions.dtype.kind == "i" for curve in curves)
+    ticks = [
+        _round_numbers(x_values.min(), x_values.max(), are_positions),
+        _round_numbers(y_values.min(), y_values.max()),
+    ]
     (x_low, x_high), (y_low, y_high) = ((numbers[0], numbers[-1]) for numbers in ticks)
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -495,8 +499,8 @@ def chart(
             bottom - (y - y_low) / (y_high - y_low) * (bottom - top),
         )
 
-    draw.text((left, 14), title, INK, font)
-    draw.text((left - 60, top - 22), up, FAINT, small)
+    draw.text((12, 8), title, INK, font)
+    draw.text((12, top - 20), up, FAINT, small)
     draw.text((right, bottom + 26), across, FAINT, small, anchor="ra")
     for y in ticks[1]:
         draw.line([place(x_low, y), place(x_high, y)], "#e4e4e0")
@@ -516,12 +520,13 @@ def chart(
     return image
 
 
-def _round_numbers(low: float, high: float) -> list[float]:
-    """About five round numbers that span a range."""
+def _round_numbers(low: float, high: float, whole: bool = False) -> list[float]:
+    """About five round numbers that span a range; whole numbers if asked for."""
     if high - low <= 1e-6 * max(abs(low), abs(high)):
         low, high = low - max(0.1 * abs(low), 1e-3), high + max(0.1 * abs(high), 1e-3)
     step = 10 ** np.floor(np.log10((high - low) / 4))
     step = next(step * factor for factor in (1, 2, 2.5, 5, 10) if (high - low) / (step * factor) <= 5)
+    step = np.ceil(step) if whole else step
     return [step * number for number in range(int(np.floor(low / step)), int(np.ceil(high / step)) + 1)]
 
 

@@ -28,8 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
+from accelerate.utils import set_seed
 from torch import nn
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
@@ -44,6 +43,7 @@ from training_start import (  # noqa: E402
     check_data,
     check_same_run,
     load_model,
+    make_accelerator,
     make_model,
     options_as_json,
     prepare_output,
@@ -263,8 +263,6 @@ class Run:
         self.optimizer = self.stage_optimizer()
         if facts is not None:
             load_state(accelerator, resumed, facts, self.model, self.optimizer)
-        self.resumed = resumed
-        self.resumed = resumed
         self.log = Log(accelerator, self.output / "log.jsonl", self.progress)
         self.stop_requested = 0.0  # when
         self.background = ThreadPoolExecutor(1)  # one reward at a time
@@ -399,20 +397,30 @@ class Run:
         """A complete folder for `from_pretrained`."""
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
-        write_model_card(folder, self.model.config, description(self))
+        write_model_card(folder, self.model.config, **card_texts(self))
 
 
-def description(run: Run) -> str:
-    """One sentence for the model card: what the weights learnt from."""
+def card_texts(run: Run) -> dict[str, str]:
+    """What the model card says of the weights, their data and their training."""
     options, progress = run.options, run.progress
-    source = "from scratch" if options.model is None else f"from {Path(options.model).name}"
-    sentence = f"Trained {source} on {Path(options.dataset).name} by `scripts/train.py` ({options.recipe} recipe)"
-    if progress.reward_steps == 0:
-        return f"{sentence} with cross-entropy."
-    return (
-        f"{sentence}, last with {progress.reward_steps:,} steps of self-critical training (reward "
-        f"`{run.cider_reward.signature}`, captions by {options.scst_samples})."
+    start = "from scratch" if options.model is None else f"from {Path(options.model).name}"
+    dataset = Path(options.dataset).name
+    training = (
+        f"Recipe `{options.recipe}`, {progress.total_epochs} epochs in all, seed {options.seed}. Cross-entropy with "
+        f"a learning rate of {options.xe_learning_rate:g} (schedule `{options.xe_schedule}`)."
     )
+    if progress.reward_steps:
+        training += (
+            f" Then {progress.reward_steps:,} steps of self-critical training at {options.scst_learning_rate:g}, "
+            f"{options.scst_num_captions} captions an image by `{options.scst_samples}`; reward "
+            f"`{run.cider_reward.signature}`, the end of a caption "
+            f"{'counts' if options.eos_in_reward else 'left out'}."
+        )
+    return {
+        "source": f"Trained {start} on {dataset} by `scripts/train.py`.",
+        "training": training,
+        "dataset": dataset,
+    }
 
 
 # The two stages
@@ -480,8 +488,14 @@ def caption_figures(
         "reward_spread": rewards.std(-1, correction=0).sum().item() * rewards.shape[1],
         "caption_length": sum(len(caption.split()) for caption in captions),
         "unfinished": (~finished).sum().item(),
-        "bad_endings": sum(caption.split()[-1:] == [] or caption.split()[-1] in BAD_ENDINGS for caption in captions),
+        "bad_endings": sum(map(ends_badly, captions)),
     }
+
+
+def ends_badly(caption: str) -> bool:
+    """Whether a caption is empty, or its last word cannot be the last: `a man with a`, `a dog ..`."""
+    *_, last = caption.split() or [""]
+    return last in BAD_ENDINGS or not any(map(str.isalnum, last))
 
 
 def watch_reward(progress: Progress, reward: float) -> None:
@@ -620,24 +634,6 @@ def train(run: Run) -> bool:
 
 
 # The command
-
-
-def make_accelerator(options: argparse.Namespace) -> Accelerator:
-    trackers = [name for name in options.report_to if name != "none"]
-    available = {tracker.value for tracker in get_available_trackers()}
-    for name in trackers:
-        if name not in available:
-            raise ValueError(
-                f"--report-to {name}: the package is not installed, or Accelerate does not know it. `pip install "
-                f"{name}`, or choose one of: {', '.join(sorted(available | {'none'}))}."
-            )
-    return Accelerator(
-        mixed_precision=options.mixed_precision,
-        cpu=options.cpu,
-        log_with=trackers or None,
-        project_config=ProjectConfiguration(str(options.output), logging_dir=str(options.output / "tensorboard")),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from datasets import Dataset
 from transformers import AutoProcessor
 
@@ -34,6 +36,24 @@ MAY_CHANGE = frozenset(
     """dataset output resume report_to log_every save_every evaluation_batch_size xe_epochs scst_epochs xe_patience
     scst_patience max_epochs max_steps""".split()  # noqa: SIM905
 )
+
+
+def make_accelerator(options: argparse.Namespace) -> Accelerator:
+    trackers = [name for name in options.report_to if name != "none"]
+    available = {tracker.value for tracker in get_available_trackers()}
+    for name in trackers:
+        if name not in available:
+            raise ValueError(
+                f"--report-to {name}: the package is not installed, or Accelerate does not know it. `pip install "
+                f"{name}`, or choose one of: {', '.join(sorted(available | {'none'}))}."
+            )
+    return Accelerator(
+        mixed_precision=options.mixed_precision,
+        cpu=options.cpu,
+        log_with=trackers or None,
+        project_config=ProjectConfiguration(str(options.output), logging_dir=str(options.output / "tensorboard")),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
 
 
 def prepare_output(output: Path, resumed: Path | None) -> None:

@@ -11,88 +11,45 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, load_from_disk
 from safetensors.torch import load_file
+from tiny_packed import COLOURS, GRID_FEATURE_SIZE, NUM_CLASSES, SIZES, THINGS, write_packed
 from transformers import AutoModel, AutoProcessor, Seq2SeqTrainer, Seq2SeqTrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
 from convert_checkpoint import default_generation_config
-from dataset_difnet import CaptionCollator, CaptionPairs, PackedImages, encode_segmentation, packed_features
+from dataset_difnet import CaptionCollator, CaptionPairs, PackedImages
 from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration
 from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer
 
 PAGE = Path(__file__).parent.parent / "docs" / "library_training.md"
-THINGS = ["dog", "cat", "boat", "tree", "man", "horse"]
-CAPTIONS = ["a {} on the street", "one {}", "there is a {} in the picture"]
-WORDS = [
-    "<unk>",
-    "<pad>",
-    "<bos>",
-    "<eos>",
-    *THINGS,
-    "a",
-    "on",
-    "the",
-    "street",
-    "one",
-    "there",
-    "is",
-    "in",
-    "picture",
-]
-
-
-def split(num_images: int, seed: int) -> Dataset:
-    """Images of 2 x 2 cells, whose features tell the one thing that their three captions name."""
-    rng = np.random.default_rng(seed)
-    rows = []
-    for image in range(num_images):
-        thing = image % len(THINGS)
-        grid = rng.random((4, 8)).astype(np.float16)
-        grid[:, thing] += 4
-        classes = np.zeros((6, 2, 2), dtype=np.float16)
-        classes[thing] = 1
-        rows.append(
-            {
-                "image_id": image,
-                "file_name": f"{image}.jpg",
-                "restval": False,
-                "grid_features": grid,
-                "grid_cells": 4,
-                "segmentation_features": encode_segmentation(classes),
-                "captions": [caption.format(THINGS[thing]) for caption in CAPTIONS],
-            }
-        )
-    return Dataset.from_list(rows, features=packed_features("float16", grid_size=2, grid_feature_size=8))
+IMAGES = {"train": 18, "validation": 10, "test": 6}  # with three captions each
+WORDS = sorted({*THINGS, *COLOURS, *["a", "on", "the", "grass", "photo", "of", "there", "is", "one", "here"]})
 
 
 @pytest.fixture(scope="module")
-def packed() -> DatasetDict:
-    return DatasetDict({"train": split(18, 0), "validation": split(10, 1), "test": split(6, 2)})
+def packed(tmp_path_factory: pytest.TempPathFactory) -> DatasetDict:
+    return load_from_disk(write_packed(tmp_path_factory.mktemp("packed"), IMAGES))
 
 
 @pytest.fixture(scope="module")
 def processor() -> DifnetProcessor:
-    extractor = DifnetFeatureExtractor(grid_size=2, grid_feature_size=8, num_segmentation_classes=6)
-    return DifnetProcessor(extractor, DifnetTokenizer(vocab=WORDS))
+    extractor = DifnetFeatureExtractor(2, GRID_FEATURE_SIZE, NUM_CLASSES)
+    return DifnetProcessor(extractor, DifnetTokenizer(vocab=["<unk>", "<pad>", "<bos>", "<eos>", *WORDS]))
+
+
+def configuration(processor: DifnetProcessor) -> DifnetConfig:
+    return DifnetConfig(
+        vocab_size=len(processor.tokenizer),
+        grid_feature_size=GRID_FEATURE_SIZE,
+        num_segmentation_classes=NUM_CLASSES,
+        **SIZES,
+    )
 
 
 @pytest.fixture
-def config() -> DifnetConfig:
-    return DifnetConfig(
-        vocab_size=len(WORDS),
-        grid_feature_size=8,
-        num_segmentation_classes=6,
-        d_model=32,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        head_dim=16,
-        encoder_ffn_dim=48,
-        decoder_ffn_dim=48,
-        max_position_embeddings=30,
-    )
+def config(processor: DifnetProcessor) -> DifnetConfig:
+    return configuration(processor)
 
 
 @pytest.fixture
@@ -139,13 +96,9 @@ def test_pairs_are_all_captions_of_all_images_in_order(packed: DatasetDict, proc
     assert len(pairs) == 18 * 3
     items = pairs.__getitems__([0, 1, 2, 3, 53])
     words = processor.tokenizer.decode_captions([item["labels"] for item in items])
-    assert words == [
-        "a dog on the street",
-        "one dog",
-        "there is a dog in the picture",
-        "a cat on the street",
-        "there is a horse in the picture",
-    ]
+    captions = packed["train"]["captions"]
+    expected = [*captions[0], captions[1][0], captions[17][2]]
+    assert words == [caption.lower().rstrip(".") for caption in expected]
     features = PackedImages(packed["train"]).read([0, 0, 0, 1, 17])
     for name, expected in features.items():
         assert torch.equal(torch.stack([item[name] for item in items]), expected)
@@ -155,12 +108,12 @@ def test_pairs_are_all_captions_of_all_images_in_order(packed: DatasetDict, proc
 
 def test_one_caption_an_image_for_evaluation(packed: DatasetDict, processor: DifnetProcessor) -> None:
     pairs = CaptionPairs(packed["validation"].select([3, 1]), processor.tokenizer, captions_per_image=1)
-    assert processor.tokenizer.decode_captions([item["labels"] for item in pairs]) == [
-        "a tree on the street",
-        "a cat on the street",
-    ]
+    expected = [packed["validation"][image]["captions"][0].lower().rstrip(".") for image in (3, 1)]
+    assert processor.tokenizer.decode_captions([item["labels"] for item in pairs]) == expected
     with pytest.raises(ValueError, match="captions_per_image"):
         CaptionPairs(packed["validation"], processor.tokenizer, captions_per_image=0)
+    with pytest.raises(ValueError, match="image 118: a caption has 7 tokens"):
+        CaptionPairs(packed["validation"], processor.tokenizer, max_length=6)
 
 
 @pytest.mark.parametrize("indices", [[0, 3], [3, 4]])
@@ -309,8 +262,7 @@ def page(packed: DatasetDict, processor: DifnetProcessor, tmp_path_factory: pyte
     pytest.importorskip("peft")
     folder = tmp_path_factory.mktemp("page")
     packed.save_to_disk(folder / "coco_packed")
-    sizes = {"d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "grid_feature_size": 8}
-    model = fresh_model(DifnetConfig(vocab_size=len(WORDS), num_segmentation_classes=6, **sizes))
+    model = fresh_model(configuration(processor))
     model.generation_config = default_generation_config(model.config)
     model.save_pretrained(folder / "difnet")
     processor.save_pretrained(folder / "difnet")
@@ -335,7 +287,7 @@ def test_the_trainer_evaluates_by_the_projects_metrics(page: dict, packed: Datas
     assert {"eval_bleu_4", "eval_rouge_l", "eval_loss"} <= evaluations[-1].keys()
     trainer, processor = page["trainer"], page["processor"]
     inputs = PackedImages(packed["validation"]).read(range(10))
-    captions = processor.post_process_captions(trainer.model.generate(**inputs))
+    captions = processor.post_process_captions(trainer.model.eval().generate(**inputs))
     scores = page["score_captions"](captions, packed["validation"]["captions"])
     measured = trainer.evaluate()
     for name, score in scores.items():

@@ -213,6 +213,13 @@ class TestSelfCritical:
         standard_errors = (probabilities * (1 - probabilities) / 4000).sqrt()
         assert ((frequencies - probabilities).abs() < 5 * standard_errors + 1e-9).all()
 
+    @pytest.mark.parametrize(
+        ("caption", "expected"),
+        [("a man with a dog", False), ("a man with a", True), ("a dog ..", True), ("", True), ("a 747", False)],
+    )
+    def test_bad_endings(self, caption, expected):
+        assert train.ends_badly(caption) == expected
+
     def test_a_collapsed_reward_stops_the_run(self):
         progress = training_state.Progress("scst")
         for _ in range(150):
@@ -230,21 +237,12 @@ class TestSelfCritical:
 
 
 class TestRecipeOfTheOriginal:
-    def original_lambda(self, s: int) -> float:
-        """The original's `lambda_lr`, whose scheduler steps at the start of every epoch."""
-        base = 0.0001
-        if s <= 3:
-            return base * s / 4
-        if s <= 10:
-            return base
-        return base * 0.2 if s <= 12 else base * 0.2 * 0.2
-
     def test_the_learning_rate_of_every_epoch(self):
         options = train.parse_arguments(["--dataset", "d", "--output", "o"])
-        for epoch in range(1, 30):
+        expected = [2.5e-5, 5e-5, 7.5e-5] + [1e-4] * 7 + [2e-5] * 2 + [4e-6] * 17
+        for epoch, rate in enumerate(expected, start=1):
             for step in (0, 7, 99):
-                rate = train.learning_rate(options, "xe", epoch, step, 100)
-                assert rate == pytest.approx(self.original_lambda(epoch), rel=1e-12)
+                assert train.learning_rate(options, "xe", epoch, step, 100) == pytest.approx(rate, rel=1e-12)
             assert train.learning_rate(options, "scst", epoch, 0, 100) == 5e-6
 
     @pytest.mark.parametrize(
