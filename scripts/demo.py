@@ -110,10 +110,13 @@ class Demo:
 
     def command(self, *words: object, unless: Path | None = None) -> None:
         """Run one of the project's programs, from the output folder; not again if `unless` is there."""
+        # Relative to the output folder, so that it may be moved and gone on with.
+        words = [
+            os.path.relpath(word, self.output) if isinstance(word, Path) and self.output in word.parents else word
+            for word in words
+        ]
         words = [str(word) for word in words]
-        shown = shlex.join(["..." if "\n" in word else word for word in words])
-        for folder, name in ((str(self.output) + "/", ""), (str(ROOT) + "/", "")):
-            shown = shown.replace(folder, name)
+        shown = shlex.join(["..." if "\n" in word else word for word in words]).replace(f"{ROOT}{os.sep}", "")
         self.commands.append(f"python {shown}")
         if unless is not None and unless.exists():
             print(f"  there already: {unless.name}", flush=True)

@@ -83,7 +83,7 @@ def line_chart(
         x = place(switch[0], y_ticks[0])[0]
         parts.append(
             f'<line x1="{x:.1f}" y1="{top}" x2="{x:.1f}" y2="{height - bottom}" stroke="{GRAY}" '
-            f'stroke-dasharray="4 3"/><text x="{x + 5:.1f}" y="{height - bottom - 6}" fill="#5b616b">'
+            f'stroke-dasharray="4 3"/><text x="{x - 5:.1f}" y="{top + 11}" text-anchor="end" fill="#5b616b">'
             f"{html.escape(switch[1])}</text>"
         )
     legend = left
@@ -214,7 +214,7 @@ color: #5b616b }
 .tag { display: inline-block; background: #e8f1e9; color: #2c6a41; border-radius: 9px; padding: 1px 9px;
 font-size: 12px; margin-bottom: 7px } .xe { color: #2f6fb0; margin: 0 0 4px }
 .words { display: flex; flex-wrap: wrap; gap: 8px; background: #fff; border-radius: 10px; padding: 14px;
-margin: 12px 0 } .words figure { margin: 0; width: calc((100% - 64px) / 9); min-width: 76px }
+margin: 12px 0 } .words figure { margin: 0; width: calc((100% - 72px) / 10); min-width: 76px }
 .words img { width: 100%; border-radius: 6px; display: block }
 .words figcaption { text-align: center; font-size: 14px; margin-top: 3px; line-height: 1.2 }
 .words small { color: #8a8f98; font-size: 11px; overflow-wrap: anywhere }
