@@ -40,6 +40,7 @@ bench: setup
 	$(BIN)/python benchmarks/generation.py
 	$(BIN)/python benchmarks/metrics.py
 	$(BIN)/python benchmarks/data.py
+	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/relevance.py
 
 clean:
