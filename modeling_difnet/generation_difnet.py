@@ -8,6 +8,7 @@ reads one new token of each beam as `num_beams` positions of one sequence, whose
 written, and a mask tells each beam which of them are its own past. Nothing is moved between beams.
 """
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,10 @@ class OriginalBeamSearchOutput(GenerateBeamEncoderDecoderOutput):
         sequences (`(B * num_return_sequences, L)`): `<bos> w1 .. wn <eos> <pad> ..`, a picture's best first.
         sequences_scores (`(B * num_return_sequences,)`): sums of the words' and `<eos>`'s log-probabilities.
         sequences_log_probs (`(B * num_return_sequences, L - prompt)`): the addends; 0 after `<eos>`.
+        scores (one `(B * num_beams, vocab_size)` for each step): with `output_scores=True`, the log-probabilities after
+            the processors. Rows of hypotheses that are finished say nothing.
+        beam_indices (`(B * num_return_sequences, L - prompt)`): with `output_scores=True`, the row of `scores` that each
+            token comes from; -1 after `<eos>`. For `model.compute_transition_scores`.
     """
 
     sequences_log_probs: torch.FloatTensor | None = None
@@ -54,19 +59,22 @@ def original_beam_search(
     A finished caption stays among the `num_beams` hypotheses of its picture and takes up a place, with its score,
     until better ones push it out; the library's own beam search moves it to a separate list instead. No length
     normalisation. The search ends when all hypotheses are finished or have `max_length` tokens, with the result of
-    the original's fixed number of steps; pictures whose hypotheses are all finished are left out once they are many.
+    the original's fixed number of steps; images whose hypotheses are all finished are left out once they are many.
 
     Args:
         model: a `DifnetForConditionalGeneration`, with eager or SDPA attention.
         input_ids (`(B * num_beams, prompt)`): as `generate` prepares them, each prompt once for each beam.
-        logits_processor: applied to the log-probabilities of each step, before they are added up.
+        logits_processor: applied to the log-probabilities of each step, before they are added up. At every step it is
+            given all `B * num_beams` rows, row `i * num_beams + k` being of image `i`. In place of a hypothesis that is
+            finished, or impossible (log-probability -inf), it is shown an open one of the image, if there is one.
         stopping_criteria: `max_length` and `eos_token_id` alone; others raise.
         generation_config: `num_beams`, `num_return_sequences`, `max_length`, `eos_token_id`, `pad_token_id`,
-            `return_dict_in_generate` count.
-        model_kwargs: `encoder_outputs` and `grid_attention_mask`, one row for each beam, as `generate` prepares them.
+            `return_dict_in_generate`, `output_scores` count.
+        model_kwargs: `encoder_outputs`, `grid_attention_mask` and `decoder_attention_mask`, one row for each beam, as
+            `generate` prepares them.
 
     Returns:
-        Sequences `(B * num_return_sequences, L)`, or an `OriginalBeamSearchOutput`.
+        Sequences `(B * num_return_sequences, L)`, as long as the longest of them, or an `OriginalBeamSearchOutput`.
 
     Raises:
         ValueError: sampling, a stopping criterion or an output that this search does not know, flash attention.
@@ -78,7 +86,7 @@ def original_beam_search(
     if eos_token_ids is None:
         eos_token_ids = input_ids.new_zeros(0)
 
-    prompts = input_ids = input_ids[::num_beams]  # (B, prompt): one row a picture from here on
+    prompts = input_ids = input_ids[::num_beams]  # (B, prompt): one row an image from here on
     encoder_states = model_kwargs["encoder_outputs"].last_hidden_state[::num_beams]  # (B, N, d_model)
     encoder_outputs = BaseModelOutput(encoder_states)
     grid_attention_mask = model_kwargs.get("grid_attention_mask")
@@ -87,46 +95,78 @@ def original_beam_search(
     (batch_size, prompt_length), device = input_ids.shape, input_ids.device
     num_steps = generation_config.max_length - prompt_length
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    lengths = torch.full((batch_size, 1), prompt_length, device=device)  # words count from 1, padding does not
+    prompt_mask = model_kwargs.get("decoder_attention_mask")
+    step_0 = {}
+    if prompt_mask is None:
+        visible = input_ids != pad_token_id  # (B, prompt)
+    else:
+        # Padding moves to the left, so that all captions go on at the same slot.
+        visible = prompt_mask[::num_beams] != 0
+        order = visible.long().argsort(dim=1, stable=True)
+        input_ids, visible = input_ids.gather(1, order), visible.gather(1, order)
+        lengths = visible.sum(dim=1, keepdim=True)
+        if not lengths.all():
+            image = int((lengths == 0).nonzero()[0, 0])
+            raise ValueError(
+                f"`decoder_attention_mask` hides the whole prompt of image {image}: `<bos>` is no padding."
+            )
+        step_0 = {"decoder_attention_mask": visible.long(), "decoder_position_ids": visible.cumsum(1).clamp(min=1)}
 
-    # Step 0: one hypothesis a picture.
+    with_scores = bool(generation_config.return_dict_in_generate and generation_config.output_scores)
+    step_scores: list[torch.Tensor] = []
+
+    # Results of all images, and the images that are still searched.
+    all_tokens = input_ids.new_full((batch_size, num_beams, num_steps), pad_token_id)
+    images = torch.arange(batch_size, device=device)
+    rows = images.unsqueeze(1)  # (B, 1)
+
+    # Step 0: one hypothesis an image.
     logits = model(
         decoder_input_ids=input_ids,
         encoder_outputs=encoder_outputs,
         grid_attention_mask=grid_attention_mask,
         past_key_values=cache,
         use_cache=True,
+        **step_0,
     ).logits[:, -1:]  # (B, 1, V)
     scores = logits.new_zeros(batch_size, 1, dtype=torch.promote_types(logits.dtype, torch.float32))
     finished = torch.zeros_like(scores, dtype=torch.bool)
-    history = input_ids.new_zeros(batch_size, 1, 0)
-    scores, _, tokens, token_log_probs = best_continuations(
-        logits, scores, finished, num_beams, logits_processor, input_ids, history
-    )
+    log_probs = logits.to(scores.dtype).log_softmax(-1)
+    if logits_processor or with_scores:
+        history = input_ids.new_zeros(batch_size, 1, 0)
+        log_probs, processed = process_all_rows(
+            logits_processor, prompts, all_tokens, images, history, log_probs, scores, finished
+        )
+        step_scores.append(processed)
+    scores, beams, tokens, token_log_probs = best_continuations(log_probs, scores, finished, num_beams)
     finished = (tokens.unsqueeze(-1) == eos_token_ids).any(-1)  # (B, beams)
     history = tokens.unsqueeze(-1)  # (B, beams, steps so far)
-    log_probs = token_log_probs.unsqueeze(-1)  # (B, beams, steps so far)
-    # visible[b, k, s]: whether hypothesis k of picture b looks at slot s of the cache. Slots: the prompt, then
+    sequences_log_probs = token_log_probs.unsqueeze(-1)  # (B, beams, steps so far)
+    # The row of the scores that each token comes from, (B, beams, steps so far).
+    origins = (rows * num_beams + beams).unsqueeze(-1) if with_scores else None
+    # visible[b, k, s]: whether hypothesis k of image b looks at slot s of the cache. Slots: the prompt, then
     # `num_beams` for each step.
-    visible = (input_ids != pad_token_id).unsqueeze(1).expand(-1, num_beams, -1)  # (B, beams, slots so far)
+    visible = visible.unsqueeze(1).expand(-1, num_beams, -1)  # (B, beams, slots so far)
     own_slot = torch.eye(num_beams, dtype=torch.bool, device=device)
-    position_ids = torch.arange(prompt_length, prompt_length + num_steps, device=device).unsqueeze(0)  # (1, steps)
 
-    # Results of all pictures, and the pictures that are still searched.
-    all_tokens = input_ids.new_full((batch_size, num_beams, num_steps), pad_token_id)
     all_log_probs = scores.new_zeros(batch_size, num_beams, num_steps)
+    all_origins = input_ids.new_full((batch_size, num_beams, num_steps), -1) if with_scores else None
     all_scores = scores.clone()
-    pictures = torch.arange(batch_size, device=device)
-    rows = pictures.unsqueeze(1)  # (B, 1)
 
     for step in range(1, num_steps):
-        # Leaving pictures out copies the caches of the others, which pays when there are enough of them.
+        # Leaving images out copies the caches of the others, which pays when there are enough of them.
         is_closed = finished.all(dim=1)  # (B,)
-        if is_closed.sum() >= 0.25 * len(pictures):
-            all_tokens[pictures, :, :step], all_log_probs[pictures, :, :step] = history, log_probs
-            all_scores[pictures] = scores
+        if is_closed.sum() >= 0.25 * len(images):
+            all_tokens[images, :, :step], all_log_probs[images, :, :step] = history, sequences_log_probs
+            all_scores[images] = scores
             kept = (~is_closed).nonzero().squeeze(1)
             rows = rows[: len(kept)]
-            pictures, input_ids, history, log_probs = pictures[kept], input_ids[kept], history[kept], log_probs[kept]
+            if with_scores:
+                all_origins[images, :, :step] = origins
+                origins = origins[kept]
+            images, lengths, history = images[kept], lengths[kept], history[kept]
+            sequences_log_probs = sequences_log_probs[kept]
             scores, finished, visible = scores[kept], finished[kept], visible[kept]
             encoder_outputs = BaseModelOutput(encoder_outputs.last_hidden_state[kept])
             grid_attention_mask = grid_attention_mask[kept] if grid_attention_mask is not None else None
@@ -140,36 +180,89 @@ def original_beam_search(
         logits = model(
             decoder_input_ids=tokens,
             decoder_attention_mask=visible.unsqueeze(1),  # (B, 1, beams, slots)
-            decoder_position_ids=position_ids[:, step : step + 1],
+            decoder_position_ids=lengths + step,
             encoder_outputs=encoder_outputs,
             grid_attention_mask=grid_attention_mask,
             past_key_values=cache,
             use_cache=True,
         ).logits  # (B, beams, V)
-        scores, beams, tokens, token_log_probs = best_continuations(
-            logits, scores, finished, num_beams, logits_processor, input_ids, history
-        )
+        log_probs = logits.to(scores.dtype).log_softmax(-1)
+        if logits_processor or with_scores:
+            log_probs, processed = process_all_rows(
+                logits_processor, prompts, all_tokens, images, history, log_probs, scores, finished
+            )
+            step_scores += [processed] if with_scores else []
+        scores, beams, tokens, token_log_probs = best_continuations(log_probs, scores, finished, num_beams)
         finished = finished.gather(1, beams)
+        if with_scores:
+            origin = (images.unsqueeze(1) * num_beams + beams).masked_fill(finished, -1)
+            origins = torch.cat([origins[rows, beams], origin.unsqueeze(-1)], dim=2)
         tokens = tokens.masked_fill(finished, pad_token_id)
         finished = finished | (tokens.unsqueeze(-1) == eos_token_ids).any(-1)
         visible = visible[rows, beams]
         history = torch.cat([history[rows, beams], tokens.unsqueeze(-1)], dim=2)
-        log_probs = torch.cat([log_probs[rows, beams], token_log_probs.unsqueeze(-1)], dim=2)
+        sequences_log_probs = torch.cat([sequences_log_probs[rows, beams], token_log_probs.unsqueeze(-1)], dim=2)
 
     length = history.shape[2]
-    all_tokens[pictures, :, :length], all_log_probs[pictures, :, :length] = history, log_probs
-    all_scores[pictures] = scores
+    all_tokens[images, :, :length], all_log_probs[images, :, :length] = history, sequences_log_probs
+    all_scores[images] = scores
+    if with_scores:
+        all_origins[images, :, :length] = origins
 
     num_returned = generation_config.num_return_sequences
+    found = all_tokens[:, :num_returned, :length].flatten(0, 1)  # (B * returned, steps)
+    # Hypotheses that are not returned may have gone on for longer.
+    is_end = (found.unsqueeze(-1) == eos_token_ids).any(-1)
+    length = int((is_end.cumsum(1) - is_end.long() == 0).sum(1).max())
     prompts = prompts.repeat_interleave(num_returned, dim=0)  # (B * returned, prompt)
-    sequences = torch.cat([prompts, all_tokens[:, :num_returned, :length].flatten(0, 1)], dim=1)
+    sequences = torch.cat([prompts, found[:, :length]], dim=1)
     if not generation_config.return_dict_in_generate:
         return sequences
     return OriginalBeamSearchOutput(
         sequences=sequences,
         sequences_scores=all_scores[:, :num_returned].flatten(),
         sequences_log_probs=all_log_probs[:, :num_returned, :length].flatten(0, 1),
+        scores=tuple(step_scores) if with_scores else None,
+        beam_indices=all_origins[:, :num_returned, :length].flatten(0, 1) if with_scores else None,
     )
+
+
+def process_all_rows(
+    logits_processor: LogitsProcessorList,
+    prompts: torch.LongTensor,  # (all images, prompt)
+    all_tokens: torch.LongTensor,  # (all images, beams, steps): the captions of images that are left out
+    images: torch.LongTensor,  # (B,) the images that are searched
+    history: torch.LongTensor,  # (B, k, steps so far)
+    log_probs: torch.Tensor,  # (B, k, V)
+    scores: torch.Tensor,  # (B, k)
+    finished: torch.Tensor,  # (B, k) bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shows processors all rows of the batch, as many an image as there are beams, in the caller's order.
+
+    Processors find out by the number of a row which image it belongs to, as `prefix_allowed_tokens_fn` does.
+
+    Returns:
+        The processed log-probabilities of the images that are searched, (B, k, V), and of all rows,
+        (all images * beams, V).
+    """
+    num_beams, num_hypotheses, vocab_size = all_tokens.shape[1], *log_probs.shape[1:]
+    # What a finished or impossible hypothesis would get is not used, and its words may be none that a processor has an
+    # answer for, such as a function that allows the words of certain captions.
+    kind = (
+        finished.long() + 2 * (~finished & (scores > -float("inf"))).long()
+    )  # (B, k) 2: open, 1: finished, 0: neither
+    most, first = kind.max(1, keepdim=True)
+    own = torch.arange(num_hypotheses, device=images.device).expand_as(kind)
+    shown = torch.where(kind == most, own, first)
+    history = history.gather(1, shown.unsqueeze(-1).expand_as(history))
+
+    words = all_tokens[:, :, : history.shape[2]].clone()
+    words[images] = history.expand(-1, num_beams, -1)
+    prefixes = torch.cat([prompts.unsqueeze(1).expand(-1, num_beams, -1), words], dim=2)
+    processed = log_probs.new_full((len(prompts), num_beams, vocab_size), -math.log(vocab_size))
+    processed[images] = log_probs.expand(-1, num_beams, -1)
+    processed = logits_processor(prefixes.flatten(0, 1), processed.flatten(0, 1))
+    return processed.view(-1, num_beams, vocab_size)[images, :num_hypotheses], processed
 
 
 def check_arguments(
@@ -195,37 +288,30 @@ def check_arguments(
                 "`original_beam_search` ends at `max_new_tokens` or when all hypotheses are finished; it does not "
                 f"know {type(criterion).__name__}."
             )
-    for name in ("decoder_attention_mask", "decoder_position_ids", "decoder_inputs_embeds"):
+    for name in ("decoder_position_ids", "decoder_inputs_embeds"):
         if model_kwargs.get(name) is not None:
             raise ValueError(
                 f"`original_beam_search` takes no `{name}`: pass `decoder_input_ids`, where `<pad>` is padding."
             )
-    past_key_values = model_kwargs.get("past_key_values")
-    if past_key_values is not None and past_key_values.get_seq_length() > 0:
-        raise ValueError(
-            "`original_beam_search` starts from `decoder_input_ids`; it takes no filled `past_key_values`."
-        )
+    # Transformers calls it `cache` from 5.24 on.
+    for name in ("past_key_values", "cache"):
+        cache = model_kwargs.get(name)
+        if cache is not None and cache.get_seq_length() > 0:
+            raise ValueError(f"`original_beam_search` starts from `decoder_input_ids`; it takes no filled `{name}`.")
 
 
 def best_continuations(
-    logits: torch.Tensor,  # (B, k, V)
+    log_probs: torch.Tensor,  # (B, k, V)
     scores: torch.Tensor,  # (B, k)
     finished: torch.Tensor,  # (B, k) bool
     num_beams: int,
-    logits_processor: LogitsProcessorList,
-    prompt: torch.LongTensor,  # (B, prompt)
-    history: torch.LongTensor,  # (B, k, steps so far)
 ) -> tuple[torch.Tensor, torch.LongTensor, torch.LongTensor, torch.Tensor]:
-    """The `num_beams` best continuations of each picture: scores, hypotheses, tokens and tokens' log-probabilities.
+    """The `num_beams` best continuations of each image: scores, hypotheses, tokens and tokens' log-probabilities.
 
     A finished hypothesis has one continuation, at log-probability 0 (the caller sets its token); its others have the
-    total score -999. Equal to sorting `scores + log_softmax(logits)` over all `k * V` continuations, as the original
-    does: the best of a picture are among the `num_beams` best of each hypothesis. All results are (B, num_beams).
+    total score -999. Equal to sorting `scores + log_probs` over all `k * V` continuations, as the original does: the
+    best of an image are among the `num_beams` best of each hypothesis. All results are (B, num_beams).
     """
-    log_probs = logits.to(scores.dtype).log_softmax(-1)  # (B, k, V)
-    if logits_processor:
-        prefix = torch.cat([prompt.unsqueeze(1).expand(-1, logits.shape[1], -1), history], dim=2)
-        log_probs = logits_processor(prefix.flatten(0, 1), log_probs.flatten(0, 1)).view_as(log_probs)
     token_log_probs, tokens = log_probs.topk(num_beams)  # (B, k, num_beams)
     finished = finished.unsqueeze(-1)
     token_log_probs = token_log_probs.masked_fill(finished, 0)
