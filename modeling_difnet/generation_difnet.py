@@ -8,7 +8,10 @@ reads one new token of each beam as `num_beams` positions of one sequence, whose
 written, and a mask tells each beam which of them are its own past. Nothing is moved between beams.
 """
 
+import functools
+import inspect
 import math
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,13 +22,17 @@ from transformers.generation import (
     EosTokenCriteria,
     GenerateBeamEncoderDecoderOutput,
     GenerationConfig,
+    GenerationMixin,
     LogitsProcessorList,
     MaxLengthCriteria,
+    StoppingCriteria,
     StoppingCriteriaList,
 )
 from transformers.modeling_outputs import BaseModelOutput
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from .modeling_difnet import DifnetForConditionalGeneration
 
 
@@ -37,13 +44,29 @@ class OriginalBeamSearchOutput(GenerateBeamEncoderDecoderOutput):
         sequences (`(B * num_return_sequences, L)`): `<bos> w1 .. wn <eos> <pad> ..`, a picture's best first.
         sequences_scores (`(B * num_return_sequences,)`): sums of the words' and `<eos>`'s log-probabilities.
         sequences_log_probs (`(B * num_return_sequences, L - prompt)`): the addends; 0 after `<eos>`.
-        scores (one `(B * num_beams, vocab_size)` for each step): with `output_scores=True`, the log-probabilities after
-            the processors. Rows of hypotheses that are finished say nothing.
-        beam_indices (`(B * num_return_sequences, L - prompt)`): with `output_scores=True`, the row of `scores` that each
-            token comes from; -1 after `<eos>`. For `model.compute_transition_scores`.
+        scores (one `(B * num_beams, vocab_size)` for each step): with `output_scores=True`, the log-probabilities
+            after the processors. Rows of hypotheses that are finished say nothing.
+        beam_indices (`(B * num_return_sequences, L - prompt)`): with `output_scores=True`, the row of `scores` that
+            each token comes from; -1 after `<eos>`. For `model.compute_transition_scores`.
     """
 
     sequences_log_probs: torch.FloatTensor | None = None
+
+
+# Settings of `generate` that choose another search than beams, with the values that choose nothing.
+IGNORED_BY_ORIGINAL_BEAM_SEARCH = {
+    "assistant_early_exit": None,
+    "constraints": None,
+    "diversity_penalty": 0.0,
+    "dola_layers": None,
+    "force_words_ids": None,
+    "low_memory": False,
+    "num_beam_groups": 1,
+    "penalty_alpha": 0.0,
+    "prompt_lookup_num_tokens": None,
+    "token_healing": False,
+    "use_mtp": False,
+}
 
 
 def original_beam_search(
@@ -65,8 +88,8 @@ def original_beam_search(
         model: a `DifnetForConditionalGeneration`, with eager or SDPA attention.
         input_ids (`(B * num_beams, prompt)`): as `generate` prepares them, each prompt once for each beam.
         logits_processor: applied to the log-probabilities of each step, before they are added up. At every step it is
-            given all `B * num_beams` rows, row `i * num_beams + k` being of image `i`. In place of a hypothesis that is
-            finished, or impossible (log-probability -inf), it is shown an open one of the image, if there is one.
+            given all `B * num_beams` rows, row `i * num_beams + k` being of image `i`. In place of a hypothesis that
+            is finished, or impossible (log-probability -inf), it is shown an open one of the image, if there is one.
         stopping_criteria: `max_length` and `eos_token_id` alone; others raise.
         generation_config: `num_beams`, `num_return_sequences`, `max_length`, `eos_token_id`, `pad_token_id`,
             `return_dict_in_generate`, `output_scores` count.
@@ -282,6 +305,13 @@ def check_arguments(
     for name in ("output_logits", "output_attentions", "output_hidden_states"):
         if getattr(generation_config, name):
             raise ValueError(f"`original_beam_search` does not return what `{name}=True` asks for.")
+    for name, neutral in IGNORED_BY_ORIGINAL_BEAM_SEARCH.items():
+        value = getattr(generation_config, name, None)
+        if value is not None and value != neutral:
+            raise ValueError(
+                f"`original_beam_search` does nothing with `{name}`: leave it out, or `custom_generate` to have the "
+                "library's own search."
+            )
     for criterion in stopping_criteria:
         if not isinstance(criterion, MaxLengthCriteria | EosTokenCriteria):
             raise ValueError(
@@ -319,6 +349,193 @@ def best_continuations(
     totals[:, :, 1:].masked_fill_(finished, -999)
     scores, best = totals.flatten(1).topk(num_beams)  # (B, num_beams)
     return scores, best // num_beams, tokens.flatten(1).gather(1, best), token_log_probs.flatten(1).gather(1, best)
+
+
+# Arguments that other models' `generate` takes, and what to do instead.
+FOREIGN_ARGUMENTS = {
+    "input_ids": "the beginning of a caption is `decoder_input_ids`, which `processor(.., prompt=text)` makes",
+    "inputs_embeds": "the beginning of a caption is `decoder_input_ids`, which `processor(.., prompt=text)` makes",
+    "decoder_inputs_embeds": "pass `decoder_input_ids`",
+    "decoder_position_ids": "it counts the words itself; `decoder_attention_mask` says which of them are padding",
+    "position_ids": "it counts the words itself; `decoder_attention_mask` says which of them are padding",
+    "attention_mask": "cells are masked by `grid_attention_mask`, words of a prompt by `decoder_attention_mask`",
+    "prompt": "give it to the processor, `processor(.., prompt=text)`, and pass on what that returns",
+    "text": "give it to the processor, `processor(.., prompt=text)`, and pass on what that returns",
+    "negative_prompt_ids": "this model has no unconditional mode to be guided away from",
+    "negative_prompt_attention_mask": "this model has no unconditional mode to be guided away from",
+    "pixel_values": 'it takes features; `pipeline("image-captioning", model=.., grid_backbone=..)` takes images',
+    "images": 'it takes features; `pipeline("image-captioning", model=.., grid_backbone=..)` takes images',
+}
+
+
+def check_tensors(**inputs) -> None:
+    """ValueError, saying what to do, for inputs that are neither tensors nor None."""
+    for name, value in inputs.items():
+        if value is None or isinstance(value, torch.Tensor):
+            continue
+        given = type(value).__name__
+        items = value[:1] if isinstance(value, list | tuple) else [value]
+        if any(isinstance(item, str | bytes | os.PathLike) or hasattr(item, "getbands") for item in items):
+            raise ValueError(
+                f"`{name}` must be a tensor of features, not images ({given}): "
+                '`pipeline("image-captioning", model=.., grid_backbone=..)` captions images, and '
+                "scripts/extract_features.py makes features of them."
+            )
+        raise ValueError(
+            f"`{name}` must be a tensor, not {given}: let the processor make it, "
+            '`processor(.., return_tensors="pt")`, or `torch.as_tensor`.'
+        )
+
+
+def check_request(inputs: object, arguments: dict) -> None:
+    """Refuses what `generate` would have to ignore or would fail on without saying why.
+
+    Args:
+        inputs: the first argument of `generate`.
+        arguments: the others.
+    """
+    for name, remedy in FOREIGN_ARGUMENTS.items():
+        if arguments.get(name) is not None:
+            raise ValueError(f"`generate` of this model takes no `{name}`: {remedy}.")
+    # `Seq2SeqTrainer` hands over whole evaluation batches, and, as hardly anybody else does, says `synced_gpus`.
+    if arguments.get("labels") is not None and arguments.get("synced_gpus") is None:
+        raise ValueError(
+            "`generate` does not read `labels`. To go on from a text, give it to the processor as `prompt=` instead "
+            'of `text=`; to caption images whose captions are known, leave them out (`del batch["labels"]`).'
+        )
+    names = ("grid_features", "segmentation_features", "grid_attention_mask", "segmentation_attention_mask")
+    check_tensors(
+        inputs=inputs,
+        **{name: arguments.get(name) for name in (*names, "decoder_input_ids", "decoder_attention_mask")},
+    )
+
+    search = arguments.get("custom_generate")
+    if not callable(search):
+        return
+    for name in ("streamer", "assistant_model"):
+        if arguments.get(name) is not None and name not in inspect.signature(search).parameters:
+            raise ValueError(
+                f"`{getattr(search, '__name__', 'custom_generate')}` takes no `{name}`: leave out `custom_generate` "
+                "and pass `num_beams=1`."
+            )
+    if getattr(search, "__name__", None) == "original_beam_search":
+        for name, neutral in (("length_penalty", 0.0), ("early_stopping", "never")):
+            if arguments.get(name) not in (None, False, neutral):
+                raise ValueError(
+                    f"`original_beam_search` does nothing with `{name}`: it ranks captions by their log-probability "
+                    "and never stops early. Leave it out, or `custom_generate`."
+                )
+
+
+def check_settings(generation_config: GenerationConfig) -> None:
+    """Refuses settings that need what this model does not have."""
+    if generation_config.guidance_scale not in (None, 1):
+        raise ValueError(
+            "`guidance_scale` needs a model that also writes without an image, which this one does not: leave it out."
+        )
+    for name, neutral in (("encoder_no_repeat_ngram_size", 0), ("encoder_repetition_penalty", 1.0)):
+        if getattr(generation_config, name) not in (None, neutral):
+            raise ValueError(
+                f"`{name}` compares with the encoder's words, and the encoder of this model reads an image: use "
+                f"`{name.removeprefix('encoder_')}`."
+            )
+
+
+def check_beams(generation_config: GenerationConfig, streamer: object | None, assistant_model: object | None) -> None:
+    """Refuses what works word by word where there are several hypotheses."""
+    num_beams = generation_config.num_beams
+    if num_beams in (None, 1):
+        return
+    wanted = {
+        "streamer": streamer,
+        "assistant_model": assistant_model,
+        "prompt_lookup_num_tokens": generation_config.prompt_lookup_num_tokens,
+    }
+    for name, value in wanted.items():
+        if value is not None:
+            raise ValueError(
+                f"`{name}` needs one hypothesis whose words stay as they are, but `num_beams` is {num_beams} (in the "
+                "call, or stored with the checkpoint): pass `num_beams=1`."
+            )
+
+
+class StopWordsCriteria(StoppingCriteria):
+    """Ends a caption after certain words.
+
+    The library's own criterion for `stop_strings` wants a tokenizer that can spell any string.
+
+    Args:
+        stop_strings: one or several words each, such as `"dog"` or `"on a table"`.
+        tokenizer: a `DifnetTokenizer`.
+
+    Raises:
+        ValueError: a string has no word, or one that is not in the vocabulary.
+    """
+
+    def __init__(self, stop_strings: str | list[str], tokenizer: "PreTrainedTokenizerBase") -> None:
+        strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
+        self.endings = tokenizer.encode_captions([string.strip() for string in strings])
+        for string, ids in zip(strings, self.endings, strict=True):
+            if not ids or tokenizer.unk_token_id in ids:
+                raise ValueError(
+                    f"`stop_strings`: {string[:60]!r} is not made of words of the vocabulary, so no caption ever "
+                    "contains it. Words are lower-case and without punctuation marks."
+                )
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+        done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        for ending in self.endings:
+            if len(ending) <= input_ids.shape[1]:
+                done |= (input_ids[:, -len(ending) :] == input_ids.new_tensor(ending)).all(1)
+        return done
+
+
+class CheckedGenerationMixin(GenerationMixin):
+    """The library's `generate`, which says what to do where it would fail or ignore something without a word."""
+
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args, **kwargs):
+        check_request(args[0] if args else kwargs.get("inputs"), kwargs)
+        return super().generate(*args, **kwargs)
+
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, **kwargs
+    ) -> tuple[GenerationConfig, dict]:
+        """The length that a caller sets counts, be it `max_length` or `max_new_tokens` that the checkpoint stores."""
+        prepared, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        names = ("max_length", "max_new_tokens")
+        for said in (kwargs, vars(generation_config) if generation_config is not None else {}):
+            is_said = [said.get(name) is not None for name in names]
+            if any(is_said):
+                if not all(is_said):
+                    setattr(prepared, names[is_said.index(False)], None)
+                break
+        check_settings(prepared)
+        return prepared, model_kwargs
+
+    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs) -> None:
+        streamer, assistant_model = map(generation_mode_kwargs.get, ("streamer", "assistant_model"))
+        check_beams(generation_config, streamer, assistant_model)
+        super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+
+    def _get_stopping_criteria(
+        self,
+        generation_config: GenerationConfig,
+        stopping_criteria: StoppingCriteriaList | None,
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
+    ) -> StoppingCriteriaList:
+        stop_strings = generation_config.stop_strings
+        if stop_strings is None:
+            return super()._get_stopping_criteria(generation_config, stopping_criteria, tokenizer)
+        if tokenizer is None:
+            raise ValueError(
+                "`stop_strings` needs `tokenizer=processor.tokenizer` in the call of `generate`, and a search of the "
+                "library: `original_beam_search` does not know it."
+            )
+        generation_config.stop_strings = None  # of the copy that this call works with
+        criteria = super()._get_stopping_criteria(generation_config, stopping_criteria, tokenizer)
+        criteria.append(StopWordsCriteria(stop_strings, getattr(tokenizer, "tokenizer", tokenizer)))
+        return criteria
 
 
 def sequence_log_probs(

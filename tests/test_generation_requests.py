@@ -1,14 +1,25 @@
 """What users ask of `generate`: processors and scores beside the original's search, prompts, options, refusals."""
 
 import dataclasses
-from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import random_captions, random_model, random_pictures
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from PIL import Image
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TextStreamer
+from transformers.testing_utils import CaptureLogger
+from transformers.utils import logging
 
-from modeling_difnet import DifnetConfig, DifnetEnsemble, DifnetForConditionalGeneration, original_beam_search
+from convert_checkpoint import default_generation_config
+from modeling_difnet import (
+    DifnetConfig,
+    DifnetEnsemble,
+    DifnetForConditionalGeneration,
+    DifnetTokenizer,
+    original_beam_search,
+)
 
 ORIGINAL = {"custom_generate": original_beam_search, "num_beams": 4, "max_new_tokens": 8}
 NUM_IMAGES = 6
@@ -79,7 +90,9 @@ def test_words_that_are_allowed_for_one_image_are_of_no_concern_to_others(
     allowed = [[3, 4 + i, 5 + i] for i in range(NUM_IMAGES)]
     together = model.generate(**pictures, **ORIGINAL, prefix_allowed_tokens_fn=lambda image, words: allowed[image])
     for i in range(NUM_IMAGES):
-        alone = model.generate(**of_image(pictures, i), **ORIGINAL, prefix_allowed_tokens_fn=lambda *_: allowed[i])[0]
+        alone = model.generate(
+            **of_image(pictures, i), **ORIGINAL, prefix_allowed_tokens_fn=lambda *_, i=i: allowed[i]
+        )[0]
         assert torch.equal(together[i, : len(alone)], alone)
         assert set(together[i].tolist()) <= {1, 2, *allowed[i]}
 
@@ -137,7 +150,8 @@ def test_without_processors_and_scores_nothing_is_put_in_order(short_config: Dif
     output = captioner(short_config).generate(
         **random_pictures(short_config), **ORIGINAL, return_dict_in_generate=True
     )
-    assert output.scores is None and output.beam_indices is None
+    assert output.scores is None
+    assert output.beam_indices is None
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -162,3 +176,148 @@ def test_prompts_of_different_lengths_in_the_original_search(
         )
         words = alone[0, length:]
         assert torch.equal(together[row, 4 : 4 + len(words)], words)
+
+
+# --- lengths that the caller sets and lengths that a checkpoint stores -----------------------------------------------
+
+
+@pytest.mark.parametrize("stored", [{"max_length": 21}, {"max_new_tokens": 20}], ids=["now", "older checkpoints"])
+@pytest.mark.parametrize(
+    ("asked", "length"),
+    [
+        ({}, 21),
+        ({"max_length": 10}, 10),
+        ({"max_new_tokens": 10}, 11),
+        ({"max_new_tokens": 25}, 26),
+        ({"generation_config": GenerationConfig(max_length=10)}, 10),
+        ({"generation_config": GenerationConfig(max_new_tokens=10)}, 11),
+    ],
+)
+@torch.no_grad()
+def test_the_length_that_a_caller_sets_counts(
+    tiny_config: DifnetConfig, stored: dict, asked: dict, length: int
+) -> None:
+    model = random_model(tiny_config)
+    model.generation_config.update(eos_token_id=None, **stored)
+    assert model.generate(**random_pictures(tiny_config), num_beams=1, **asked).shape == (2, length)
+
+
+def test_a_checkpoint_stores_a_length_that_leaves_both_ways_open(
+    tiny_config: DifnetConfig,
+) -> None:
+    model = random_model(tiny_config)
+    model.generation_config = default_generation_config(tiny_config)
+    assert (model.generation_config.max_length, model.generation_config.max_new_tokens) == (21, None)
+    short = dataclasses.replace(tiny_config, max_position_embeddings=9)
+    assert default_generation_config(short).max_length == 10
+    with CaptureLogger(logging.get_logger("transformers.generation.utils")) as said:
+        model.generate(**random_pictures(tiny_config), max_new_tokens=5)
+    assert "seem to have been set" not in said.out
+
+
+# --- stop strings ----------------------------------------------------------------------------------------------------
+
+WORDS = ["<unk>", "<pad>", "<bos>", "<eos>", *(f"w{number}" for number in range(46))]
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@torch.no_grad()
+def test_stop_strings_end_a_caption_after_their_words(tiny_config: DifnetConfig, num_beams: int) -> None:
+    model, pictures = captioner(tiny_config), random_pictures(tiny_config, 1)
+    settings = {"num_beams": num_beams, "eos_token_id": None, "length_penalty": 0.0, "early_stopping": True}
+    tokenizer = DifnetTokenizer(vocab=WORDS)
+    whole = model.generate(**pictures, **settings, max_new_tokens=8)
+    stop = tokenizer.decode(whole[0, 1:3])
+    stopped = model.generate(
+        **pictures, **settings, max_new_tokens=8, stop_strings=[stop, "w1 w2 w3 w4 w5"], tokenizer=tokenizer
+    )
+    assert tokenizer.decode(stopped[0]).endswith(stop)
+    if num_beams == 1:
+        assert torch.equal(stopped, whole[:, :3])
+
+
+@pytest.mark.parametrize("stop_string", [".", "zebra", ""])
+def test_a_stop_string_that_no_caption_holds_is_refused(tiny_config: DifnetConfig, stop_string: str) -> None:
+    with pytest.raises(ValueError, match=f"`stop_strings`: '{stop_string}' is not made of words of the vocabulary"):
+        random_model(tiny_config).generate(
+            **random_pictures(tiny_config), stop_strings=stop_string, tokenizer=DifnetTokenizer(vocab=WORDS)
+        )
+
+
+# --- what cannot be done is refused with what to do ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"labels": torch.ones(2, 3, dtype=torch.long)}, "does not read `labels`.* as `prompt=`"),
+        ({"input_ids": torch.ones(2, 3, dtype=torch.long)}, r"no `input_ids`: .*`processor\(.., prompt=text\)`"),
+        ({"inputs_embeds": torch.ones(2, 3, 32)}, "no `inputs_embeds`: .*prompt"),
+        ({"decoder_inputs_embeds": torch.ones(2, 3, 32)}, "no `decoder_inputs_embeds`: pass `decoder_input_ids`"),
+        ({"attention_mask": torch.ones(2, 12)}, "no `attention_mask`: cells are masked by `grid_attention_mask`"),
+        ({"pixel_values": torch.ones(2, 3, 8, 8)}, r"no `pixel_values`: .*pipeline\(\"image-captioning\""),
+        ({"prompt": "a dog"}, "no `prompt`: give it to the processor"),
+        ({"negative_prompt_ids": torch.ones(2, 3)}, "no `negative_prompt_ids`"),
+        ({"guidance_scale": 2.0}, "`guidance_scale` needs a model that also writes without an image"),
+        ({"encoder_no_repeat_ngram_size": 2}, "use `no_repeat_ngram_size`"),
+        ({"encoder_repetition_penalty": 1.5}, "use `repetition_penalty`"),
+        ({"stop_strings": "w1"}, "`stop_strings` needs `tokenizer=processor.tokenizer`"),
+        ({"prompt_lookup_num_tokens": 2}, "but `num_beams` is 5 .*pass `num_beams=1`"),
+        ({"decoder_input_ids": [[2, 5], [2, 5]]}, r"`decoder_input_ids` must be a tensor, not list: .*return_tensors"),
+        ({"max_length": 32}, "position table of this model ends at 30"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_generate_cannot_do(tiny_config: DifnetConfig, arguments: dict, message: str) -> None:
+    model = random_model(tiny_config)
+    model.generation_config = default_generation_config(tiny_config)
+    with pytest.raises(ValueError, match=message):
+        model.generate(**random_pictures(tiny_config), **arguments)
+
+
+@pytest.mark.parametrize("search", [{}, {"do_sample": True}, {"custom_generate": original_beam_search}])
+@pytest.mark.parametrize("helper", ["streamer", "assistant_model"])
+def test_word_by_word_and_several_hypotheses(tiny_config: DifnetConfig, search: dict, helper: str) -> None:
+    """With the original's search a streamer would never hear of the end, and its reader would wait for ever."""
+    model = random_model(tiny_config)
+    model.generation_config = default_generation_config(tiny_config)
+    value = TextStreamer(DifnetTokenizer(vocab=WORDS)) if helper == "streamer" else random_model(tiny_config)
+    with pytest.raises(ValueError, match=f"`{helper}`.*pass `num_beams=1`"):
+        model.generate(**random_pictures(tiny_config, 1), **search, **{helper: value})
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"length_penalty": 1.0}, {"early_stopping": True}, {"penalty_alpha": 0.6}],
+    ids=lambda option: next(iter(option)),
+)
+def test_options_that_the_original_search_would_ignore(tiny_config: DifnetConfig, option: dict) -> None:
+    with pytest.raises(ValueError, match=f"`original_beam_search` does nothing with `{next(iter(option))}`"):
+        random_model(tiny_config).generate(**random_pictures(tiny_config), **ORIGINAL, **option)
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (np.ones((2, 12, 24)), "must be a tensor, not ndarray"),
+        ([[1.0]], "must be a tensor, not list"),
+        ("photo.jpg", r"must be a tensor of features, not images \(str\): .*pipeline"),
+        ([b"\xff\xd8"], r".*not images \(list\)"),
+        (Path("photo.jpg"), r".*not images \(PosixPath\)"),
+        (Image.new("RGB", (8, 8)), r".*not images \(Image\)"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_features_are_tensors(tiny_config: DifnetConfig, features: object, message: str) -> None:
+    model = random_model(tiny_config)
+    with pytest.raises(ValueError, match=f"`grid_features` {message}"):
+        model.generate(grid_features=features)
+    with pytest.raises(ValueError, match=f"`inputs` {message}"):
+        model.generate(features)
+    with pytest.raises(ValueError, match=f"`grid_features` {message}"):
+        model(grid_features=features, decoder_input_ids=torch.tensor([[2]]))
+
+
+def test_labels_are_a_tensor(tiny_config: DifnetConfig) -> None:
+    with pytest.raises(ValueError, match=r"`labels` must be a tensor, not list: .*return_tensors=\"pt\""):
+        random_model(tiny_config)(**random_pictures(tiny_config), labels=[[4, 3], [5, 3]])
