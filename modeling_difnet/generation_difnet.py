@@ -324,10 +324,11 @@ def check_arguments(
                 f"`original_beam_search` takes no `{name}`: pass `decoder_input_ids`, where `<pad>` is padding."
             )
     # Transformers calls it `cache` from 5.24 on.
-    for name in ("past_key_values", "cache"):
-        cache = model_kwargs.get(name)
+    for cache in (model_kwargs.get("past_key_values"), model_kwargs.get("cache")):
         if cache is not None and cache.get_seq_length() > 0:
-            raise ValueError(f"`original_beam_search` starts from `decoder_input_ids`; it takes no filled `{name}`.")
+            raise ValueError(
+                "`original_beam_search` starts from `decoder_input_ids`; it takes no filled `past_key_values`."
+            )
 
 
 def best_continuations(
