@@ -490,7 +490,7 @@ def convert(
             DifnetFeatureExtractor(
                 grid_feature_size=config.grid_feature_size, num_segmentation_classes=config.num_segmentation_classes
             ),
-            DifnetTokenizer(vocab=tokens),
+            DifnetTokenizer(vocab=tokens, model_max_length=config.max_position_embeddings),
         )
 
     model = conversion.model()

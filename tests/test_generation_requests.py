@@ -16,13 +16,16 @@ from convert_checkpoint import default_generation_config
 from modeling_difnet import (
     DifnetConfig,
     DifnetEnsemble,
+    DifnetFeatureExtractor,
     DifnetForConditionalGeneration,
+    DifnetProcessor,
     DifnetTokenizer,
     original_beam_search,
 )
 
 ORIGINAL = {"custom_generate": original_beam_search, "num_beams": 4, "max_new_tokens": 8}
 NUM_IMAGES = 6
+WORDS = ["<unk>", "<pad>", "<bos>", "<eos>", *(f"w{number}" for number in range(46))]
 
 
 def captioner(config: DifnetConfig, factor: float = 5.0, seed: int = 0) -> DifnetForConditionalGeneration:
@@ -178,6 +181,17 @@ def test_prompts_of_different_lengths_in_the_original_search(
         assert torch.equal(together[row, 4 : 4 + len(words)], words)
 
 
+@torch.no_grad()
+def test_a_prompt_of_the_processor_is_continued_as_it_is_alone(tiny_config: DifnetConfig) -> None:
+    model, pictures = captioner(tiny_config), random_pictures(tiny_config, 2, height=2, width=2)
+    processor = DifnetProcessor(DifnetFeatureExtractor(2, 24, 7), DifnetTokenizer(vocab=WORDS))
+    together = model.generate(**processor(**pictures, prompt=["w5 w6 w7", "w8"]), **ORIGINAL)
+    for row, (prompt, length) in enumerate([("w5 w6 w7", 4), ("w8", 2)]):
+        alone = model.generate(**processor(**of_image(pictures, row), prompt=prompt), **ORIGINAL)[0]
+        assert processor.decode(alone[1:length]) == prompt
+        assert torch.equal(together[row, 4 - length : 4 - length + len(alone)], alone)
+
+
 # --- lengths that the caller sets and lengths that a checkpoint stores -----------------------------------------------
 
 
@@ -216,8 +230,6 @@ def test_a_checkpoint_stores_a_length_that_leaves_both_ways_open(
 
 
 # --- stop strings ----------------------------------------------------------------------------------------------------
-
-WORDS = ["<unk>", "<pad>", "<bos>", "<eos>", *(f"w{number}" for number in range(46))]
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
