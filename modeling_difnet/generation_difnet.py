@@ -64,7 +64,6 @@ IGNORED_BY_ORIGINAL_BEAM_SEARCH = {
     "num_beam_groups": 1,
     "penalty_alpha": 0.0,
     "prompt_lookup_num_tokens": None,
-    "token_healing": False,
     "use_mtp": False,
 }
 
@@ -236,7 +235,10 @@ def original_beam_search(
     found = all_tokens[:, :num_returned, :length].flatten(0, 1)  # (B * returned, steps)
     # Hypotheses that are not returned may have gone on for longer.
     is_end = (found.unsqueeze(-1) == eos_token_ids).any(-1)
-    length = int((is_end.cumsum(1) - is_end.long() == 0).sum(1).max())
+    is_after_end = is_end.cumsum(1) > is_end.long()
+    length = int((~is_after_end).sum(1).max())
+    if generation_config._pad_token_tensor is not None:
+        found = torch.where(is_after_end, generation_config._pad_token_tensor, found)
     prompts = prompts.repeat_interleave(num_returned, dim=0)  # (B * returned, prompt)
     sequences = torch.cat([prompts, found[:, :length]], dim=1)
     if not generation_config.return_dict_in_generate:
@@ -305,6 +307,11 @@ def check_arguments(
     for name in ("output_logits", "output_attentions", "output_hidden_states"):
         if getattr(generation_config, name):
             raise ValueError(f"`original_beam_search` does not return what `{name}=True` asks for.")
+    if generation_config.num_beams > model.config.vocab_size:
+        raise ValueError(
+            f"`original_beam_search` has no {generation_config.num_beams} first words to start from: `num_beams` is "
+            f"at most {model.config.vocab_size}, the size of the vocabulary."
+        )
     for name, neutral in IGNORED_BY_ORIGINAL_BEAM_SEARCH.items():
         value = getattr(generation_config, name, None)
         if value is not None and value != neutral:
@@ -388,12 +395,13 @@ def check_tensors(**inputs) -> None:
         )
 
 
-def check_request(inputs: object, arguments: dict) -> None:
+def check_request(inputs: object, arguments: dict, vocab_size: int) -> None:
     """Refuses what `generate` would have to ignore or would fail on without saying why.
 
     Args:
         inputs: the first argument of `generate`.
         arguments: the others.
+        vocab_size: of the model.
     """
     for name, remedy in FOREIGN_ARGUMENTS.items():
         if arguments.get(name) is not None:
@@ -409,6 +417,12 @@ def check_request(inputs: object, arguments: dict) -> None:
         inputs=inputs,
         **{name: arguments.get(name) for name in (*names, "decoder_input_ids", "decoder_attention_mask")},
     )
+    if isinstance(arguments.get("encoder_outputs"), torch.Tensor):
+        raise ValueError("`encoder_outputs` is what `model.get_encoder()(..)` returns, not one of its tensors.")
+    if arguments.get("encoder_outputs") is None:
+        check_shapes(inputs if inputs is not None else arguments.get("grid_features"), arguments, vocab_size)
+    if arguments.get("cache_implementation") == "paged":
+        raise ValueError('`cache_implementation="paged"` is for models that continue texts: leave it out.')
 
     search = arguments.get("custom_generate")
     if not callable(search):
@@ -428,8 +442,52 @@ def check_request(inputs: object, arguments: dict) -> None:
                 )
 
 
+def check_shapes(grid_features: torch.Tensor | None, arguments: dict, vocab_size: int) -> None:
+    """Refuses masks and prompts that do not belong to the features."""
+    prompt, mask = arguments.get("decoder_input_ids"), arguments.get("decoder_attention_mask")
+    if prompt is not None:
+        if prompt.ndim != 2 or prompt.is_floating_point():
+            raise ValueError(
+                "`decoder_input_ids` must be ids of shape (images, length), `<bos> w1 ..`, not "
+                f"{prompt.dtype} of shape {tuple(prompt.shape)}."
+            )
+        if prompt.numel() and not 0 <= int(prompt.min()) <= int(prompt.max()) < vocab_size:
+            raise ValueError(
+                f"`decoder_input_ids` holds ids from {int(prompt.min())} to {int(prompt.max())}; those of this model "
+                f"are 0 to {vocab_size - 1}."
+            )
+    if mask is not None and (prompt is None or mask.shape != prompt.shape):
+        raise ValueError(
+            f"`decoder_attention_mask` has shape {tuple(mask.shape)} and `decoder_input_ids` "
+            f"{'is missing' if prompt is None else f'{tuple(prompt.shape)}'}: give both, one number for each token."
+        )
+    if grid_features is None or grid_features.ndim != 3:
+        return  # the encoder says what is wrong
+    if prompt is not None and len(prompt) != len(grid_features):
+        raise ValueError(
+            f"`decoder_input_ids` has {len(prompt)} rows for {len(grid_features)} images: give one prompt for each "
+            "image."
+        )
+    for name in ("grid_attention_mask", "segmentation_attention_mask"):
+        cells = arguments.get(name)
+        if cells is not None and cells.shape != grid_features.shape[:2]:
+            raise ValueError(
+                f"`{name}` has shape {tuple(cells.shape)}, but the features have {tuple(grid_features.shape[:2])} "
+                "(images, cells): give one number for each cell."
+            )
+
+
 def check_settings(generation_config: GenerationConfig) -> None:
     """Refuses settings that need what this model does not have."""
+    num_beams = generation_config.num_beams
+    if num_beams is not None and num_beams < 1:
+        raise ValueError(f"`num_beams` must be at least 1, got {num_beams}.")
+    for name, reason in (
+        ("token_healing", "the tokens of this model are whole words, which need no healing"),
+        ("prefill_chunk_size", "prompts of captions are read at once"),
+    ):
+        if getattr(generation_config, name, None):
+            raise ValueError(f"`{name}` does nothing here: {reason}. Leave it out.")
     if generation_config.guidance_scale not in (None, 1):
         raise ValueError(
             "`guidance_scale` needs a model that also writes without an image, which this one does not: leave it out."
@@ -447,11 +505,9 @@ def check_beams(generation_config: GenerationConfig, streamer: object | None, as
     num_beams = generation_config.num_beams
     if num_beams in (None, 1):
         return
-    wanted = {
-        "streamer": streamer,
-        "assistant_model": assistant_model,
-        "prompt_lookup_num_tokens": generation_config.prompt_lookup_num_tokens,
-    }
+    settings = ("prompt_lookup_num_tokens", "assistant_early_exit", "dola_layers")
+    wanted = {"streamer": streamer, "assistant_model": assistant_model}
+    wanted |= {name: getattr(generation_config, name, None) for name in settings}
     for name, value in wanted.items():
         if value is not None:
             raise ValueError(
@@ -496,7 +552,7 @@ class CheckedGenerationMixin(GenerationMixin):
 
     @functools.wraps(GenerationMixin.generate)
     def generate(self, *args, **kwargs):
-        check_request(args[0] if args else kwargs.get("inputs"), kwargs)
+        check_request(args[0] if args else kwargs.get("inputs"), kwargs, self.config.vocab_size)
         return super().generate(*args, **kwargs)
 
     def _prepare_generation_config(

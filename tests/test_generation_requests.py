@@ -22,6 +22,7 @@ from modeling_difnet import (
     DifnetTokenizer,
     original_beam_search,
 )
+from pipeline_difnet import DifnetImageCaptioningPipeline
 
 ORIGINAL = {"custom_generate": original_beam_search, "num_beams": 4, "max_new_tokens": 8}
 NUM_IMAGES = 6
@@ -35,10 +36,15 @@ def captioner(config: DifnetConfig, factor: float = 5.0, seed: int = 0) -> Difne
     return model
 
 
+def short_captioner(config: DifnetConfig) -> DifnetForConditionalGeneration:
+    """One whose images end one after another, so that the search leaves them out while others go on."""
+    return captioner(config, factor=4.0, seed=4)
+
+
 def member_or_ensemble(config: DifnetConfig, kind: str) -> DifnetForConditionalGeneration | DifnetEnsemble:
     if kind == "one model":
-        return captioner(config)
-    return DifnetEnsemble([captioner(config, seed=seed) for seed in (0, 1)])
+        return short_captioner(config)
+    return DifnetEnsemble([short_captioner(config), captioner(config, factor=2.0, seed=7)])
 
 
 def of_image(pictures: dict[str, torch.Tensor], i: int) -> dict[str, torch.Tensor]:
@@ -60,7 +66,7 @@ class Recorder(LogitsProcessor):
 @pytest.fixture
 def short_config(tiny_config: DifnetConfig) -> DifnetConfig:
     """Few words, so that hypotheses end early and images are left out."""
-    return dataclasses.replace(tiny_config, vocab_size=12)
+    return dataclasses.replace(tiny_config, vocab_size=8)
 
 
 # --- processors beside the original's search -------------------------------------------------------------------------
@@ -68,20 +74,21 @@ def short_config(tiny_config: DifnetConfig) -> DifnetConfig:
 
 @torch.no_grad()
 def test_processors_see_every_row_of_the_batch_at_every_step(short_config: DifnetConfig) -> None:
-    model, pictures = captioner(short_config), random_pictures(short_config, NUM_IMAGES)
-    prompts = random_captions(short_config, NUM_IMAGES, length=3)
+    model, pictures = short_captioner(short_config), random_pictures(short_config, NUM_IMAGES)
     recorder = Recorder()
     sequences = model.generate(
         **pictures,
-        **(ORIGINAL | {"max_new_tokens": 20}),
-        decoder_input_ids=prompts,
+        **(ORIGINAL | {"max_new_tokens": 20, "num_return_sequences": 4}),
         logits_processor=LogitsProcessorList([recorder]),
     )
-    ends = (sequences == short_config.eos_token_id).float().argmax(1)
-    assert len(set(ends.tolist())) > 1, "a case in which no image ends before the others shows nothing"
+    lasts = (sequences == short_config.eos_token_id).float().argmax(1).view(NUM_IMAGES, 4).amax(1)
+    assert len(set(lasts.tolist())) > 2, "a case in which no image ends before the others shows nothing"
+    assert len(recorder.prefixes) == 20
     for step, prefixes in enumerate(recorder.prefixes):
-        assert prefixes.shape == (NUM_IMAGES * 4, 3 + step)
-        assert torch.equal(prefixes[:, :3], prompts.repeat_interleave(4, dim=0))
+        assert prefixes.shape == (NUM_IMAGES * 4, 1 + step)
+    captions, shown = sequences.view(NUM_IMAGES, 4, -1), recorder.prefixes[-1].view(NUM_IMAGES, 4, -1)
+    for image in (captions == short_config.eos_token_id).any(2).all(1).nonzero().flatten():
+        assert torch.equal(shown[image], captions[image, :, :20]), "captions that are finished stay in their rows"
 
 
 @pytest.mark.parametrize("kind", ["one model", "ensemble"])
@@ -90,7 +97,7 @@ def test_words_that_are_allowed_for_one_image_are_of_no_concern_to_others(
     short_config: DifnetConfig, kind: str
 ) -> None:
     model, pictures = member_or_ensemble(short_config, kind), random_pictures(short_config, NUM_IMAGES)
-    allowed = [[3, 4 + i, 5 + i] for i in range(NUM_IMAGES)]
+    allowed = [[3, 4 + i % 4, 4 + (i + 1) % 4] for i in range(NUM_IMAGES)]
     together = model.generate(**pictures, **ORIGINAL, prefix_allowed_tokens_fn=lambda image, words: allowed[image])
     for i in range(NUM_IMAGES):
         alone = model.generate(
@@ -103,8 +110,8 @@ def test_words_that_are_allowed_for_one_image_are_of_no_concern_to_others(
 @torch.no_grad()
 def test_captions_from_a_list_for_each_image(short_config: DifnetConfig) -> None:
     """The function knows the beginnings of its captions alone: it is never asked about another open one."""
-    model, pictures = captioner(short_config), random_pictures(short_config, 3)
-    captions = [[[4, 5, 3], [6, 7, 8, 3]], [[9, 10, 11, 4, 3]], [[5, 3], [6, 6, 6, 6, 3]]]
+    model, pictures = short_captioner(short_config), random_pictures(short_config, 3)
+    captions = [[[4, 5, 3], [6, 7, 6, 3]], [[7, 6, 5, 4, 3]], [[5, 3], [6, 6, 6, 6, 3]]]
 
     def next_words(image: int, words: torch.Tensor) -> list[int]:
         words = words.tolist()[1:]
@@ -119,7 +126,7 @@ def test_captions_from_a_list_for_each_image(short_config: DifnetConfig) -> None
 
 @torch.no_grad()
 def test_processors_that_count_repetitions_do_not_mix_images(short_config: DifnetConfig) -> None:
-    model, pictures = captioner(short_config), random_pictures(short_config, NUM_IMAGES)
+    model, pictures = short_captioner(short_config), random_pictures(short_config, NUM_IMAGES)
     options = {"no_repeat_ngram_size": 1, "repetition_penalty": 1.7}
     together = model.generate(**pictures, **ORIGINAL, **options)
     for i in range(NUM_IMAGES):
@@ -138,7 +145,7 @@ def test_transition_scores_of_the_original_search_add_up(
     search = {**pictures, **ORIGINAL, **options, "num_return_sequences": num_returned, "max_new_tokens": 20}
     output = model.generate(**search, return_dict_in_generate=True, output_scores=True)
     assert torch.equal(output.sequences, model.generate(**search)), "asking for scores changes nothing"
-    assert all(step.shape == (NUM_IMAGES * 4, 12) for step in output.scores)
+    assert all(step.shape == (NUM_IMAGES * 4, 8) for step in output.scores)
     assert output.beam_indices.shape == output.sequences_log_probs.shape == output.sequences[:, 1:].shape
     rows = output.beam_indices // 4
     image = torch.arange(NUM_IMAGES).repeat_interleave(num_returned).unsqueeze(1)
@@ -150,7 +157,7 @@ def test_transition_scores_of_the_original_search_add_up(
 
 @torch.no_grad()
 def test_without_processors_and_scores_nothing_is_put_in_order(short_config: DifnetConfig) -> None:
-    output = captioner(short_config).generate(
+    output = short_captioner(short_config).generate(
         **random_pictures(short_config), **ORIGINAL, return_dict_in_generate=True
     )
     assert output.scores is None
@@ -179,6 +186,16 @@ def test_prompts_of_different_lengths_in_the_original_search(
         )
         words = alone[0, length:]
         assert torch.equal(together[row, 4 : 4 + len(words)], words)
+
+
+def test_a_batch_of_the_pipeline_in_which_only_some_images_need_a_mask(tiny_config: DifnetConfig) -> None:
+    model, pictures = captioner(tiny_config), random_pictures(tiny_config, 3, height=2, width=2)
+    processor = DifnetProcessor(DifnetFeatureExtractor(2, 24, 7), DifnetTokenizer(vocab=WORDS))
+    pipe = DifnetImageCaptioningPipeline(model=model, processor=processor)
+    images = [{name: value[i] for name, value in pictures.items()} for i in range(3)]
+    images[1]["grid_features"] = images[1]["grid_features"][:3]
+    together = pipe(images, batch_size=3, num_beams=2, max_new_tokens=6)
+    assert together == [pipe(image, num_beams=2, max_new_tokens=6) for image in images]
 
 
 @torch.no_grad()
@@ -277,6 +294,17 @@ def test_a_stop_string_that_no_caption_holds_is_refused(tiny_config: DifnetConfi
         ({"prompt_lookup_num_tokens": 2}, "but `num_beams` is 5 .*pass `num_beams=1`"),
         ({"decoder_input_ids": [[2, 5], [2, 5]]}, r"`decoder_input_ids` must be a tensor, not list: .*return_tensors"),
         ({"max_length": 32}, "position table of this model ends at 30"),
+        ({"decoder_input_ids": torch.full((3, 2), 2)}, "3 rows for 2 images"),
+        ({"decoder_input_ids": torch.full((2,), 2)}, r"must be ids of shape \(images, length\)"),
+        ({"decoder_input_ids": torch.ones(2, 2)}, r"not torch\.float32 of shape \(2, 2\)"),
+        ({"decoder_input_ids": torch.tensor([[2, 5], [2, 50]])}, "ids from 2 to 50; those of this model are 0 to 49"),
+        ({"decoder_attention_mask": torch.ones(2, 3)}, "`decoder_input_ids` is missing: give both"),
+        ({"grid_attention_mask": torch.ones(2, 11)}, r"\(2, 11\), but the features have \(2, 12\)"),
+        ({"encoder_outputs": torch.ones(2, 12, 32)}, r"is what `model\.get_encoder\(\)\(\.\.\)` returns"),
+        ({"cache_implementation": "paged"}, "is for models that continue texts"),
+        ({"prefill_chunk_size": 1}, "`prefill_chunk_size` does nothing here"),
+        ({"token_healing": True}, "`token_healing` does nothing here: the tokens of this model are whole words"),
+        ({"num_beams": 0}, "`num_beams` must be at least 1"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -306,6 +334,21 @@ def test_word_by_word_and_several_hypotheses(tiny_config: DifnetConfig, search: 
 def test_options_that_the_original_search_would_ignore(tiny_config: DifnetConfig, option: dict) -> None:
     with pytest.raises(ValueError, match=f"`original_beam_search` does nothing with `{next(iter(option))}`"):
         random_model(tiny_config).generate(**random_pictures(tiny_config), **ORIGINAL, **option)
+
+
+def test_more_beams_than_words(tiny_config: DifnetConfig) -> None:
+    with pytest.raises(ValueError, match="`num_beams` is at most 50"):
+        random_model(tiny_config).generate(**random_pictures(tiny_config), **(ORIGINAL | {"num_beams": 51}))
+
+
+@torch.no_grad()
+def test_the_original_search_pads_with_the_token_that_is_asked_for(short_config: DifnetConfig) -> None:
+    model, pictures = short_captioner(short_config), random_pictures(short_config, NUM_IMAGES)
+    search = {**pictures, **(ORIGINAL | {"num_return_sequences": 4, "max_new_tokens": 20})}
+    usual, other = model.generate(**search), model.generate(**search, pad_token_id=0)
+    is_after_end = (usual == 3).cumsum(1) > (usual == 3).long()
+    assert is_after_end.any()
+    assert torch.equal(other, usual.masked_fill(is_after_end, 0))
 
 
 @pytest.mark.parametrize(
