@@ -317,7 +317,8 @@ class DifnetImageCaptioningPipeline(Pipeline):
 
     def preprocess(self, inputs: Any) -> dict[str, torch.Tensor]:
         features = inputs if isinstance(inputs, Mapping) else self.features_of(open_picture(inputs))
-        return self.processor(**features, return_tensors="pt")
+        # Images of one batch are put together later, and some may need the mask.
+        return self.processor(**features, return_grid_attention_mask=True, return_tensors="pt")
 
     def features_of(self, picture: Image.Image) -> dict[str, Any]:
         """Both features of an RGB picture, as the processor takes them."""
