@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
-from coco_sources import (  # noqa: E402
+from coco_sources import (
     BrokenImage,
     GridFiles,
     PackingError,
