@@ -420,6 +420,13 @@ class TestHdf5:
         with pytest.raises(ValueError, match=str(path)):
             GridFiles((str(path),)).index()
 
+    def test_a_missing_package_is_named_with_its_extra(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(sys.modules, "h5py", None)
+        with pytest.raises(
+            ImportError, match=r"the package h5py is missing: pip install \"difnet-transformers\[data\]\""
+        ):
+            GridFiles((str(tmp_path / "grids.hdf5"),)).index()
+
     def test_a_damaged_tree(self, tmp_path):
         path = tmp_path / "grids.hdf5"
         with h5py.File(path, "w") as file:

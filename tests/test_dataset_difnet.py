@@ -281,6 +281,19 @@ class TestOrder:
         with pytest.raises(ValueError, match="seed 1 and 23 items, this is seed 2"):
             ReferenceBatches(packed, 4, seed=2).load_state_dict(state)
 
+    @pytest.mark.parametrize(
+        "change",
+        [{"epoch": -1}, {"epoch": "1"}, {"next_batch": -1}, {"next_batch": 99}, {"next_batch": None}, {"items": None}],
+    )
+    def test_a_state_of_impossible_numbers_is_refused(self, packed, change):
+        batches = ReferenceBatches(packed, 4, shuffle=True)
+        with pytest.raises(ValueError, match="state"):
+            batches.load_state_dict({**batches.state_dict(), **change})
+
+    def test_a_state_without_a_number_is_refused(self, packed):
+        with pytest.raises(ValueError, match="the state of the batches is damaged"):
+            ReferenceBatches(packed, 4).load_state_dict({"epoch": 0})
+
     @pytest.mark.parametrize("options", [{"batch_size": 0}, {"process_index": 2, "num_processes": 2}])
     def test_impossible_shares_are_refused(self, packed, options):
         with pytest.raises(ValueError, match="expected batch_size >= 1"):
@@ -314,7 +327,7 @@ class TestOpening:
     )
     def test_a_damaged_file_is_one_line_that_names_it(self, folder, name, content):
         (folder / name).write_bytes(content)
-        with pytest.raises(ValueError, match="damaged|malformed|missing|nested") as error:
+        with pytest.raises(ValueError, match=r"damaged|malformed|missing|nested") as error:
             load_packed_split(folder, "train")
         assert str((folder / name).parent) in str(error.value)
         assert len(str(error.value)) < 600

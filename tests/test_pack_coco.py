@@ -556,7 +556,9 @@ class TestMistakes:
         assert pack_coco.main(arguments) == pack_coco.main(arguments) == 0
         assert "is complete already" in capsys.readouterr().out
 
-    @pytest.mark.parametrize("option", [["--num-proc", "0"], ["--shard-size", "0"], ["--dtype", "int8"]])
+    @pytest.mark.parametrize(
+        "option", [["--num-proc", "0"], ["--shard-size", "0"], ["--dtype", "int8"], ["--grid-size", "256"]]
+    )
     def test_wrong_options(self, small, tmp_path, capsys, option):
         with pytest.raises(SystemExit) as stopped:
             pack_coco.main([*small, "--output", str(tmp_path / "packed"), *option])
