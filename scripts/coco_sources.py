@@ -37,7 +37,7 @@ LARGEST_ID = 2**63 - 1
 LARGEST_SIDE = 2**31 - 1
 ARRAY_SIZE_LIMIT = 2**30  # bytes of one image's array; an unpooled map of a large image takes 30 MB
 LINES_OF_A_MISTAKE = 50
-IDS_OF_A_LINE = 200
+IDS_OF_A_LINE = 100
 
 
 class PackingError(ValueError):

@@ -177,8 +177,7 @@ class Plan(NamedTuple):
 def make_plan(recipe: Recipe) -> Plan:
     """Match annotations and features; PackingError lists every image that lacks something, unless they are skipped."""
     splits, annotation_files, problems = read_annotations(recipe.annotations)
-    if not recipe.skip_missing:
-        raise_for(problems)
+    are_annotations_whole = not problems
     grid_places = GridFiles(recipe.features).index()
     segmentation_places = None if recipe.segmentation is None else SegmentationFiles(recipe.segmentation).index()
     planned: dict[str, list[tuple[ImageRow, tuple[str, str | None]]]] = {}
@@ -192,7 +191,7 @@ def make_plan(recipe: Recipe) -> Plan:
                 problems.append(Problem(", ".join(recipe.features), "no features", row.image_id))
             if segmentation_places is not None and row.image_id not in segmentation_places:
                 problems.append(Problem(recipe.segmentation, "no segmentation", row.image_id))
-            if not row.captions:
+            if not row.captions and (are_annotations_whole or recipe.skip_missing):
                 problems.append(Problem(recipe.annotations, "no captions", row.image_id))
             if len(problems) == before:
                 segmentation = None if segmentation_places is None else segmentation_places[row.image_id]
@@ -206,7 +205,8 @@ def make_plan(recipe: Recipe) -> Plan:
             Problem(recipe.segmentation, f"segmentation without annotations in {recipe.annotations}", image_id)
         )
     if not recipe.skip_missing:
-        raise_for(problems + surplus)
+        # With entries that cannot be read, features of theirs and images without captions only follow from it.
+        raise_for(problems + (surplus if are_annotations_whole else []))
     return Plan({name: rows for name, rows in planned.items() if rows}, annotation_files, problems, unused)
 
 
