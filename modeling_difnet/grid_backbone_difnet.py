@@ -283,7 +283,8 @@ class GridFeatureBackbone(PreTrainedModel):
         """
         if Image is None:
             raise ImportError(
-                'Pictures need Pillow: `pip install "difnet-transformers[images]"`, or `pip install pillow`.', name="PIL"
+                'Pictures need Pillow: `pip install "difnet-transformers[images]"`, or `pip install pillow`.',
+                name="PIL",
             )
         picture = as_rgb(image)
         height, width = resized_shape(

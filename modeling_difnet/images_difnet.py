@@ -9,6 +9,7 @@ This file imports nothing of the project: a checkpoint carries it along.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import io
 import ipaddress
@@ -322,9 +323,7 @@ def fetch(
     raise UnreadablePicture(f"more than {MOST_REDIRECTS} redirects")
 
 
-def _request(
-    parts: SplitResult, allow_private_hosts: bool, largest: int, ends: float
-) -> tuple[bytes, str | None]:
+def _request(parts: SplitResult, allow_private_hosts: bool, largest: int, ends: float) -> tuple[bytes, str | None]:
     """The content, or where the server redirects to."""
     is_secure = parts.scheme == "https"
     host, port = parts.hostname, parts.port or (443 if is_secure else 80)
@@ -333,7 +332,7 @@ def _request(
         private = next((place for place in places if not is_public(place[4][0])), None)
         if private is not None:
             raise UnreadablePicture(
-                f"the host {one_line(host)} is {private[4][0]}, which is not public; allow_private_hosts=True allows it"
+                f"the host {one_line(host)} is not public ({private[4][0]}); allow_private_hosts=True allows it"
             )
     connection = http.client.HTTPConnection(host, port)
     connection.default_port, connection.auto_open = (443 if is_secure else 80), 0
@@ -415,10 +414,8 @@ def _connect(places: list[tuple], ends: float) -> socket.socket:
 
 
 def _shut(sock: socket.socket) -> None:
-    try:
+    with contextlib.suppress(OSError):
         socket.socket.shutdown(sock, socket.SHUT_RDWR)
-    except OSError:
-        pass
 
 
 def _decoded(response: http.client.HTTPResponse, largest: int) -> Iterator[bytes]:

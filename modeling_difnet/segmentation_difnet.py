@@ -231,7 +231,10 @@ def panoptic_channel_map(
             raise ValueError(f'an entry of "segments_info" lacks an integer "id": {one_line(segment, 80)}')
         channel_of[segment["id"]] = _channel_of(segment, channels)
     red, green, blue = np.moveaxis(np.asarray(segment_image.convert("RGB"), dtype=np.int32), -1, 0)
-    return channel_map(red + 256 * green + 65536 * blue, channel_of)
+    ids = red + 256 * green + 65536 * blue
+    if channel_of and not np.isin(ids, list(channel_of)).any():
+        raise ValueError('no pixel has an id of "segments_info": the colours of the label map are not COCO\'s ids')
+    return channel_map(ids, channel_of)
 
 
 def instance_channel_map(
@@ -434,7 +437,7 @@ def raise_for_random_weights(name: str, report: Mapping[str, Any]) -> None:
 
 
 def check_loaded_weights(name: str, model: torch.nn.Module, report: Mapping[str, Any]) -> None:
-    """ValueError if loading (`output_loading_info=True`) left parameters random, or gave values that are not finite."""
+    """ValueError if loading (`output_loading_info=True`) left parameters random, or if values are not finite."""
     raise_for_random_weights(name, report)
     for key, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not tensor.isfinite().all():

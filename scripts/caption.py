@@ -107,8 +107,10 @@ def generation_options(captioner: DifnetImageCaptioningPipeline, arguments: argp
     return options
 
 
-def items_of_pictures(captioner: DifnetImageCaptioningPipeline, arguments: argparse.Namespace) -> list[Item]:
-    paths = find_pictures(arguments.pictures)
+def items_of_pictures(
+    captioner: DifnetImageCaptioningPipeline, arguments: argparse.Namespace, left_out: LeftOut
+) -> list[Item]:
+    paths = find_pictures(arguments.pictures, leave_out=left_out.add)
     return [
         Item(image_id, path, lambda path=path: features_of_picture(captioner, path))
         for image_id, path in zip(image_ids_of(paths), paths, strict=True)
@@ -254,9 +256,10 @@ def html_sheet(results: list[Captioned], summary: str, warning: str | None) -> b
         thumbnail(result.path).save(buffer, "JPEG", quality=85)
         data = base64.b64encode(buffer.getvalue()).decode()
         captions = "".join(f"<p>{html.escape(caption)}</p>" for caption in result.captions)
+        name = html.escape(printable(result.path.name, 300))
         figures.append(
             f'<figure><img loading="lazy" src="data:image/jpeg;base64,{data}" alt="{html.escape(result.captions[0])}">'
-            f"<figcaption>{captions}<small>{html.escape(printable(result.path.name, 300))}</small></figcaption></figure>"
+            f"<figcaption>{captions}<small>{name}</small></figcaption></figure>"
         )
     marked = "" if warning is None else f'<p class="warning">{html.escape(warning)}</p>\n'
     return PAGE.format(summary=html.escape(summary), warning=marked, figures="\n".join(figures)).encode()
@@ -322,7 +325,8 @@ or features that were made before, by extract_features.py or by others:
 
 Captions are printed, one line a picture. A picture or an image's features that cannot be used get one line, and the
 others go on: the exit code is 0, with --strict 2. It is 2 also for mistakes, and if nothing could be captioned. What
-was captioned before an error or an interruption is printed and written all the same. Image ids come from COCO's file names; other pictures are numbered in order."""
+was captioned before an error or an interruption is printed and written all the same. Image ids come from COCO's file
+names; other pictures are numbered in order."""
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -398,15 +402,15 @@ def run(arguments: argparse.Namespace) -> int:
     captioner = make_pipeline(arguments)
     left_out = LeftOut()
     if arguments.features is not None:
+        items = items_of_features(arguments, left_out)
         if captioner.model.config.use_segmentation and arguments.segmentation is None:
             raise ValueError("this captioner needs the segmentation features too: give --segmentation")
         if not captioner.model.config.use_segmentation and arguments.segmentation is not None:
             raise ValueError("this captioner has no segmentation flow: leave --segmentation out")
-        items = items_of_features(arguments, left_out)
     else:
         if captioner.model.config.use_segmentation and captioner.segmenter is None:
             raise ValueError("this captioner needs --segmentation-model")
-        items = items_of_pictures(captioner, arguments)
+        items = items_of_pictures(captioner, arguments, left_out)
     results: list[Captioned] = []
     bar = tqdm(total=len(items), unit=" pictures", desc="captioning", disable=len(items) == 1)
     try:

@@ -122,7 +122,7 @@ def test_pictures_that_cannot_be_read_get_a_line_and_the_others_go_on(model, pic
         (["picture.png", "--untrained", "--contact-sheet", "sheet.pdf"], "must end with .html or .png"),
         (["--features", "a.hdf5", "--untrained"], "--features needs no"),
         (["elsewhere.png", "--untrained"], "no such file or folder"),
-        (["--features", "elsewhere.hdf5"], "not a readable HDF5 file"),
+        (["--features", "elsewhere.hdf5"], "elsewhere.hdf5: No such file"),
     ],
 )
 def test_mistakes_are_named(model, capsys, arguments, message):
@@ -139,5 +139,5 @@ def test_features_without_their_segmentation_are_refused(model, tmp_path, capsys
         grids["5_features"] = np.zeros((49, 2048), dtype=np.float32)
     assert run("--features", tmp_path / "grids.hdf5", "--model", model) == 2
     assert "segmentation" in capsys.readouterr().err
-    assert run("--features", tmp_path / "grids.hdf5", "--ids", 6, "--segmentation", tmp_path, "--model", model) == 2
+    assert run("--features", tmp_path / "grids.hdf5", "--ids", 6, "--model", model) == 2
     assert "image 6: not in the features" in capsys.readouterr().err
