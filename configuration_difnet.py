@@ -9,13 +9,11 @@ Here one configuration describes all of them: `use_segmentation=False` is the pa
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-CUSTOM_PIPELINES = {
-    "image-captioning": {
-        "impl": "pipeline_difnet.DifnetImageCaptioningPipeline",
-        "pt": ["AutoModelForImageTextToText"],
-        "type": "multimodal",
-    }
-}
+
+def custom_pipelines() -> dict:
+    """The entry of `config.json` that names the pipeline; a new one each time, because `pipeline` writes into it."""
+    implementation = "pipeline_difnet.DifnetImageCaptioningPipeline"
+    return {"image-captioning": {"impl": implementation, "pt": ["AutoModelForImageTextToText"], "type": "multimodal"}}
 
 
 @strict
@@ -95,7 +93,7 @@ class DifnetConfig(PreTrainedConfig):
         kwargs.pop("custom_pipelines", None)
         super().__post_init__(**kwargs)
         if __name__.startswith("transformers_modules."):
-            self.custom_pipelines = CUSTOM_PIPELINES
+            self.custom_pipelines = custom_pipelines()
         # `@strict` calls these as well, whenever a configuration is saved, but wraps what they raise in an exception
         # that is no ValueError.
         self.validate_architecture()
@@ -110,7 +108,7 @@ class DifnetConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict:
         """With the pipeline that the checkpoint carries, so that `pipeline(.., trust_remote_code=True)` finds it."""
-        return {**super().to_dict(), "custom_pipelines": CUSTOM_PIPELINES}
+        return {**super().to_dict(), "custom_pipelines": custom_pipelines()}
 
     def validate_architecture(self):
         """Sizes that make a network."""
