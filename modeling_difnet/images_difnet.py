@@ -43,7 +43,7 @@ MOST_REDIRECTS = 5
 SMALLEST_USUAL_SIDE = 32
 LARGEST_USUAL_RATIO = 10
 
-STRIP_VALUES = 2**22  # values that are converted at once, so that large images need no second copy
+STRIP_VALUES = 2**20  # values that are converted at once, so that large images need no second copy
 
 
 class UnreadablePicture(ValueError):
@@ -436,7 +436,7 @@ def _decoded(response: http.client.HTTPResponse, largest: int) -> Iterator[bytes
         if max(received, decoded) > largest:
             raise too_large
         yield piece
-    if decoder is not None and not decoder.eof:
+    if response.length or (decoder is not None and not decoder.eof):
         raise UnreadablePicture("the server's answer ends too early")
 
 
