@@ -62,15 +62,15 @@ class Captioned(NamedTuple):
 
 
 class Item(NamedTuple):
-    """What is to be captioned; `features` reads or makes its features, and may raise anything."""
+    """What is to be captioned; `features` reads or makes its features, and may raise anything.
+
+    `path` is None for features, `name` is what messages call the item.
+    """
 
     image_id: int
     path: Path | None
+    name: object
     features: Callable[[], Mapping[str, Any]]
-
-    @property
-    def name(self) -> object:
-        return self.path if self.path is not None else f"image {self.image_id}"
 
 
 # Captions
@@ -112,7 +112,7 @@ def items_of_pictures(
 ) -> list[Item]:
     paths = find_pictures(arguments.pictures, leave_out=left_out.add)
     return [
-        Item(image_id, path, lambda path=path: features_of_picture(captioner, path))
+        Item(image_id, path, path, lambda path=path: features_of_picture(captioner, path))
         for image_id, path in zip(image_ids_of(paths), paths, strict=True)
     ]
 
@@ -144,7 +144,8 @@ def items_of_features(arguments: argparse.Namespace, left_out: LeftOut) -> list[
     items = []
     for image_id in sorted(places) if arguments.ids is None else dict.fromkeys(arguments.ids):
         if image_id in places:
-            items.append(Item(image_id, None, lambda image_id=image_id: features(image_id)))
+            name = f"{printable(places[image_id], 200)}: image {image_id}"
+            items.append(Item(image_id, None, name, lambda image_id=image_id: features(image_id)))
         else:
             left_out.add(f"image {image_id}", f"not in the features ({', '.join(map(printable, arguments.features))})")
     return items

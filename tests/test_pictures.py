@@ -153,6 +153,23 @@ def broken_files(folder: Path) -> dict[str, str]:
     }
 
 
+BROKEN = ("cut.jpg", "empty.jpg", "pipe.jpg", "text.jpg", "vector.jpg")
+
+
+def thirty_images(folder: Path) -> Path:
+    """25 small images and five that are broken, each in its own way."""
+    folder.mkdir()
+    for number in range(25):
+        noise(number).save(folder / f"image{number}.png")
+    jpeg = file_of(noise(), "JPEG")
+    (folder / "cut.jpg").write_bytes(jpeg[: len(jpeg) // 2])
+    (folder / "empty.jpg").touch()
+    os.mkfifo(folder / "pipe.jpg")
+    (folder / "text.jpg").write_text("no image at all")
+    (folder / "vector.jpg").write_bytes(file_of(Image.new("RGB", (4, 4)), "EPS"))
+    return folder
+
+
 def test_what_cannot_be_opened_is_named_in_one_line(tmp_path):
     for name, message in broken_files(tmp_path).items():
         with pytest.raises(UnreadablePicture, match=message) as caught:
