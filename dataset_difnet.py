@@ -470,11 +470,23 @@ class _Batches:
         return {"epoch": self.epoch, "next_batch": self._next_batch, "seed": self.seed, "items": self.num_items()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Let the next iteration go on where `state_dict` was taken; ValueError if seed or data are others."""
+        """Let the next iteration go on where `state_dict` was taken.
+
+        Raises:
+            ValueError: the seed or the data are others, or the numbers are none that `state_dict` gives.
+        """
+        fields = ("epoch", "next_batch", "seed", "items")
+        if not isinstance(state, Mapping) or any(type(state.get(name)) is not int for name in fields):
+            raise ValueError(f"the state of the batches is damaged: it needs the integers {', '.join(fields)}")
         if (state["seed"], state["items"]) != (self.seed, self.num_items()):
             raise ValueError(
                 f"the state was saved with seed {state['seed']} and {state['items']} items, this is seed {self.seed} "
                 f"and {self.num_items()} items; the order of the batches would not be the same"
+            )
+        if state["epoch"] < 0 or not 0 <= state["next_batch"] <= len(self):
+            raise ValueError(
+                f"the state says epoch {state['epoch']} and batch {state['next_batch']}; an epoch has {len(self)} "
+                "batches"
             )
         self.epoch, self._next_batch, self._resumed = state["epoch"], state["next_batch"], True
 

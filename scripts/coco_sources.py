@@ -916,7 +916,10 @@ def _open_hdf5(path: str) -> h5py.File:
     with requires("data"):
         import h5py
 
-    check_regular_file(path)
+    try:
+        check_regular_file(path)
+    except OSError as error:
+        raise PackingError(f"{printable(path)}: not a readable HDF5 file ({error.strerror})") from None
     try:
         return h5py.File(path, "r")
     except (OSError, ValueError, RuntimeError) as error:

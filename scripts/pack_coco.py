@@ -76,6 +76,7 @@ GRID_FITS = ("refuse", "pool", "cut")
 FITTED = ("padded", "pooled", "cut")
 LINES_OF_LEFT_OUT = 100
 ROWS_TO_TRY = 10
+LARGEST_GRID_SIZE = 255  # the number of cells is stored as uint16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -849,6 +850,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for name in ("num_proc", "shard_size", "grid_size", "grid_feature_size", "num_segmentation_classes"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    for name, largest in (("grid_size", LARGEST_GRID_SIZE), ("grid_feature_size", 2**20)):
+        if getattr(arguments, name) > largest:
+            parser.error(f"--{name.replace('_', '-')} must be at most {largest:,}")
     return arguments
 
 

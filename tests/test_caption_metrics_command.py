@@ -97,6 +97,53 @@ def test_mistakes_are_one_line_and_exit_code_2(predictions, references, message,
     assert not (tmp_path / "predictions.scores.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("predictions", "references", "message"),
+    [
+        ([{**ROW, "caption": ["a"] * 500}], REFERENCES, "is not a string but a list of 500 entries"),
+        ([{**ROW, "image_id": float("inf")}], REFERENCES, "image_id of entry 0 is no number and no name: Infinity"),
+        ([ROW, {**ROW, "image_id": "003"}], REFERENCES, "image 3 has two captions"),
+        ({"3": "a", "03": "b"}, REFERENCES, "image 3 has two captions"),
+        ({"\x1b[31m": "a"}, REFERENCES, "the first is image \\x1b[31m"),
+        ("[1" + "0" * 5000 + "]", REFERENCES, "predictions.json: not JSON"),
+        ({"3": "a"}, {"annotations": None}, '"annotations" is not a list'),
+        ({"3": "a"}, {"3": None}, "image 3 needs a list of captions, not null"),
+    ],
+)
+def test_wrong_types_are_one_short_line(predictions, references, message, tmp_path, capsys):
+    assert main(write(tmp_path, predictions, references)) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert len(error) < 500
+
+
+def test_files_of_other_tools(tmp_path):
+    """A byte order mark, ids as texts with zeros before them, line ends after captions."""
+    arguments = write(tmp_path, *FORMATS["COCO"])
+    assert main([*arguments, "--output", str(tmp_path / "expected.json")]) == 0
+    predictions = [{"image_id": f"{image:0>12}", "caption": f"{text}\r\n"} for image, text in PREDICTIONS.items()]
+    (tmp_path / "predictions.json").write_text(json.dumps(predictions), encoding="utf-8-sig")
+    assert main([*arguments, "--output", str(tmp_path / "scores.json")]) == 0
+    assert (tmp_path / "scores.json").read_bytes() == (tmp_path / "expected.json").read_bytes()
+
+
+def test_a_pipe_is_not_waited_for(tmp_path, capsys):
+    arguments = write(tmp_path, *FORMATS["COCO"])
+    (tmp_path / "predictions.json").unlink()
+    os.mkfifo(tmp_path / "predictions.json")
+    assert main(arguments) == 2
+    assert "predictions.json: not a regular file" in capsys.readouterr().err
+
+
+def test_an_error_that_nobody_foresaw_is_one_line(tmp_path, capsys):
+    arguments = [*write(tmp_path, *FORMATS["COCO"]), "--output", str(tmp_path / "a\0b")]
+    assert main(arguments) == 2
+    assert capsys.readouterr().err == "error: ValueError: embedded null byte (--debug shows where)\n"
+    assert main([*arguments, "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
 def test_files_that_cannot_be_read_or_written(tmp_path, capsys):
     arguments = write(tmp_path, *FORMATS["COCO"])
     assert main([*arguments, "--output", str(tmp_path / "no" / "scores.json")]) == 2

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
-from coco_sources import (  # noqa: E402
+from coco_sources import (
     BrokenImage,
     GridFiles,
     PackingError,
@@ -419,6 +419,13 @@ class TestHdf5:
         make(path)
         with pytest.raises(ValueError, match=str(path)):
             GridFiles((str(path),)).index()
+
+    def test_a_missing_package_is_named_with_its_extra(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(sys.modules, "h5py", None)
+        with pytest.raises(
+            ImportError, match=r"the package h5py is missing: pip install \"difnet-transformers\[data\]\""
+        ):
+            GridFiles((str(tmp_path / "grids.hdf5"),)).index()
 
     def test_a_damaged_tree(self, tmp_path):
         path = tmp_path / "grids.hdf5"

@@ -1,11 +1,13 @@
 """Batches of the packed dataset: the values of reading row by row, in an order that can be shared and resumed."""
 
+import json
+import shutil
 from itertools import chain
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, concatenate_datasets, load_from_disk
+from datasets import Dataset, DatasetDict, concatenate_datasets, load_from_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +19,11 @@ from dataset_difnet import (
     decode_segmentation,
     encode_segmentation,
     float16_bound,
+    load_packed_split,
     packed_features,
+    packed_splits,
+    split_fingerprint,
+    split_fingerprints,
     to_stored,
 )
 from processing_difnet import DifnetTokenizer
@@ -93,6 +99,23 @@ class TestSegmentationCodec:
         packed = [encode_segmentation(np.zeros(shape, np.float16)) for shape in ((5, 2, 2), (4, 2, 2))]
         with pytest.raises(ValueError, match="one shape and type"):
             decode_segmentation(packed)
+
+    @pytest.mark.parametrize(
+        "item",
+        [
+            None,
+            b"",
+            b"short",
+            np.array([5, 2, 2, 2, 20], "<u2").tobytes() + b"\0\0",
+            np.array([5, 2, 2, 2, 1], "<u2").tobytes(),
+            np.array([65535, 65535, 65535, 2], "<u2").tobytes(),
+            np.array([5, 2, 2, 8], "<u2").tobytes(),
+            np.array([0, 2, 2, 2], "<u2").tobytes(),
+        ],
+    )
+    def test_damaged_bytes_are_refused_before_anything_is_allocated(self, item):
+        with pytest.raises(ValueError, match="a packed segmentation is damaged"):
+            decode_segmentation([item])
 
 
 class TestFloat16:
@@ -258,7 +281,163 @@ class TestOrder:
         with pytest.raises(ValueError, match="seed 1 and 23 items, this is seed 2"):
             ReferenceBatches(packed, 4, seed=2).load_state_dict(state)
 
+    @pytest.mark.parametrize(
+        "change",
+        [{"epoch": -1}, {"epoch": "1"}, {"next_batch": -1}, {"next_batch": 99}, {"next_batch": None}, {"items": None}],
+    )
+    def test_a_state_of_impossible_numbers_is_refused(self, packed, change):
+        batches = ReferenceBatches(packed, 4, shuffle=True)
+        with pytest.raises(ValueError, match="state"):
+            batches.load_state_dict({**batches.state_dict(), **change})
+
+    def test_a_state_without_a_number_is_refused(self, packed):
+        with pytest.raises(ValueError, match="the state of the batches is damaged"):
+            ReferenceBatches(packed, 4).load_state_dict({"epoch": 0})
+
     @pytest.mark.parametrize("options", [{"batch_size": 0}, {"process_index": 2, "num_processes": 2}])
     def test_impossible_shares_are_refused(self, packed, options):
         with pytest.raises(ValueError, match="expected batch_size >= 1"):
             ReferenceBatches(packed, **options)
+
+
+@pytest.fixture
+def folder(packed, tmp_path):
+    """A packed folder with two splits, to be damaged."""
+    splits = {"train": packed.select(range(15)), "test": packed.select(range(15, IMAGES))}
+    DatasetDict(splits).save_to_disk(tmp_path / "packed")
+    return tmp_path / "packed"
+
+
+class TestOpening:
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            ("dataset_dict.json", b'{"splits": ["tr'),
+            ("dataset_dict.json", b"[]"),
+            ("dataset_dict.json", b'{"splits": [7]}'),
+            ("train/state.json", b""),
+            ("train/state.json", b"[" * 100_000),
+            ("train/state.json", b'{"_data_files": null}'),
+            ("train/state.json", b'{"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}'),
+            ("train/dataset_info.json", b"null"),
+            ("train/dataset_info.json", b'{"features": {"a": {"_type": "Video9"}}}'),
+            ("train/data-00000-of-00001.arrow", b""),
+            ("train/data-00000-of-00001.arrow", b"\xff" * 1000),
+        ],
+    )
+    def test_a_damaged_file_is_one_line_that_names_it(self, folder, name, content):
+        (folder / name).write_bytes(content)
+        with pytest.raises(ValueError, match=r"damaged|malformed|missing|nested") as error:
+            load_packed_split(folder, "train")
+        assert str((folder / name).parent) in str(error.value)
+        assert len(str(error.value)) < 600
+
+    def test_a_truncated_arrow_file(self, folder):
+        path = folder / "train" / "data-00000-of-00001.arrow"
+        path.write_bytes(path.read_bytes()[:-2000])
+        with pytest.raises(ValueError, match=r"data-00000-of-00001.arrow.*pack again"):
+            load_packed_split(folder, "train")
+        assert len(load_packed_split(folder, "test")) == IMAGES - 15, "the other split is whole"
+
+    def test_a_missing_arrow_file(self, folder):
+        (folder / "train" / "data-00000-of-00001.arrow").unlink()
+        with pytest.raises(ValueError, match=r"data-00000-of-00001\.arrow: missing, though state.json names it"):
+            load_packed_split(folder, "train")
+
+    def test_flipped_bits_never_end_python(self, folder):
+        """Offsets that lead out of their buffers would; every flip is refused or leaves something to read."""
+        path = folder / "train" / "data-00000-of-00001.arrow"
+        content = path.read_bytes()
+        rng = np.random.default_rng(0)
+        for position, bit in zip(rng.integers(0, len(content), 60), rng.integers(0, 8, 60), strict=True):
+            damaged = bytearray(content)
+            damaged[position] ^= 1 << int(bit)
+            path.write_bytes(damaged)
+            try:
+                dataset = load_packed_split(folder, "train")
+                PackedImages(dataset).read(range(len(dataset)))
+                dataset["captions"][:]
+            except ValueError:
+                continue
+
+    @pytest.mark.parametrize(
+        "name", ["../../elsewhere.arrow", "/etc/passwd", None, "..\\test\\data-00000-of-00001.arrow"]
+    )
+    def test_state_json_leads_nowhere_else(self, folder, name):
+        path = folder / "train" / "state.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "_data_files": [{"filename": name}]}))
+        with pytest.raises(ValueError, match=r"state\.json: "):
+            load_packed_split(folder, "train")
+
+    def test_no_split_leads_elsewhere(self, folder):
+        shutil.copytree(folder / "train", folder.parent / "train")
+        (folder / "dataset_dict.json").write_text('{"splits": ["../train"]}')
+        with pytest.raises(ValueError, match="leads out of"):
+            load_packed_split(folder, "../train")
+
+    def test_parquet_gets_its_own_advice(self, tmp_path):
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data" / "train-00000-of-00001.parquet").write_bytes(b"PAR1")
+        with pytest.raises(ValueError, match=r"packed as Parquet.* pack without --parquet, or convert it"):
+            load_packed_split(tmp_path, "train")
+
+    def test_names_of_splits(self, folder, tmp_path):
+        assert packed_splits(folder) == ["train", "test"]
+        with pytest.raises(ValueError, match="has no split 'validation', it has train, test"):
+            load_packed_split(folder, "validation")
+        with pytest.raises(ValueError, match=r"is not a packed dataset: scripts/pack_coco\.py makes one"):
+            packed_splits(tmp_path)
+
+    def test_a_number_of_cells_that_cannot_be(self, packed):
+        wrong = packed.map(lambda row: {"grid_cells": 9 if row["image_id"] == 103 else 4}, features=packed.features)
+        with pytest.raises(ValueError, match="image 103: grid_cells is 9, the grid has 4 cells"):
+            PackedImages(wrong)
+
+    def test_positions_out_of_range_name_the_image(self, packed):
+        damaged = np.array([5, 2, 2, 2, 20], "<u2").tobytes() + b"\0\0"
+
+        def damage(row):
+            return {"segmentation_features": damaged if row["image_id"] == 103 else row["segmentation_features"]}
+
+        images = PackedImages(packed.map(damage, features=packed.features))
+        with pytest.raises(ValueError, match="image 103: a packed segmentation is damaged"):
+            images.read([1, 2, 3])
+
+
+class TestFingerprints:
+    @pytest.fixture
+    def whole(self, folder):
+        return split_fingerprints(folder)
+
+    def test_counts(self, whole):
+        counts = sum(len(captions(image)) for image in range(15))
+        assert (whole["train"]["images"], whole["train"]["captions"]) == (15, counts)
+        assert list(whole) == ["train", "test"]
+
+    def test_the_place_and_the_shards_do_not_matter(self, folder, whole):
+        moved = folder.rename(folder.with_name("moved"))
+        assert split_fingerprints(moved) == whole
+        splits = load_from_disk(moved)
+        assert split_fingerprints(splits) == whole
+        splits.save_to_disk(folder, num_shards={"train": 3, "test": 2})
+        assert split_fingerprints(folder) == whole
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"captions": ["word1"]},
+            {"captions": []},
+            {"grid_features": np.zeros((4, 6), np.float16).tolist()},
+            {"segmentation_features": encode_segmentation(np.zeros((5, 2, 2), np.float16))},
+            {"image_id": 99},
+            {"grid_cells": 3},
+        ],
+    )
+    def test_one_changed_value_is_seen(self, packed, change):
+        other = packed.map(lambda row: change if row["image_id"] == 110 else {}, features=packed.features)
+        assert split_fingerprint(other)["sha256"] != split_fingerprint(packed)["sha256"]
+
+    def test_order_and_number_of_images_are_seen(self, packed):
+        rows = list(range(IMAGES))
+        for other in (rows[:-1], [1, 0, *rows[2:]]):
+            assert split_fingerprint(packed.select(other))["sha256"] != split_fingerprint(packed)["sha256"]

@@ -556,7 +556,9 @@ class TestMistakes:
         assert pack_coco.main(arguments) == pack_coco.main(arguments) == 0
         assert "is complete already" in capsys.readouterr().out
 
-    @pytest.mark.parametrize("option", [["--num-proc", "0"], ["--shard-size", "0"], ["--dtype", "int8"]])
+    @pytest.mark.parametrize(
+        "option", [["--num-proc", "0"], ["--shard-size", "0"], ["--dtype", "int8"], ["--grid-size", "256"]]
+    )
     def test_wrong_options(self, small, tmp_path, capsys, option):
         with pytest.raises(SystemExit) as stopped:
             pack_coco.main([*small, "--output", str(tmp_path / "packed"), *option])
@@ -589,3 +591,199 @@ def test_pooling_is_torchs(shape):
     feature_map = grid(1, shape)
     expected = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(feature_map), 7).flatten(1).T
     np.testing.assert_allclose(average_pool(feature_map, 7), expected, atol=1e-6)
+
+
+class TestGridSizes:
+    """Grids that do not fit: refused with the remedy, or what was chosen, on the record."""
+
+    @pytest.fixture
+    def grids_of(self, tmp_path):
+        def write(side: int, suffix: str = "grids") -> list[str]:
+            corpus = Corpus(tmp_path, 12)
+            arguments = corpus.arguments("karpathy", segmentation="none")
+            with h5py.File(tmp_path / "grids.hdf5", "w") as file:
+                for index in corpus.ids:
+                    file[f"{index}_{suffix}"] = grid(index, (side**2, WIDTH))
+            return [*arguments, "--output", str(tmp_path / "packed")]
+
+        return write
+
+    @pytest.mark.parametrize("side", [8, 10, 12])
+    def test_a_larger_grid_is_refused_before_anything_is_written(self, grids_of, tmp_path, capsys, side):
+        assert pack_coco.main(grids_of(side)) == 2
+        error = capsys.readouterr().err
+        assert f"grids.hdf5: image 1: a grid of {side} x {side} cells where 7 x 7 are asked for" in error
+        assert f"--grid-size {side}" in error
+        assert not list(tmp_path.glob("packed*"))
+
+    @pytest.mark.parametrize(
+        ("options", "counted", "cells"),
+        [
+            (["--grid-size", "12"], {"padded": 0, "pooled": 0, "cut": 0}, 144),
+            (["--pool"], {"padded": 0, "pooled": 12, "cut": 0}, 49),
+            (["--cut"], {"padded": 0, "pooled": 0, "cut": 12}, 49),
+            (["--grid-size", "13"], {"padded": 12, "pooled": 0, "cut": 0}, 144),
+        ],
+    )
+    def test_the_choice_is_on_the_record(self, grids_of, tmp_path, capsys, options, counted, cells):
+        arguments = [*grids_of(12), *options, "--dtype", "float32"]
+        assert pack_coco.main(arguments) == 0
+        provenance = json.loads((tmp_path / "packed" / "provenance.json").read_text())
+        assert provenance["grids_of_another_size"] == counted
+        assert set(options) <= set(provenance["command"].split())
+        row = load_from_disk(tmp_path / "packed")["train"].with_format("numpy")[0]
+        source = grid(1, (144, WIDTH))
+        if options == ["--pool"]:
+            source = average_pool(source.T.reshape(WIDTH, 12, 12), 7)
+        np.testing.assert_array_equal(row["grid_features"][:cells], source[:cells])
+        assert row["grid_cells"] == cells
+        said = capsys.readouterr().out
+        assert ("12 grids" in said) == any(counted.values())
+        assert pack_coco.main([*arguments, "--verify"]) == 0
+
+    def test_pooling_and_cutting_exclude_each_other(self, grids_of, capsys):
+        with pytest.raises(SystemExit) as stopped:
+            pack_coco.main([*grids_of(12), "--pool", "--cut"])
+        assert stopped.value.code == 2
+
+    def test_one_larger_grid_among_others_is_left_out(self, grids_of, tmp_path, capsys):
+        arguments = [*grids_of(7), "--skip-missing"]
+        with h5py.File(tmp_path / "grids.hdf5", "a") as file:
+            del file["5_grids"]
+            file["5_grids"] = grid(5, (64, WIDTH))
+        assert pack_coco.main(arguments) == 0
+        assert "a grid of 8 x 8 cells" in capsys.readouterr().out
+
+    def test_regions_of_a_detector_are_refused(self, grids_of, tmp_path, capsys):
+        arguments = grids_of(7, "features")
+        with h5py.File(tmp_path / "grids.hdf5", "a") as file:
+            file["1_boxes"] = np.zeros((49, 4))
+        assert pack_coco.main([*arguments, "--skip-missing"]) == 2
+        assert re.search(r"region features of a detector \(\d+_features beside 1_boxes\)", capsys.readouterr().err)
+
+
+class TestFiveBrokenOfThirty:
+    @pytest.fixture
+    def arguments(self, tmp_path):
+        corpus = Corpus(tmp_path, 30)
+        arguments = corpus.arguments("plain")
+        with h5py.File(tmp_path / "grids.hdf5", "a") as file:
+            for index in (6, 7):
+                del file[f"{index}_features"]
+            file.create_group("6_features")
+            file["7_features"] = np.full((49, WIDTH), np.nan, np.float32)
+        (tmp_path / "segmentations" / "train2014" / "8.npy").write_bytes(b"PK\x03\x04")
+        path = tmp_path / "annotations" / "captions_train2017.json"
+        content = json.loads(path.read_text())
+        for entry in content["images"]:
+            if entry["id"] == 12:
+                entry["file_name"] = None
+        for entry in content["annotations"]:
+            if entry["image_id"] == 13:
+                entry["caption"] = None
+        path.write_text(json.dumps(content))
+        return [*arguments, "--output", str(tmp_path / "packed")]
+
+    def test_without_skip_missing_all_are_named(self, arguments, tmp_path, capsys):
+        assert pack_coco.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert "image 12" in error
+        assert "image 13" in error, "annotations first, because features are looked for by them"
+        assert not (tmp_path / "packed").exists()
+
+    @pytest.mark.parametrize(("options", "exit_code"), [([], 0), (["--strict"], 2)])
+    def test_25_are_packed_and_5_named(self, arguments, tmp_path, capsys, options, exit_code):
+        assert pack_coco.main([*arguments, "--skip-missing", *options]) == exit_code
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out: ")]
+        assert [line.rpartition("image ")[2] for line in sorted(lines)] == ["12", "13", "6", "7", "8"]
+        assert all(str(tmp_path) in line for line in lines)
+        packed = load_from_disk(tmp_path / "packed")
+        assert sum(map(len, packed.values())) == 25
+
+    def test_nothing_left_is_an_error(self, tmp_path, capsys):
+        corpus = Corpus(tmp_path, 6)
+        arguments = [*corpus.arguments("karpathy", segmentation="none"), "--output", str(tmp_path / "packed")]
+        with h5py.File(tmp_path / "grids.hdf5", "w") as file:
+            for index in corpus.ids:
+                file[f"{index}_grids"] = np.full((49, WIDTH), np.nan, np.float32)
+        assert pack_coco.main([*arguments, "--skip-missing"]) == 2
+        assert "NaN or infinity among the values: image 1, 2, 3, 4, 5, 6" in capsys.readouterr().err
+        assert not list(tmp_path.glob("packed*"))
+
+
+def test_swapped_files_of_equal_size_and_time_are_packed_anew(tmp_path):
+    """Copying tools preserve times; which file a name leads to and when it was last touched they cannot."""
+    corpus = Corpus(tmp_path, 12)
+    arguments = corpus.arguments("karpathy")
+    recipe = pack_coco.Recipe((arguments[1],), arguments[3], arguments[5], grid_feature_size=WIDTH)
+    first, second = (tmp_path / "segmentations" / "train2014" / f"{index}.npy" for index in (7, 8))
+    os.utime(first, ns=(0, 0))
+    os.utime(second, ns=(0, 0))
+    before = pack_coco.identity_of(recipe, pack_coco.make_plan(recipe), False, 1000), pack_coco.states_of(recipe)
+    aside = first.with_name("aside")
+    first.rename(aside)
+    second.rename(first)
+    aside.rename(second)
+    after = pack_coco.identity_of(recipe, pack_coco.make_plan(recipe), False, 1000), pack_coco.states_of(recipe)
+    assert before[0] == after[0]
+    assert before[1] != after[1]
+
+
+def test_a_folder_of_the_first_version(small, tmp_path, capsys):
+    """It has the same identity, and is verified as it was packed."""
+    packed = tmp_path / "packed"
+    arguments = [*small, "--output", str(packed)]
+    assert pack_coco.main(arguments) == 0
+    provenance = json.loads((packed / "provenance.json").read_text())
+    for name in ("grid_fit", "grids_of_another_size"):
+        del provenance[name]
+    (packed / "provenance.json").write_text(json.dumps(provenance))
+    assert pack_coco.main([*arguments, "--verify"]) == 0
+    assert pack_coco.main(arguments) == 0
+    assert "is complete already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shards": {"../../../etc/passwd": {"sha256": "0"}}},
+        {"shards": None},
+        {"dtype": "int8"},
+        {"grid_size": "7"},
+        {"left_out": [1]},
+        {"splits": []},
+    ],
+)
+def test_a_provenance_of_wrong_types(small, tmp_path, capsys, change):
+    packed = tmp_path / "packed"
+    arguments = [*small, "--output", str(packed)]
+    assert pack_coco.main(arguments) == 0
+    path = packed / "provenance.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    assert pack_coco.main([*arguments, "--verify"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert str(packed) in line or "etc/passwd" in line
+    assert "--debug" not in line
+
+
+def test_a_report_that_was_not_written_to_its_end_is_not_believed(tmp_path):
+    (tmp_path / "report.json").write_text('{"rows": 3, "bytes"')
+    assert pack_coco._finished_report(tmp_path / "report.json") is None
+
+
+def test_parquet_is_opened_by_load_dataset(small, tmp_path, capsys):
+    assert pack_coco.main([*small, "--output", str(tmp_path / "packed"), "--parquet"]) == 0
+    said = capsys.readouterr().out
+    assert "datasets.load_dataset(" in said
+    assert "load_from_disk" not in said
+
+
+def test_many_ids_stay_within_lines_of_bounded_length(tmp_path, capsys):
+    corpus = Corpus(tmp_path, 1000)
+    arguments = corpus.arguments("karpathy", segmentation="none")
+    with h5py.File(tmp_path / "grids.hdf5", "w") as file:
+        file["1_grids"] = grid(1)
+    assert pack_coco.main([*arguments, "--output", str(tmp_path / "packed")]) == 2
+    error = capsys.readouterr().err
+    assert all(f" {index}" in error for index in corpus.ids if index > 1)
+    assert max(map(len, error.splitlines())) < 2000
