@@ -43,6 +43,7 @@ MOST_REDIRECTS = 5
 SMALLEST_USUAL_SIDE = 32
 LARGEST_USUAL_RATIO = 10
 
+ORIENTATION_TAG = 0x0112  # of EXIF
 STRIP_VALUES = 2**20  # values that are converted at once, so that large images need no second copy
 
 
@@ -170,7 +171,8 @@ def one_line(value: object, limit: int = 200) -> str:
 def as_seen(picture: Image.Image, apply_orientation: bool = True) -> Image.Image:
     """An open Pillow image as 8-bit RGB; see `open_picture`."""
     picture.load()
-    if apply_orientation:
+    # Without an orientation to apply, `exif_transpose` would copy the image.
+    if apply_orientation and picture.getexif().get(ORIENTATION_TAG, 1) != 1:
         picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I;16"):
         return _grey_of(picture, lambda values: (values.astype(np.uint32) + 128) // 257)
