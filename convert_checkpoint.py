@@ -435,7 +435,8 @@ def default_generation_config(config: DifnetConfig) -> GenerationConfig:
     """As in the original's evaluation: five beams, 20 tokens, hypotheses ranked by their log-probability."""
     return GenerationConfig(
         num_beams=5,
-        max_new_tokens=min(20, config.max_position_embeddings),
+        # With `<bos>`. A stored `max_new_tokens` would win over the `max_length` of a caller.
+        max_length=1 + min(20, config.max_position_embeddings),
         length_penalty=0.0,
         early_stopping="never",
         bos_token_id=config.bos_token_id,
@@ -489,7 +490,7 @@ def convert(
             DifnetFeatureExtractor(
                 grid_feature_size=config.grid_feature_size, num_segmentation_classes=config.num_segmentation_classes
             ),
-            DifnetTokenizer(vocab=tokens),
+            DifnetTokenizer(vocab=tokens, model_max_length=config.max_position_embeddings),
         )
 
     model = conversion.model()

@@ -5,6 +5,7 @@ Corresponds to `data/field.py` of the original (mrwu-mac/DIFNet, CVPR 2022): `Te
 
 * The original replaces a missing image by random numbers and takes features of any width; here wrong shapes, NaN and
   differing numbers of images raise, naming the image.
+* The original cuts a grid with too many cells to its top rows; here it raises, unless `cut_large_grids=True`.
 * Cells that pad a small grid are masked (`grid_attention_mask`). The original attends to them, and so does
   `mask_padded_cells=False`.
 * The vocabulary is a JSON list in the order of the ids instead of a pickle.
@@ -16,8 +17,10 @@ All three classes are in one file because a checkpoint that brings its own code 
 import functools
 import itertools
 import json
+import math
 import os
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -30,6 +33,14 @@ from transformers.tokenization_python import PythonBackend
 
 IGNORED_LABEL = -100
 
+# Longest sequence of the published checkpoint's decoder, `<bos>` or `<eos>` included.
+MODEL_MAX_LENGTH = 54
+
+IMAGES_ARE_ELSEWHERE = (
+    'this processor takes features, not images: `pipeline("image-captioning", model=.., grid_backbone=..)` captions '
+    "images, and scripts/extract_features.py makes features of them"
+)
+
 PUNCTUATION = frozenset(
     ["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"]
 )
@@ -41,6 +52,16 @@ CLITICS = frozenset(["n't", "'s", "'m", "'re", "'ve", "'ll", "'d"])
 CLOSING = CLITICS | {".", ",", "?", "!", ":", ";", "..", "...", "%", ")", "]", "}", "/"}
 OPENING = frozenset(["(", "[", "{", "$", "#", "/"])
 SPLIT_WORDS = frozenset([("can", "not"), ("gon", "na"), ("got", "ta")])
+
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 60
+_short.maxlevel = 2
+
+
+def _brief(value: Any) -> str:
+    """A value as an error shows it: its beginning and its end, on one line, however large it is."""
+    return " ".join(_short.repr(value).split())
 
 
 @functools.cache
@@ -67,12 +88,15 @@ class DifnetTokenizer(PythonBackend):
 
     Args:
         vocab: `{token: id}`, or the tokens in the order of their ids. Ids are 0 .. n-1 without gaps.
-        vocab_file: path of a JSON file that holds the one or the other. Exactly one of the two is given.
+        vocab_file: path of a JSON file that holds the one or the other, or one of them as `itos` or `stoi` of an
+            object. Exactly one of `vocab` and `vocab_file` is given.
         unk_token, pad_token, bos_token, eos_token: the special tokens; their ids come from the vocabulary (0, 1, 2, 3
             in the published one). A token under another name than the default is added to a vocabulary that lacks it.
         split_special_tokens: whether `<pad>` in a text is three ordinary words, as in the original (default), or the
             special token, as in most tokenizers of the library. Tokens that were added later are found in both cases.
         clean_up_tokenization_spaces: default of the argument of `decode`.
+        model_max_length: tokens that the model's position table has rows for (`max_position_embeddings`); 54 in the
+            published one. It is where `truncation=True` cuts by default.
 
     Raises:
         ValueError: the vocabulary has gaps, duplicates, anything but strings and integers, or lacks a special token;
@@ -92,6 +116,7 @@ class DifnetTokenizer(PythonBackend):
         eos_token: str = "<eos>",
         split_special_tokens: bool = True,
         clean_up_tokenization_spaces: bool = True,
+        model_max_length: int = MODEL_MAX_LENGTH,
         **kwargs,
     ):
         if vocab is None and vocab_file is None and kwargs.get("name_or_path"):
@@ -120,6 +145,8 @@ class DifnetTokenizer(PythonBackend):
             **given,
             split_special_tokens=split_special_tokens,
             clean_up_tokenization_spaces=clean_up_tokenization_spaces,
+            # Older checkpoints store the library's number for "not known".
+            model_max_length=MODEL_MAX_LENGTH if model_max_length > 10**20 else model_max_length,
             special_tokens_pattern="bos_eos",
             **kwargs,
         )
@@ -222,7 +249,7 @@ class DifnetTokenizer(PythonBackend):
         encoded = []
         for position, caption in enumerate(captions):
             if not isinstance(caption, str):
-                raise ValueError(f"Caption {position} is {type(caption).__name__}, not a string: {caption!r}")
+                raise ValueError(f"Caption {position} is {type(caption).__name__}, not a string: {_brief(caption)}")
             encoded.append([token_to_id.get(word, unknown) for word in words_of(caption)])
         return encoded
 
@@ -233,7 +260,9 @@ class DifnetTokenizer(PythonBackend):
             remedy = "is it of another vocabulary?"
             if index == IGNORED_LABEL:
                 remedy = "replace it by pad_token_id before decoding labels."
-            raise ValueError(f"The id {index} is not in the vocabulary, which holds 0 .. {len(self) - 1}: {remedy}")
+            raise ValueError(
+                f"The id {_brief(index)} is not in the vocabulary, which holds 0 .. {len(self) - 1}: {remedy}"
+            )
         return self._id_to_token[index]
 
     def clean_up_tokenization(self, text: str) -> str:
@@ -290,11 +319,13 @@ class DifnetTokenizer(PythonBackend):
 
 
 def _read_json(path: str | os.PathLike) -> Any:
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path} is no regular file; a vocabulary is a JSON file.")
     with open(path, "rb") as file:
         content = file.read()
     try:
         return json.loads(content)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} is not JSON ({error}). A vocabulary is a JSON list of tokens in the order of their ids; "
             "convert_checkpoint.py writes it from the original's vocab.pkl."
@@ -303,6 +334,9 @@ def _read_json(path: str | os.PathLike) -> Any:
 
 def _ordered_tokens(vocab: Mapping[str, int] | Sequence[str], source: str) -> list[str]:
     """Tokens in the order of their ids; ValueError where ids or tokens are not one to one."""
+    if isinstance(vocab, Mapping):
+        # Vocabularies of torchtext, written out as an object: a list of tokens, and the same the other way round.
+        vocab = next((vocab[name] for name in ("itos", "stoi") if isinstance(vocab.get(name), (list, Mapping))), vocab)
     if isinstance(vocab, Mapping):
         pairs = list(vocab.items())
     elif isinstance(vocab, (list, tuple)):
@@ -316,30 +350,36 @@ def _ordered_tokens(vocab: Mapping[str, int] | Sequence[str], source: str) -> li
     seen: dict[str, int] = {}
     for token, index in pairs:
         if not isinstance(token, str):
-            raise ValueError(f"{source}: the token with id {index!r} is {token!r}, not a string; put it in quotes.")
+            raise ValueError(
+                f"{source}: the token with id {_brief(index)} is {_brief(token)}, not a string; put it in quotes."
+            )
+        if not token.isprintable() and any("\ud800" <= character <= "\udfff" for character in token):
+            raise ValueError(f"{source}: the token {_brief(token)} holds half a character (a surrogate); remove it.")
         if isinstance(index, bool) or not isinstance(index, (int, np.integer)):
-            raise ValueError(f"{source}: the id of {token!r} is {index!r}, not an integer.")
+            raise ValueError(f"{source}: the id of {_brief(token)} is {_brief(index)}, not an integer.")
         if index in token_of:
-            raise ValueError(f"{source}: {token_of[index]!r} and {token!r} both have the id {index}; renumber one.")
+            both = f"{_brief(token_of[index])} and {_brief(token)}"
+            raise ValueError(f"{source}: {both} both have the id {_brief(index)}; renumber one.")
         if token in seen:
-            raise ValueError(f"{source}: {token!r} stands at {seen[token]} and at {index}; remove one of the two.")
+            raise ValueError(
+                f"{source}: {_brief(token)} stands at {seen[token]} and at {index}; remove one of the two."
+            )
         token_of[int(index)] = token
         seen[token] = int(index)
     for index in range(len(pairs)):
         if index not in token_of:
-            strays = sorted(set(token_of) - set(range(len(pairs))))
+            stray = min(set(token_of) - set(range(len(pairs))))
             raise ValueError(
                 f"{source}: {len(pairs)} tokens need the ids 0 .. {len(pairs) - 1}, but {index} is missing and "
-                f"{token_of[strays[0]]!r} has {strays[0]}; renumber the tokens without gaps."
+                f"{_brief(token_of[stray])} has {_brief(stray)}; renumber the tokens without gaps."
             )
     return [token_of[index] for index in range(len(pairs))]
 
 
 class DifnetFeatureExtractor(FeatureExtractionMixin):
-    """Precomputed features of pictures to the inputs of the model, checked and brought to one size.
+    """Precomputed features of images to the inputs of the model, checked and brought to one size.
 
-    Grids with fewer than `grid_size**2` cells get rows of zeros at the end and larger ones are cut, as in the
-    original.
+    Grids are square. Those with fewer than `grid_size**2` cells get rows of zeros at the end, as in the original.
 
     Args:
         grid_size: cells along one side of the grid (default 7, so 49 cells).
@@ -347,6 +387,8 @@ class DifnetFeatureExtractor(FeatureExtractionMixin):
         num_segmentation_classes: classes of the segmentation feature (default 133).
         mask_padded_cells: whether a batch in which a grid was padded gets a `grid_attention_mask` (default). The
             original attends to padded cells: False.
+        cut_large_grids: whether a grid with more than `grid_size**2` cells is cut to its first ones, which are the top
+            rows of the image, as in the original. By default it raises.
     """
 
     model_input_names = ["grid_features", "segmentation_features", "grid_attention_mask"]
@@ -357,6 +399,7 @@ class DifnetFeatureExtractor(FeatureExtractionMixin):
         grid_feature_size: int = 2048,
         num_segmentation_classes: int = 133,
         mask_padded_cells: bool = True,
+        cut_large_grids: bool = False,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -366,13 +409,22 @@ class DifnetFeatureExtractor(FeatureExtractionMixin):
             ("num_segmentation_classes", num_segmentation_classes),
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, not {value!r}.")
+                raise ValueError(f"{name} must be a positive integer, not {_brief(value)}.")
         self.grid_size = grid_size
         self.grid_feature_size = grid_feature_size
         self.num_segmentation_classes = num_segmentation_classes
         self.mask_padded_cells = mask_padded_cells
+        self.cut_large_grids = cut_large_grids
 
-    def __call__(self, grid_features, segmentation_features=None, return_tensors: str | None = None) -> BatchFeature:
+    def __call__(
+        self,
+        grid_features,
+        segmentation_features=None,
+        return_tensors: str | None = None,
+        image_ids: Sequence | None = None,
+        return_grid_attention_mask: bool | None = None,
+        cut_large_grids: bool | None = None,
+    ) -> BatchFeature:
         """One batch of inputs.
 
         Args:
@@ -381,6 +433,10 @@ class DifnetFeatureExtractor(FeatureExtractionMixin):
             segmentation_features: one image (num_segmentation_classes, grid_size, grid_size), several, or None for the
                 paper's baseline.
             return_tensors: `"pt"` for torch; NumPy arrays by default.
+            image_ids: what errors call the images besides their number, one for each.
+            return_grid_attention_mask: True: always, so that batches of one image can be put together; False: never;
+                by default where a grid was padded.
+            cut_large_grids: in place of the setting of this name.
 
         Returns:
             `grid_features` (B, grid_size**2, grid_feature_size) and `segmentation_features` (B,
@@ -388,25 +444,33 @@ class DifnetFeatureExtractor(FeatureExtractionMixin):
             `mask_padded_cells`, `grid_attention_mask` (B, grid_size**2) int64: 1 for a real cell, 0 for a padded one.
 
         Raises:
-            ValueError: a wrong shape, width, number of classes or type, NaN or infinity (named with the index of the
-                image), no image at all, or differing numbers of images in the two inputs.
+            ValueError: a wrong shape, width, number of cells, number of classes or type, NaN or infinity (named with
+                the index and id of the image), no image at all, or differing numbers of images in the inputs.
         """
         expected = f"(cells, {self.grid_feature_size})"
-        grids = _as_images(grid_features, 2, "grid_features", expected)
+        grids = _as_images(grid_features, 2, "grid_features", expected, image_ids)
+        if image_ids is not None and len(image_ids) != len(grids):
+            raise ValueError(f"{len(image_ids)} image_ids for {len(grids)} images: give one for each image.")
+        cut = self.cut_large_grids if cut_large_grids is None else cut_large_grids
         cells = self.grid_size**2
         grid_batch = np.zeros((len(grids), cells, self.grid_feature_size), dtype=np.float32)
         mask = np.zeros((len(grids), cells), dtype=np.int64)
         for index, grid in enumerate(grids):
+            where = f"grid_features of {_image(index, image_ids)}"
             if grid.ndim != 2 or grid.shape[1] != self.grid_feature_size or grid.shape[0] == 0:
-                raise ValueError(f"grid_features of image {index}: expected {expected}, got {grid.shape}.")
+                is_map = grid.ndim == 3 and grid.shape[2] == self.grid_feature_size
+                remedy = f" Put its rows one after another: `reshape(-1, {grid.shape[2]})`." if is_map else ""
+                raise ValueError(f"{where}: expected {expected}, got {grid.shape}.{remedy}")
+            if len(grid) > cells and not cut:
+                raise ValueError(f"{where}: {self._too_large(len(grid))}")
             kept = min(len(grid), cells)
-            _copy_finite(grid[:kept], grid_batch[index, :kept], "grid_features", index)
+            _copy_finite(grid[:kept], grid_batch[index, :kept], where)
             mask[index, :kept] = 1
         data = {"grid_features": grid_batch}
 
         if segmentation_features is not None:
             shape = (self.num_segmentation_classes, self.grid_size, self.grid_size)
-            maps = _as_images(segmentation_features, 3, "segmentation_features", str(shape))
+            maps = _as_images(segmentation_features, 3, "segmentation_features", str(shape), image_ids)
             if len(maps) != len(grids):
                 raise ValueError(
                     f"grid_features holds {len(grids)} images and segmentation_features {len(maps)}; "
@@ -414,22 +478,46 @@ class DifnetFeatureExtractor(FeatureExtractionMixin):
                 )
             map_batch = np.empty((len(maps), *shape), dtype=np.float32)
             for index, segmentation in enumerate(maps):
+                where = f"segmentation_features of {_image(index, image_ids)}"
                 if segmentation.shape != shape:
-                    raise ValueError(
-                        f"segmentation_features of image {index}: expected {shape}, got {segmentation.shape}."
-                    )
-                _copy_finite(segmentation, map_batch[index], "segmentation_features", index)
+                    is_other_grid = segmentation.ndim == 3 and segmentation.shape[0] == shape[0]
+                    size = f"{self.grid_size} x {self.grid_size}"
+                    remedy = f" Grids are square here, and of {size} cells: average them to that." * is_other_grid
+                    raise ValueError(f"{where}: expected {shape}, got {segmentation.shape}.{remedy}")
+                _copy_finite(segmentation, map_batch[index], where)
             data["segmentation_features"] = map_batch
 
-        if self.mask_padded_cells and not mask.all():
+        if return_grid_attention_mask and not self.mask_padded_cells:
+            mask[:] = 1
+        if return_grid_attention_mask is None:
+            return_grid_attention_mask = self.mask_padded_cells and not mask.all()
+        if return_grid_attention_mask:
             data["grid_attention_mask"] = mask
         return BatchFeature(data, tensor_type=return_tensors)
 
+    def _too_large(self, cells: int) -> str:
+        side = math.isqrt(cells)
+        other = f"load a checkpoint made with grid_size {side}" if side**2 == cells else "use another checkpoint"
+        size = f"{self.grid_size} x {self.grid_size}"
+        return (
+            f"{cells} cells, but the grid of this processor is {size}. Average them to {size}, {other}, or pass "
+            f"cut_large_grids=True to keep the first {self.grid_size**2}, the top of the image, as the original does."
+        )
 
-def _as_images(value, image_ndim: int, name: str, expected: str) -> list[np.ndarray]:
+
+def _image(index: int, image_ids: Sequence | None) -> str:
+    """What errors call an image."""
+    if image_ids is None or index >= len(image_ids):
+        return f"image {index}"
+    return f"image {index} (id {_brief(image_ids[index])})"
+
+
+def _as_images(
+    value, image_ndim: int, name: str, expected: str, image_ids: Sequence | None = None
+) -> list[np.ndarray]:
     """The images in `value`: one array of `image_ndim` dimensions, a batch with one dimension more, or a list."""
     if isinstance(value, (list, tuple)):
-        images = [_as_array(element, f"{name} of image {index}") for index, element in enumerate(value)]
+        images = [_as_array(element, f"{name} of {_image(index, image_ids)}") for index, element in enumerate(value)]
         if images and all(image.ndim == image_ndim - 1 for image in images):
             images = [_as_array(value, name)]
     else:
@@ -445,25 +533,50 @@ def _as_images(value, image_ndim: int, name: str, expected: str) -> list[np.ndar
 
 
 def _as_array(value, name: str) -> np.ndarray:
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu()
-        # NumPy has no bfloat16 and no 8-bit floating point types.
-        value = value.float().numpy() if value.is_floating_point() and value.dtype != torch.float64 else value.numpy()
+    if isinstance(value, (str, bytes, os.PathLike)) or hasattr(value, "getbands"):
+        raise ValueError(f"{name}: expected numbers, got {type(value).__name__}; {IMAGES_ARE_ELSEWHERE}.")
     try:
+        if isinstance(value, torch.Tensor):
+            value = value.detach().cpu()
+            # NumPy has no bfloat16 and no 8-bit floating point types.
+            value = value.float() if value.is_floating_point() and value.dtype != torch.float64 else value
+            value = value.numpy()
         array = np.asarray(value)
+    except (NotImplementedError, RuntimeError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{name}: {type(value).__name__} makes no array ({reason}).") from None
     except ValueError as error:
         raise ValueError(f"{name}: lists of differing lengths do not make an array ({error}).") from None
     if array.dtype.kind not in "fiub":
-        raise ValueError(f"{name}: expected numbers, got {type(value).__name__} of type {array.dtype}.")
+        raise ValueError(f"{name}: expected numbers, got {type(value).__name__} of type {_brief(array.dtype)}.")
     return array
 
 
-def _copy_finite(source: np.ndarray, target: np.ndarray, name: str, index: int) -> None:
+def _copy_finite(source: np.ndarray, target: np.ndarray, name: str) -> None:
     with np.errstate(over="ignore"):
         target[...] = source
     if not np.isfinite(target).all():
         where = tuple(int(axis[0]) for axis in np.nonzero(~np.isfinite(target)))
-        raise ValueError(f"{name} of image {index}: expected finite numbers, got {source[where]} at {where}.")
+        raise ValueError(f"{name}: expected finite numbers, got {source[where]} at {where}.")
+
+
+def _as_captions(text: str | Sequence[str], name: str, images: int | None) -> list[str]:
+    """The captions in `text`, one for each image."""
+    if not isinstance(text, Iterable) or isinstance(text, (bytes, Mapping)):
+        raise ValueError(f"{name}= is a string or a list of strings, not {type(text).__name__}.")
+    captions = [text] if isinstance(text, str) else list(text)
+    for position, caption in enumerate(captions):
+        if not isinstance(caption, str):
+            kind = type(caption).__name__
+            raise ValueError(f"{name}=: caption {position} is {kind}, not a string: {_brief(caption)}")
+    if not captions:
+        raise ValueError(f"{name}= holds no caption.")
+    if images is not None and len(captions) != images:
+        raise ValueError(
+            f"{len(captions)} captions for {images} images: give one caption for each image, "
+            "and the features of an image once for each of its captions."
+        )
+    return captions
 
 
 class DifnetProcessorKwargs(ProcessingKwargs, total=False):
@@ -494,49 +607,73 @@ class DifnetProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        return [*self.feature_extractor.model_input_names, "labels"]
+        return [*self.feature_extractor.model_input_names, "labels", "decoder_input_ids", "decoder_attention_mask"]
 
     def __call__(
         self,
         grid_features=None,
         segmentation_features=None,
         text: str | Sequence[str] | None = None,
+        prompt: str | Sequence[str] | None = None,
+        image_ids: Sequence | None = None,
+        return_grid_attention_mask: bool | None = None,
+        cut_large_grids: bool | None = None,
         **kwargs: Unpack[DifnetProcessorKwargs],
     ) -> BatchFeature:
-        """One batch, ready for `model(**batch)` or, without `text`, for `model.generate(**batch)`.
+        """One batch, ready for `model(**batch)` with `text`, and for `model.generate(**batch)` without.
 
         Args:
             grid_features, segmentation_features: of one image or several, see `DifnetFeatureExtractor`.
-            text: one caption for each image: a string or a list.
-            return_tensors: `"pt"` for torch. Without it features are NumPy arrays and labels lists.
-            padding, truncation, max_length, ..: of the tokenizer. `max_length` counts `<eos>`, which is kept.
+            text: one caption for each image, to train with: a string or a list.
+            prompt: how captions begin that are to be generated: a string for all images, or one for each.
+            image_ids, return_grid_attention_mask, cut_large_grids: see `DifnetFeatureExtractor`.
+            return_tensors: `"pt"` for torch, which is the default unless there is only `text`: labels alone are lists.
+            padding, truncation, max_length, ..: of the tokenizer, for `text`. `max_length` counts `<eos>`, which is
+                kept.
 
         Returns:
-            `grid_features`, `segmentation_features`, `grid_attention_mask` as the feature extractor gives them, and
-            with `text` also `labels` (B, length), int64: `w1 .. wn <eos>`, padded with -100 to the longest caption.
+            `grid_features`, `segmentation_features`, `grid_attention_mask` as the feature extractor gives them;
+            with `text` also `labels` (B, length), int64: `w1 .. wn <eos>`, padded with -100 to the longest caption;
+            with `prompt` `decoder_input_ids` (B, length), int64: `<bos> w1 .. wn`, and, where their lengths differ,
+            padded on the left, with `decoder_attention_mask`.
 
         Raises:
-            ValueError: neither features nor text, not one caption for each image, or a fault that the feature
-                extractor finds.
+            ValueError: neither features nor text, not one caption for each image, images in place of features, or a
+                fault that the feature extractor finds.
         """
+        for name in ("images", "image", "pixel_values", "videos", "audio"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name}=: {IMAGES_ARE_ELSEWHERE}.")
         if grid_features is None and segmentation_features is not None:
             raise ValueError("segmentation_features alone are no input of the model; give grid_features= as well.")
-        if grid_features is None and text is None:
+        if grid_features is None and text is None and prompt is None:
             raise ValueError("DifnetProcessor needs grid_features=, text= or both.")
+        if text is not None and prompt is not None:
+            raise ValueError(
+                "text= makes labels to train with, prompt= the beginning of captions: give one of the two."
+            )
         merged = self._merge_kwargs(DifnetProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         return_tensors = merged["text_kwargs"].pop("return_tensors", None)
+        if return_tensors is None and (grid_features is not None or prompt is not None):
+            return_tensors = "pt"
         data = {}
         if grid_features is not None:
-            data.update(self.feature_extractor(grid_features, segmentation_features))
-        if text is not None:
-            captions = [text] if isinstance(text, str) else list(text)
-            images = len(data["grid_features"]) if data else len(captions)
-            if len(captions) != images:
-                raise ValueError(
-                    f"{len(captions)} captions for {images} images: give one caption for each image, "
-                    "and the features of an image once for each of its captions."
+            data.update(
+                self.feature_extractor(
+                    grid_features,
+                    segmentation_features,
+                    image_ids=image_ids,
+                    return_grid_attention_mask=return_grid_attention_mask,
+                    cut_large_grids=cut_large_grids,
                 )
+            )
+        images = len(data["grid_features"]) if data else None
+        if text is not None:
+            captions = _as_captions(text, "text", images)
             data["labels"] = self._labels(captions, merged["text_kwargs"])
+        if prompt is not None:
+            is_for_all = isinstance(prompt, str) and images is not None
+            data.update(self._prompts(_as_captions([prompt] * images if is_for_all else prompt, "prompt", images)))
         return BatchFeature(data, tensor_type=return_tensors)
 
     def _labels(self, captions: list[str], text_kwargs: dict) -> list[list[int]]:
@@ -545,6 +682,23 @@ class DifnetProcessor(ProcessorMixin):
             [index if is_real else IGNORED_LABEL for index, is_real in zip(ids, mask, strict=True)]
             for ids, mask in zip(encoded["input_ids"], encoded["attention_mask"], strict=True)
         ]
+
+    def _prompts(self, prompts: list[str]) -> dict[str, np.ndarray]:
+        sequences = [[self.tokenizer.bos_token_id, *ids] for ids in self.tokenizer.encode_captions(prompts)]
+        length = max(map(len, sequences))
+        if length > self.tokenizer.model_max_length:
+            position = next(i for i, ids in enumerate(sequences) if len(ids) == length)
+            raise ValueError(
+                f"prompt {position} has {length} tokens with <bos>, and the model takes "
+                f"{self.tokenizer.model_max_length}: {_brief(prompts[position])}"
+            )
+        # On the left, so that all captions go on at the same place.
+        ids = np.full((len(sequences), length), self.tokenizer.pad_token_id, dtype=np.int64)
+        mask = np.zeros((len(sequences), length), dtype=np.int64)
+        for row, sequence in enumerate(sequences):
+            ids[row, length - len(sequence) :] = sequence
+            mask[row, length - len(sequence) :] = 1
+        return {"decoder_input_ids": ids} | ({} if mask.all() else {"decoder_attention_mask": mask})
 
     def post_process_captions(self, captions: Iterable) -> list[str]:
         """Captions as the original scores them: immediately repeated words collapsed into one.

@@ -8,6 +8,10 @@ reads one new token of each beam as `num_beams` positions of one sequence, whose
 written, and a mask tells each beam which of them are its own past. Nothing is moved between beams.
 """
 
+import functools
+import inspect
+import math
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,14 +22,21 @@ from transformers.generation import (
     EosTokenCriteria,
     GenerateBeamEncoderDecoderOutput,
     GenerationConfig,
+    GenerationMixin,
     LogitsProcessorList,
     MaxLengthCriteria,
+    StoppingCriteria,
     StoppingCriteriaList,
 )
 from transformers.modeling_outputs import BaseModelOutput
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from .modeling_difnet import DifnetForConditionalGeneration
+
+    # Nothing here needs it, but a saved model takes along the files that its own files name.
+    from .pipeline_difnet import DifnetImageCaptioningPipeline  # noqa: F401
 
 
 @dataclass
@@ -36,9 +47,28 @@ class OriginalBeamSearchOutput(GenerateBeamEncoderDecoderOutput):
         sequences (`(B * num_return_sequences, L)`): `<bos> w1 .. wn <eos> <pad> ..`, a picture's best first.
         sequences_scores (`(B * num_return_sequences,)`): sums of the words' and `<eos>`'s log-probabilities.
         sequences_log_probs (`(B * num_return_sequences, L - prompt)`): the addends; 0 after `<eos>`.
+        scores (one `(B * num_beams, vocab_size)` for each step): with `output_scores=True`, the log-probabilities
+            after the processors. Rows of hypotheses that are finished say nothing.
+        beam_indices (`(B * num_return_sequences, L - prompt)`): with `output_scores=True`, the row of `scores` that
+            each token comes from; -1 after `<eos>`. For `model.compute_transition_scores`.
     """
 
     sequences_log_probs: torch.FloatTensor | None = None
+
+
+# Settings of `generate` that choose another search than beams, with the values that choose nothing.
+IGNORED_BY_ORIGINAL_BEAM_SEARCH = {
+    "assistant_early_exit": None,
+    "constraints": None,
+    "diversity_penalty": 0.0,
+    "dola_layers": None,
+    "force_words_ids": None,
+    "low_memory": False,
+    "num_beam_groups": 1,
+    "penalty_alpha": 0.0,
+    "prompt_lookup_num_tokens": None,
+    "use_mtp": False,
+}
 
 
 def original_beam_search(
@@ -54,19 +84,22 @@ def original_beam_search(
     A finished caption stays among the `num_beams` hypotheses of its picture and takes up a place, with its score,
     until better ones push it out; the library's own beam search moves it to a separate list instead. No length
     normalisation. The search ends when all hypotheses are finished or have `max_length` tokens, with the result of
-    the original's fixed number of steps; pictures whose hypotheses are all finished are left out once they are many.
+    the original's fixed number of steps; images whose hypotheses are all finished are left out once they are many.
 
     Args:
         model: a `DifnetForConditionalGeneration`, with eager or SDPA attention.
         input_ids (`(B * num_beams, prompt)`): as `generate` prepares them, each prompt once for each beam.
-        logits_processor: applied to the log-probabilities of each step, before they are added up.
+        logits_processor: applied to the log-probabilities of each step, before they are added up. At every step it is
+            given all `B * num_beams` rows, row `i * num_beams + k` being of image `i`. In place of a hypothesis that
+            is finished, or impossible (log-probability -inf), it is shown an open one of the image, if there is one.
         stopping_criteria: `max_length` and `eos_token_id` alone; others raise.
         generation_config: `num_beams`, `num_return_sequences`, `max_length`, `eos_token_id`, `pad_token_id`,
-            `return_dict_in_generate` count.
-        model_kwargs: `encoder_outputs` and `grid_attention_mask`, one row for each beam, as `generate` prepares them.
+            `return_dict_in_generate`, `output_scores` count.
+        model_kwargs: `encoder_outputs`, `grid_attention_mask` and `decoder_attention_mask`, one row for each beam, as
+            `generate` prepares them.
 
     Returns:
-        Sequences `(B * num_return_sequences, L)`, or an `OriginalBeamSearchOutput`.
+        Sequences `(B * num_return_sequences, L)`, as long as the longest of them, or an `OriginalBeamSearchOutput`.
 
     Raises:
         ValueError: sampling, a stopping criterion or an output that this search does not know, flash attention.
@@ -78,7 +111,7 @@ def original_beam_search(
     if eos_token_ids is None:
         eos_token_ids = input_ids.new_zeros(0)
 
-    prompts = input_ids = input_ids[::num_beams]  # (B, prompt): one row a picture from here on
+    prompts = input_ids = input_ids[::num_beams]  # (B, prompt): one row an image from here on
     encoder_states = model_kwargs["encoder_outputs"].last_hidden_state[::num_beams]  # (B, N, d_model)
     encoder_outputs = BaseModelOutput(encoder_states)
     grid_attention_mask = model_kwargs.get("grid_attention_mask")
@@ -87,46 +120,78 @@ def original_beam_search(
     (batch_size, prompt_length), device = input_ids.shape, input_ids.device
     num_steps = generation_config.max_length - prompt_length
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    lengths = torch.full((batch_size, 1), prompt_length, device=device)  # words count from 1, padding does not
+    prompt_mask = model_kwargs.get("decoder_attention_mask")
+    step_0 = {}
+    if prompt_mask is None:
+        visible = input_ids != pad_token_id  # (B, prompt)
+    else:
+        # Padding moves to the left, so that all captions go on at the same slot.
+        visible = prompt_mask[::num_beams] != 0
+        order = visible.long().argsort(dim=1, stable=True)
+        input_ids, visible = input_ids.gather(1, order), visible.gather(1, order)
+        lengths = visible.sum(dim=1, keepdim=True)
+        if not lengths.all():
+            image = int((lengths == 0).nonzero()[0, 0])
+            raise ValueError(
+                f"`decoder_attention_mask` hides the whole prompt of image {image}: `<bos>` is no padding."
+            )
+        step_0 = {"decoder_attention_mask": visible.long(), "decoder_position_ids": visible.cumsum(1).clamp(min=1)}
 
-    # Step 0: one hypothesis a picture.
+    with_scores = bool(generation_config.return_dict_in_generate and generation_config.output_scores)
+    step_scores: list[torch.Tensor] = []
+
+    # Results of all images, and the images that are still searched.
+    all_tokens = input_ids.new_full((batch_size, num_beams, num_steps), pad_token_id)
+    images = torch.arange(batch_size, device=device)
+    rows = images.unsqueeze(1)  # (B, 1)
+
+    # Step 0: one hypothesis an image.
     logits = model(
         decoder_input_ids=input_ids,
         encoder_outputs=encoder_outputs,
         grid_attention_mask=grid_attention_mask,
         past_key_values=cache,
         use_cache=True,
+        **step_0,
     ).logits[:, -1:]  # (B, 1, V)
     scores = logits.new_zeros(batch_size, 1, dtype=torch.promote_types(logits.dtype, torch.float32))
     finished = torch.zeros_like(scores, dtype=torch.bool)
-    history = input_ids.new_zeros(batch_size, 1, 0)
-    scores, _, tokens, token_log_probs = best_continuations(
-        logits, scores, finished, num_beams, logits_processor, input_ids, history
-    )
+    log_probs = logits.to(scores.dtype).log_softmax(-1)
+    if logits_processor or with_scores:
+        history = input_ids.new_zeros(batch_size, 1, 0)
+        log_probs, processed = process_all_rows(
+            logits_processor, prompts, all_tokens, images, history, log_probs, scores, finished
+        )
+        step_scores.append(processed)
+    scores, beams, tokens, token_log_probs = best_continuations(log_probs, scores, finished, num_beams)
     finished = (tokens.unsqueeze(-1) == eos_token_ids).any(-1)  # (B, beams)
     history = tokens.unsqueeze(-1)  # (B, beams, steps so far)
-    log_probs = token_log_probs.unsqueeze(-1)  # (B, beams, steps so far)
-    # visible[b, k, s]: whether hypothesis k of picture b looks at slot s of the cache. Slots: the prompt, then
+    sequences_log_probs = token_log_probs.unsqueeze(-1)  # (B, beams, steps so far)
+    # The row of the scores that each token comes from, (B, beams, steps so far).
+    origins = (rows * num_beams + beams).unsqueeze(-1) if with_scores else None
+    # visible[b, k, s]: whether hypothesis k of image b looks at slot s of the cache. Slots: the prompt, then
     # `num_beams` for each step.
-    visible = (input_ids != pad_token_id).unsqueeze(1).expand(-1, num_beams, -1)  # (B, beams, slots so far)
+    visible = visible.unsqueeze(1).expand(-1, num_beams, -1)  # (B, beams, slots so far)
     own_slot = torch.eye(num_beams, dtype=torch.bool, device=device)
-    position_ids = torch.arange(prompt_length, prompt_length + num_steps, device=device).unsqueeze(0)  # (1, steps)
 
-    # Results of all pictures, and the pictures that are still searched.
-    all_tokens = input_ids.new_full((batch_size, num_beams, num_steps), pad_token_id)
     all_log_probs = scores.new_zeros(batch_size, num_beams, num_steps)
+    all_origins = input_ids.new_full((batch_size, num_beams, num_steps), -1) if with_scores else None
     all_scores = scores.clone()
-    pictures = torch.arange(batch_size, device=device)
-    rows = pictures.unsqueeze(1)  # (B, 1)
 
     for step in range(1, num_steps):
-        # Leaving pictures out copies the caches of the others, which pays when there are enough of them.
+        # Leaving images out copies the caches of the others, which pays when there are enough of them.
         is_closed = finished.all(dim=1)  # (B,)
-        if is_closed.sum() >= 0.25 * len(pictures):
-            all_tokens[pictures, :, :step], all_log_probs[pictures, :, :step] = history, log_probs
-            all_scores[pictures] = scores
+        if is_closed.sum() >= 0.25 * len(images):
+            all_tokens[images, :, :step], all_log_probs[images, :, :step] = history, sequences_log_probs
+            all_scores[images] = scores
             kept = (~is_closed).nonzero().squeeze(1)
             rows = rows[: len(kept)]
-            pictures, input_ids, history, log_probs = pictures[kept], input_ids[kept], history[kept], log_probs[kept]
+            if with_scores:
+                all_origins[images, :, :step] = origins
+                origins = origins[kept]
+            images, lengths, history = images[kept], lengths[kept], history[kept]
+            sequences_log_probs = sequences_log_probs[kept]
             scores, finished, visible = scores[kept], finished[kept], visible[kept]
             encoder_outputs = BaseModelOutput(encoder_outputs.last_hidden_state[kept])
             grid_attention_mask = grid_attention_mask[kept] if grid_attention_mask is not None else None
@@ -140,36 +205,92 @@ def original_beam_search(
         logits = model(
             decoder_input_ids=tokens,
             decoder_attention_mask=visible.unsqueeze(1),  # (B, 1, beams, slots)
-            decoder_position_ids=position_ids[:, step : step + 1],
+            decoder_position_ids=lengths + step,
             encoder_outputs=encoder_outputs,
             grid_attention_mask=grid_attention_mask,
             past_key_values=cache,
             use_cache=True,
         ).logits  # (B, beams, V)
-        scores, beams, tokens, token_log_probs = best_continuations(
-            logits, scores, finished, num_beams, logits_processor, input_ids, history
-        )
+        log_probs = logits.to(scores.dtype).log_softmax(-1)
+        if logits_processor or with_scores:
+            log_probs, processed = process_all_rows(
+                logits_processor, prompts, all_tokens, images, history, log_probs, scores, finished
+            )
+            step_scores += [processed] if with_scores else []
+        scores, beams, tokens, token_log_probs = best_continuations(log_probs, scores, finished, num_beams)
         finished = finished.gather(1, beams)
+        if with_scores:
+            origin = (images.unsqueeze(1) * num_beams + beams).masked_fill(finished, -1)
+            origins = torch.cat([origins[rows, beams], origin.unsqueeze(-1)], dim=2)
         tokens = tokens.masked_fill(finished, pad_token_id)
         finished = finished | (tokens.unsqueeze(-1) == eos_token_ids).any(-1)
         visible = visible[rows, beams]
         history = torch.cat([history[rows, beams], tokens.unsqueeze(-1)], dim=2)
-        log_probs = torch.cat([log_probs[rows, beams], token_log_probs.unsqueeze(-1)], dim=2)
+        sequences_log_probs = torch.cat([sequences_log_probs[rows, beams], token_log_probs.unsqueeze(-1)], dim=2)
 
     length = history.shape[2]
-    all_tokens[pictures, :, :length], all_log_probs[pictures, :, :length] = history, log_probs
-    all_scores[pictures] = scores
+    all_tokens[images, :, :length], all_log_probs[images, :, :length] = history, sequences_log_probs
+    all_scores[images] = scores
+    if with_scores:
+        all_origins[images, :, :length] = origins
 
     num_returned = generation_config.num_return_sequences
+    found = all_tokens[:, :num_returned, :length].flatten(0, 1)  # (B * returned, steps)
+    # Hypotheses that are not returned may have gone on for longer.
+    is_end = (found.unsqueeze(-1) == eos_token_ids).any(-1)
+    is_after_end = is_end.cumsum(1) > is_end.long()
+    length = int((~is_after_end).sum(1).max())
+    if generation_config._pad_token_tensor is not None:
+        found = torch.where(is_after_end, generation_config._pad_token_tensor, found)
     prompts = prompts.repeat_interleave(num_returned, dim=0)  # (B * returned, prompt)
-    sequences = torch.cat([prompts, all_tokens[:, :num_returned, :length].flatten(0, 1)], dim=1)
+    sequences = torch.cat([prompts, found[:, :length]], dim=1)
     if not generation_config.return_dict_in_generate:
         return sequences
     return OriginalBeamSearchOutput(
         sequences=sequences,
         sequences_scores=all_scores[:, :num_returned].flatten(),
         sequences_log_probs=all_log_probs[:, :num_returned, :length].flatten(0, 1),
+        scores=tuple(step_scores) if with_scores else None,
+        beam_indices=all_origins[:, :num_returned, :length].flatten(0, 1) if with_scores else None,
     )
+
+
+def process_all_rows(
+    logits_processor: LogitsProcessorList,
+    prompts: torch.LongTensor,  # (all images, prompt)
+    all_tokens: torch.LongTensor,  # (all images, beams, steps): the captions of images that are left out
+    images: torch.LongTensor,  # (B,) the images that are searched
+    history: torch.LongTensor,  # (B, k, steps so far)
+    log_probs: torch.Tensor,  # (B, k, V)
+    scores: torch.Tensor,  # (B, k)
+    finished: torch.Tensor,  # (B, k) bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shows processors all rows of the batch, as many an image as there are beams, in the caller's order.
+
+    Processors find out by the number of a row which image it belongs to, as `prefix_allowed_tokens_fn` does.
+
+    Returns:
+        The processed log-probabilities of the images that are searched, (B, k, V), and of all rows,
+        (all images * beams, V).
+    """
+    num_beams, num_hypotheses, vocab_size = all_tokens.shape[1], *log_probs.shape[1:]
+    # What a finished or impossible hypothesis would get is not used, and its words may be none that a processor has an
+    # answer for, such as a function that allows the words of certain captions.
+    kind = (
+        finished.long() + 2 * (~finished & (scores > -float("inf"))).long()
+    )  # (B, k) 2: open, 1: finished, 0: neither
+    most, first = kind.max(1, keepdim=True)
+    own = torch.arange(num_hypotheses, device=images.device).expand_as(kind)
+    shown = torch.where(kind == most, own, first)
+    history = history.gather(1, shown.unsqueeze(-1).expand_as(history))
+
+    words = all_tokens[:, :, : history.shape[2]].clone()
+    words[images] = history.expand(-1, num_beams, -1)
+    prefixes = torch.cat([prompts.unsqueeze(1).expand(-1, num_beams, -1), words], dim=2)
+    processed = log_probs.new_full((len(prompts), num_beams, vocab_size), -math.log(vocab_size))
+    processed[images] = log_probs.expand(-1, num_beams, -1)
+    processed = logits_processor(prefixes.flatten(0, 1), processed.flatten(0, 1))
+    return processed.view(-1, num_beams, vocab_size)[images, :num_hypotheses], processed
 
 
 def check_arguments(
@@ -189,43 +310,49 @@ def check_arguments(
     for name in ("output_logits", "output_attentions", "output_hidden_states"):
         if getattr(generation_config, name):
             raise ValueError(f"`original_beam_search` does not return what `{name}=True` asks for.")
+    if generation_config.num_beams > model.config.vocab_size:
+        raise ValueError(
+            f"`original_beam_search` has no {generation_config.num_beams} first words to start from: `num_beams` is "
+            f"at most {model.config.vocab_size}, the size of the vocabulary."
+        )
+    for name, neutral in IGNORED_BY_ORIGINAL_BEAM_SEARCH.items():
+        value = getattr(generation_config, name, None)
+        if value is not None and value != neutral:
+            raise ValueError(
+                f"`original_beam_search` does nothing with `{name}`: leave it out, or `custom_generate` to have the "
+                "library's own search."
+            )
     for criterion in stopping_criteria:
         if not isinstance(criterion, MaxLengthCriteria | EosTokenCriteria):
             raise ValueError(
                 "`original_beam_search` ends at `max_new_tokens` or when all hypotheses are finished; it does not "
                 f"know {type(criterion).__name__}."
             )
-    for name in ("decoder_attention_mask", "decoder_position_ids", "decoder_inputs_embeds"):
+    for name in ("decoder_position_ids", "decoder_inputs_embeds"):
         if model_kwargs.get(name) is not None:
             raise ValueError(
                 f"`original_beam_search` takes no `{name}`: pass `decoder_input_ids`, where `<pad>` is padding."
             )
-    past_key_values = model_kwargs.get("past_key_values")
-    if past_key_values is not None and past_key_values.get_seq_length() > 0:
-        raise ValueError(
-            "`original_beam_search` starts from `decoder_input_ids`; it takes no filled `past_key_values`."
-        )
+    # Transformers calls it `cache` from 5.24 on.
+    for cache in (model_kwargs.get("past_key_values"), model_kwargs.get("cache")):
+        if cache is not None and cache.get_seq_length() > 0:
+            raise ValueError(
+                "`original_beam_search` starts from `decoder_input_ids`; it takes no filled `past_key_values`."
+            )
 
 
 def best_continuations(
-    logits: torch.Tensor,  # (B, k, V)
+    log_probs: torch.Tensor,  # (B, k, V)
     scores: torch.Tensor,  # (B, k)
     finished: torch.Tensor,  # (B, k) bool
     num_beams: int,
-    logits_processor: LogitsProcessorList,
-    prompt: torch.LongTensor,  # (B, prompt)
-    history: torch.LongTensor,  # (B, k, steps so far)
 ) -> tuple[torch.Tensor, torch.LongTensor, torch.LongTensor, torch.Tensor]:
-    """The `num_beams` best continuations of each picture: scores, hypotheses, tokens and tokens' log-probabilities.
+    """The `num_beams` best continuations of each image: scores, hypotheses, tokens and tokens' log-probabilities.
 
     A finished hypothesis has one continuation, at log-probability 0 (the caller sets its token); its others have the
-    total score -999. Equal to sorting `scores + log_softmax(logits)` over all `k * V` continuations, as the original
-    does: the best of a picture are among the `num_beams` best of each hypothesis. All results are (B, num_beams).
+    total score -999. Equal to sorting `scores + log_probs` over all `k * V` continuations, as the original does: the
+    best of an image are among the `num_beams` best of each hypothesis. All results are (B, num_beams).
     """
-    log_probs = logits.to(scores.dtype).log_softmax(-1)  # (B, k, V)
-    if logits_processor:
-        prefix = torch.cat([prompt.unsqueeze(1).expand(-1, logits.shape[1], -1), history], dim=2)
-        log_probs = logits_processor(prefix.flatten(0, 1), log_probs.flatten(0, 1)).view_as(log_probs)
     token_log_probs, tokens = log_probs.topk(num_beams)  # (B, k, num_beams)
     finished = finished.unsqueeze(-1)
     token_log_probs = token_log_probs.masked_fill(finished, 0)
@@ -233,6 +360,242 @@ def best_continuations(
     totals[:, :, 1:].masked_fill_(finished, -999)
     scores, best = totals.flatten(1).topk(num_beams)  # (B, num_beams)
     return scores, best // num_beams, tokens.flatten(1).gather(1, best), token_log_probs.flatten(1).gather(1, best)
+
+
+# Arguments that other models' `generate` takes, and what to do instead.
+FOREIGN_ARGUMENTS = {
+    "input_ids": "the beginning of a caption is `decoder_input_ids`, which `processor(.., prompt=text)` makes",
+    "inputs_embeds": "the beginning of a caption is `decoder_input_ids`, which `processor(.., prompt=text)` makes",
+    "decoder_inputs_embeds": "pass `decoder_input_ids`",
+    "decoder_position_ids": "it counts the words itself; `decoder_attention_mask` says which of them are padding",
+    "position_ids": "it counts the words itself; `decoder_attention_mask` says which of them are padding",
+    "attention_mask": "cells are masked by `grid_attention_mask`, words of a prompt by `decoder_attention_mask`",
+    "prompt": "give it to the processor, `processor(.., prompt=text)`, and pass on what that returns",
+    "text": "give it to the processor, `processor(.., prompt=text)`, and pass on what that returns",
+    "negative_prompt_ids": "this model has no unconditional mode to be guided away from",
+    "negative_prompt_attention_mask": "this model has no unconditional mode to be guided away from",
+    "pixel_values": 'it takes features; `pipeline("image-captioning", model=.., grid_backbone=..)` takes images',
+    "images": 'it takes features; `pipeline("image-captioning", model=.., grid_backbone=..)` takes images',
+}
+
+
+def check_tensors(**inputs) -> None:
+    """ValueError, saying what to do, for inputs that are neither tensors nor None."""
+    for name, value in inputs.items():
+        if value is None or isinstance(value, torch.Tensor):
+            continue
+        given = type(value).__name__
+        items = value[:1] if isinstance(value, list | tuple) else [value]
+        if any(isinstance(item, str | bytes | os.PathLike) or hasattr(item, "getbands") for item in items):
+            raise ValueError(
+                f"`{name}` must be a tensor of features, not images ({given}): "
+                '`pipeline("image-captioning", model=.., grid_backbone=..)` captions images, and '
+                "scripts/extract_features.py makes features of them."
+            )
+        raise ValueError(
+            f"`{name}` must be a tensor, not {given}: let the processor make it, "
+            '`processor(.., return_tensors="pt")`, or `torch.as_tensor`.'
+        )
+
+
+def check_request(inputs: object, arguments: dict, vocab_size: int) -> None:
+    """Refuses what `generate` would have to ignore or would fail on without saying why.
+
+    Args:
+        inputs: the first argument of `generate`.
+        arguments: the others.
+        vocab_size: of the model.
+    """
+    for name, remedy in FOREIGN_ARGUMENTS.items():
+        if arguments.get(name) is not None:
+            raise ValueError(f"`generate` of this model takes no `{name}`: {remedy}.")
+    # `Seq2SeqTrainer` hands over whole evaluation batches, and, as hardly anybody else does, says `synced_gpus`.
+    if arguments.get("labels") is not None and arguments.get("synced_gpus") is None:
+        raise ValueError(
+            "`generate` does not read `labels`. To go on from a text, give it to the processor as `prompt=` instead "
+            'of `text=`; to caption images whose captions are known, leave them out (`del batch["labels"]`).'
+        )
+    names = ("grid_features", "segmentation_features", "grid_attention_mask", "segmentation_attention_mask")
+    check_tensors(
+        inputs=inputs,
+        **{name: arguments.get(name) for name in (*names, "decoder_input_ids", "decoder_attention_mask")},
+    )
+    if isinstance(arguments.get("encoder_outputs"), torch.Tensor):
+        raise ValueError("`encoder_outputs` is what `model.get_encoder()(..)` returns, not one of its tensors.")
+    if arguments.get("encoder_outputs") is None:
+        check_shapes(inputs if inputs is not None else arguments.get("grid_features"), arguments, vocab_size)
+    if arguments.get("cache_implementation") == "paged":
+        raise ValueError('`cache_implementation="paged"` is for models that continue texts: leave it out.')
+
+    search = arguments.get("custom_generate")
+    if not callable(search):
+        return
+    for name in ("streamer", "assistant_model"):
+        if arguments.get(name) is not None and name not in inspect.signature(search).parameters:
+            raise ValueError(
+                f"`{getattr(search, '__name__', 'custom_generate')}` takes no `{name}`: leave out `custom_generate` "
+                "and pass `num_beams=1`."
+            )
+    if getattr(search, "__name__", None) == "original_beam_search":
+        for name, neutral in (("length_penalty", 0.0), ("early_stopping", "never")):
+            if arguments.get(name) not in (None, False, neutral):
+                raise ValueError(
+                    f"`original_beam_search` does nothing with `{name}`: it ranks captions by their log-probability "
+                    "and never stops early. Leave it out, or `custom_generate`."
+                )
+
+
+def check_shapes(grid_features: torch.Tensor | None, arguments: dict, vocab_size: int) -> None:
+    """Refuses masks and prompts that do not belong to the features."""
+    prompt, mask = arguments.get("decoder_input_ids"), arguments.get("decoder_attention_mask")
+    if prompt is not None:
+        if prompt.ndim != 2 or prompt.is_floating_point():
+            raise ValueError(
+                "`decoder_input_ids` must be ids of shape (images, length), `<bos> w1 ..`, not "
+                f"{prompt.dtype} of shape {tuple(prompt.shape)}."
+            )
+        if prompt.numel() and not 0 <= int(prompt.min()) <= int(prompt.max()) < vocab_size:
+            raise ValueError(
+                f"`decoder_input_ids` holds ids from {int(prompt.min())} to {int(prompt.max())}; those of this model "
+                f"are 0 to {vocab_size - 1}."
+            )
+    if mask is not None and (prompt is None or mask.shape != prompt.shape):
+        raise ValueError(
+            f"`decoder_attention_mask` has shape {tuple(mask.shape)} and `decoder_input_ids` "
+            f"{'is missing' if prompt is None else f'{tuple(prompt.shape)}'}: give both, one number for each token."
+        )
+    if grid_features is None or grid_features.ndim != 3:
+        return  # the encoder says what is wrong
+    if prompt is not None and len(prompt) != len(grid_features):
+        raise ValueError(
+            f"`decoder_input_ids` has {len(prompt)} rows for {len(grid_features)} images: give one prompt for each "
+            "image."
+        )
+    for name in ("grid_attention_mask", "segmentation_attention_mask"):
+        cells = arguments.get(name)
+        if cells is not None and cells.shape != grid_features.shape[:2]:
+            raise ValueError(
+                f"`{name}` has shape {tuple(cells.shape)}, but the features have {tuple(grid_features.shape[:2])} "
+                "(images, cells): give one number for each cell."
+            )
+
+
+def check_settings(generation_config: GenerationConfig) -> None:
+    """Refuses settings that need what this model does not have."""
+    num_beams = generation_config.num_beams
+    if num_beams is not None and num_beams < 1:
+        raise ValueError(f"`num_beams` must be at least 1, got {num_beams}.")
+    for name, reason in (
+        ("token_healing", "the tokens of this model are whole words, which need no healing"),
+        ("prefill_chunk_size", "prompts of captions are read at once"),
+    ):
+        if getattr(generation_config, name, None):
+            raise ValueError(f"`{name}` does nothing here: {reason}. Leave it out.")
+    if generation_config.guidance_scale not in (None, 1):
+        raise ValueError(
+            "`guidance_scale` needs a model that also writes without an image, which this one does not: leave it out."
+        )
+    for name, neutral in (("encoder_no_repeat_ngram_size", 0), ("encoder_repetition_penalty", 1.0)):
+        if getattr(generation_config, name) not in (None, neutral):
+            raise ValueError(
+                f"`{name}` compares with the encoder's words, and the encoder of this model reads an image: use "
+                f"`{name.removeprefix('encoder_')}`."
+            )
+
+
+def check_beams(generation_config: GenerationConfig, streamer: object | None, assistant_model: object | None) -> None:
+    """Refuses what works word by word where there are several hypotheses."""
+    num_beams = generation_config.num_beams
+    if num_beams in (None, 1):
+        return
+    settings = ("prompt_lookup_num_tokens", "assistant_early_exit", "dola_layers")
+    wanted = {"streamer": streamer, "assistant_model": assistant_model}
+    wanted |= {name: getattr(generation_config, name, None) for name in settings}
+    for name, value in wanted.items():
+        if value is not None:
+            raise ValueError(
+                f"`{name}` needs one hypothesis whose words stay as they are, but `num_beams` is {num_beams} (in the "
+                "call, or stored with the checkpoint): pass `num_beams=1`."
+            )
+
+
+class StopWordsCriteria(StoppingCriteria):
+    """Ends a caption after certain words.
+
+    The library's own criterion for `stop_strings` wants a tokenizer that can spell any string.
+
+    Args:
+        stop_strings: one or several words each, such as `"dog"` or `"on a table"`.
+        tokenizer: a `DifnetTokenizer`.
+
+    Raises:
+        ValueError: a string has no word, or one that is not in the vocabulary.
+    """
+
+    def __init__(self, stop_strings: str | list[str], tokenizer: "PreTrainedTokenizerBase") -> None:
+        strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
+        self.endings = tokenizer.encode_captions([string.strip() for string in strings])
+        for string, ids in zip(strings, self.endings, strict=True):
+            if not ids or tokenizer.unk_token_id in ids:
+                raise ValueError(
+                    f"`stop_strings`: {string[:60]!r} is not made of words of the vocabulary, so no caption ever "
+                    "contains it. Words are lower-case and without punctuation marks."
+                )
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+        done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        for ending in self.endings:
+            if len(ending) <= input_ids.shape[1]:
+                done |= (input_ids[:, -len(ending) :] == input_ids.new_tensor(ending)).all(1)
+        return done
+
+
+class CheckedGenerationMixin(GenerationMixin):
+    """The library's `generate`, which says what to do where it would fail or ignore something without a word."""
+
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args, **kwargs):
+        check_request(args[0] if args else kwargs.get("inputs"), kwargs, self.config.vocab_size)
+        return super().generate(*args, **kwargs)
+
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, **kwargs
+    ) -> tuple[GenerationConfig, dict]:
+        """The length that a caller sets counts, be it `max_length` or `max_new_tokens` that the checkpoint stores."""
+        prepared, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        names = ("max_length", "max_new_tokens")
+        for said in (kwargs, vars(generation_config) if generation_config is not None else {}):
+            is_said = [said.get(name) is not None for name in names]
+            if any(is_said):
+                if not all(is_said):
+                    setattr(prepared, names[is_said.index(False)], None)
+                break
+        check_settings(prepared)
+        return prepared, model_kwargs
+
+    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs) -> None:
+        streamer, assistant_model = map(generation_mode_kwargs.get, ("streamer", "assistant_model"))
+        check_beams(generation_config, streamer, assistant_model)
+        super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+
+    def _get_stopping_criteria(
+        self,
+        generation_config: GenerationConfig,
+        stopping_criteria: StoppingCriteriaList | None,
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
+    ) -> StoppingCriteriaList:
+        stop_strings = generation_config.stop_strings
+        if stop_strings is None:
+            return super()._get_stopping_criteria(generation_config, stopping_criteria, tokenizer)
+        if tokenizer is None:
+            raise ValueError(
+                "`stop_strings` needs `tokenizer=processor.tokenizer` in the call of `generate`, and a search of the "
+                "library: `original_beam_search` does not know it."
+            )
+        generation_config.stop_strings = None  # of the copy that this call works with
+        criteria = super()._get_stopping_criteria(generation_config, stopping_criteria, tokenizer)
+        criteria.append(StopWordsCriteria(stop_strings, getattr(tokenizer, "tokenizer", tokenizer)))
+        return criteria
 
 
 def sequence_log_probs(

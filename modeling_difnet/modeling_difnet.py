@@ -24,7 +24,6 @@ recomputed.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -32,7 +31,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
-from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.generation import GenerationConfig
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -48,11 +47,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_difnet import DifnetConfig
-from .generation_difnet import original_beam_search, sequence_log_probs
-
-if TYPE_CHECKING:
-    # Nothing here needs the pipeline, but a saved model takes along the files that its own file names.
-    from .pipeline_difnet import DifnetImageCaptioningPipeline  # noqa: F401
+from .generation_difnet import CheckedGenerationMixin, check_tensors, original_beam_search, sequence_log_probs
 
 
 @dataclass
@@ -746,7 +741,7 @@ class DifnetModel(DifnetPreTrainedModel):
         )
 
 
-class DifnetGenerationMixin(GenerationMixin):
+class DifnetGenerationMixin(CheckedGenerationMixin):
     """What the library's `generate` must know of DIFNet, for one captioner and for an ensemble of them."""
 
     def _expand_inputs_for_generation(
@@ -854,6 +849,7 @@ class DifnetForConditionalGeneration(DifnetPreTrainedModel, DifnetGenerationMixi
             ValueError: a missing or misshapen input, captions that are longer than the position table, a number of
                 captions that is not a multiple of the number of pictures.
         """
+        check_tensors(grid_features=grid_features, segmentation_features=segmentation_features, labels=labels)
         if labels is not None:
             use_cache = False
             if decoder_input_ids is None and decoder_inputs_embeds is None:

@@ -234,11 +234,8 @@ class DifnetImageCaptioningPipeline(Pipeline):
             features = inputs
         else:
             features = self.features_of(open_picture(inputs, allow_private_hosts=self.allow_private_hosts))
-        prepared = self.processor(**features, return_tensors="pt")
-        # The processor gives a mask only where a grid was padded; in a batch all images have one, or none has.
-        if "grid_attention_mask" not in prepared:
-            prepared["grid_attention_mask"] = torch.ones(prepared["grid_features"].shape[:2], dtype=torch.int64)
-        return prepared
+        # Images of one batch are put together later, and some may need the mask.
+        return self.processor(**features, return_grid_attention_mask=True, return_tensors="pt")
 
     def features_of(self, picture: Image.Image) -> dict[str, Any]:
         """Both features of an RGB picture, as the processor takes them."""

@@ -397,7 +397,6 @@ def test_scores_of_the_original_search_are_log_probabilities(config: DifnetConfi
         ),
         ({"output_logits": True, "return_dict_in_generate": True}, "`output_logits=True`"),
         ({"max_time": 1.0}, "does not know MaxTimeCriteria"),
-        ({"decoder_attention_mask": torch.ones(2, 4)}, "takes no `decoder_attention_mask`"),
         ({"decoder_position_ids": torch.ones(2, 4, dtype=torch.long)}, "takes no `decoder_position_ids`"),
     ],
 )

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import spacy
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from transformers import DataCollatorForSeq2Seq
 
 from processing_difnet import PUNCTUATION, DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer
@@ -254,15 +256,15 @@ class TestFeatureExtractor:
         grids = [np.random.rand(4, 3).astype(np.float32) for _ in range(3)]
         np.testing.assert_array_equal(self.extractor(as_batch(grids))["grid_features"], np.stack(grids))
 
-    def test_small_grids_are_padded_with_zeros_and_large_ones_cut(self):
+    def test_small_grids_are_padded_with_zeros_and_large_ones_cut_if_asked_for(self):
         grids = [np.full((cells, 3), cells) for cells in (2, 4, 9)]
-        batch = self.extractor(grids)
+        batch = self.extractor(grids, cut_large_grids=True)
         assert batch["grid_features"][:, :, 0].tolist() == [[2, 2, 0, 0], [4, 4, 4, 4], [9, 9, 9, 9]]
         assert batch["grid_attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
         assert batch["grid_attention_mask"].dtype == np.int64
 
     def test_the_mask_comes_only_with_padding_and_can_be_switched_off(self):
-        assert "grid_attention_mask" not in self.extractor(np.ones((2, 9, 3)))
+        assert "grid_attention_mask" not in self.extractor(np.ones((2, 9, 3)), cut_large_grids=True)
         as_original = DifnetFeatureExtractor(grid_size=2, grid_feature_size=3, mask_padded_cells=False)
         assert set(as_original(np.ones((1, 3)))) == {"grid_features"}
 
@@ -309,7 +311,8 @@ class TestFeatureExtractor:
     def test_a_cell_beyond_the_grid_is_cut_before_it_is_checked(self):
         grid = np.ones((5, 3))
         grid[4] = np.nan
-        np.testing.assert_array_equal(self.extractor(grid)["grid_features"], np.ones((1, 4, 3)))
+        cutting = DifnetFeatureExtractor(grid_size=2, grid_feature_size=3, cut_large_grids=True)
+        np.testing.assert_array_equal(cutting(grid)["grid_features"], np.ones((1, 4, 3)))
 
 
 class TestProcessor:
@@ -358,10 +361,11 @@ class TestProcessor:
             processor(**inputs)
 
     def test_saved_and_loaded_again(self, processor, tmp_path):
-        settings_ = DifnetFeatureExtractor(grid_size=3, mask_padded_cells=False)
+        settings_ = DifnetFeatureExtractor(grid_size=3, mask_padded_cells=False, cut_large_grids=True)
         DifnetProcessor(settings_, processor.tokenizer).save_pretrained(tmp_path)
         loaded = DifnetProcessor.from_pretrained(tmp_path)
         assert (loaded.feature_extractor.grid_size, loaded.feature_extractor.mask_padded_cells) == (3, False)
+        assert loaded.feature_extractor.cut_large_grids
         assert loaded.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
 
     def test_a_saved_processor_brings_its_code(self, processor, tmp_path):
@@ -391,3 +395,221 @@ class TestProcessor:
         ids = processor.tokenizer(["a man's dog", "a"], padding=True)["input_ids"]
         assert processor.batch_decode(ids, skip_special_tokens=True) == ["a man's dog", "a"]
         assert processor.decode(ids[0], skip_special_tokens=True) == "a man's dog"
+
+
+class TestFilesThatAreNoVocabulary:
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (b"[" * 1_000_000, "is not JSON"),
+            (b'{"a":' * 100_000, "is not JSON"),
+            (b"[" + b"9" * 10_000 + b"]", "is not JSON"),
+            (b"null", "not NoneType"),
+            (b"7", "not int"),
+            (b'"words"', "not str"),
+            (b"[null, null]", "the token with id 0 is None, not a string"),
+            (b'[["<unk>"]]', "the token with id 0 is .*not a string"),
+            (b'{"<unk>": null}', "the id of '<unk>' is None, not an integer"),
+            (b'{"<unk>": 0.0}', "the id of '<unk>' is 0.0, not an integer"),
+            (b'{"<unk>": Infinity}', "the id of '<unk>' is inf, not an integer"),
+            (b'{"<unk>": {}}', "the id of '<unk>' is {}, not an integer"),
+            (b'{"<unk>": ' + b"9" * 4000 + b"}", "0 is missing and '<unk>' has 9999"),
+            (rb'["<unk>", "<pad>", "<bos>", "<eos>", "\ud800"]', "holds half a character"),
+            (b'["<unk>", "<pad>", "<bos>", "<eos>", "\xed\xa0\x80"]', "is not JSON|half a character"),
+            (b'{"words": ["<unk>"]}', "the id of 'words' is .*not an integer"),
+        ],
+        ids=lambda value: "" if isinstance(value, bytes) else value[:30],
+    )
+    def test_one_short_line_that_names_the_file(self, tmp_path, content, message):
+        (tmp_path / "vocab.json").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"vocab\.json.*({message})") as raised:
+            DifnetTokenizer(vocab_file=tmp_path / "vocab.json")
+        text = str(raised.value).replace(str(tmp_path), "")
+        assert len(text) < 300
+        assert "\n" not in text
+
+    def test_a_pipe_is_not_waited_for(self, tmp_path):
+        os.mkfifo(tmp_path / "vocab.json")
+        with pytest.raises(ValueError, match=r"vocab\.json is no regular file"):
+            DifnetTokenizer(vocab_file=tmp_path / "vocab.json")
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            json.dumps(SMALL).encode("utf-8-sig"),
+            json.dumps({"itos": SMALL, "freqs": {"dog": 5}}).encode(),
+            json.dumps({"stoi": {token: index for index, token in enumerate(SMALL)}}).encode(),
+        ],
+        ids=["byte order mark", "itos", "stoi"],
+    )
+    def test_other_forms_of_a_vocabulary(self, tmp_path, content):
+        (tmp_path / "vocab.json").write_bytes(content)
+        assert list(DifnetTokenizer(vocab_file=tmp_path / "vocab.json").get_vocab()) == SMALL
+
+    @pytest.mark.parametrize(
+        "vocab",
+        [[*SMALL, ["word"] * 10_000], [*SMALL, "x" * 10_000, "x" * 10_000], {**dict.fromkeys(SMALL, 0)}, [{}] * 9],
+    )
+    def test_errors_do_not_repeat_the_vocabulary(self, vocab):
+        with pytest.raises(ValueError, match="vocab: ") as raised:
+            DifnetTokenizer(vocab=vocab)
+        assert len(str(raised.value)) < 300
+
+
+class TestLongestSequence:
+    def test_it_is_the_published_checkpoints_unless_said(self, tmp_path):
+        tokenizer = small_tokenizer()
+        assert tokenizer.model_max_length == 54
+        assert len(tokenizer("a dog " * 60, truncation=True)["input_ids"]) == 54
+        DifnetTokenizer(vocab=SMALL, model_max_length=30).save_pretrained(tmp_path)
+        assert DifnetTokenizer.from_pretrained(tmp_path).model_max_length == 30
+
+    def test_older_checkpoints_do_not_know_it(self, tmp_path):
+        small_tokenizer().save_pretrained(tmp_path)
+        path = tmp_path / "tokenizer_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": int(1e30)}))
+        assert DifnetTokenizer.from_pretrained(tmp_path).model_max_length == 54
+
+
+class TestGridsThatDoNotFit:
+    @pytest.mark.parametrize("side", [8, 10, 12])
+    def test_they_are_refused_with_what_to_do(self, side):
+        extractor = DifnetFeatureExtractor(grid_feature_size=3)
+        with pytest.raises(ValueError, match=rf"image 1: {side**2} cells.* 7 x 7.*grid_size {side}.*cut_large_grids"):
+            extractor([np.ones((49, 3)), np.ones((side**2, 3))])
+        with pytest.raises(ValueError, match=r"image 1 \(id 4711\): 60 cells.* Average them to 7 x 7"):
+            extractor([np.ones((49, 3)), np.ones((60, 3))], image_ids=[42, 4711])
+        fitting = DifnetFeatureExtractor(grid_size=side, grid_feature_size=3)
+        assert fitting(np.ones((side**2, 3)))["grid_features"].shape == (1, side**2, 3)
+
+    def test_a_processor_cuts_if_asked_for(self, processor):
+        grid = np.arange(64, dtype=np.float32)[:, None].repeat(2048, axis=1)
+        with pytest.raises(ValueError, match="image 0: 64 cells"):
+            processor(grid_features=grid)
+        cut = processor(grid_features=grid, cut_large_grids=True)["grid_features"]
+        assert cut[0, :, 0].tolist() == list(range(49))
+
+    def test_maps_of_other_grids_and_grids_that_are_not_flat(self):
+        extractor = DifnetFeatureExtractor(2, 3, 5)
+        with pytest.raises(ValueError, match=r"got \(5, 1, 4\)\. Grids are square here, and of 2 x 2 cells"):
+            extractor(np.ones((4, 3)), np.ones((5, 1, 4)))
+        with pytest.raises(ValueError, match=r"reshape\(-1, 3\)"):
+            extractor([np.ones((2, 2, 3))])
+
+
+class TestMasksOfBatches:
+    extractor = DifnetFeatureExtractor(grid_size=2, grid_feature_size=3)
+
+    @pytest.mark.parametrize(
+        ("cells", "asked", "mask"),
+        [
+            (3, None, [[1, 1, 1, 0]]),
+            (3, True, [[1, 1, 1, 0]]),
+            (3, False, None),
+            (4, None, None),
+            (4, True, [[1, 1, 1, 1]]),
+        ],
+    )
+    def test_a_mask_is_there_if_it_is_asked_for(self, cells, asked, mask):
+        batch = self.extractor(np.ones((cells, 3)), return_grid_attention_mask=asked)
+        found = batch.get("grid_attention_mask")
+        assert (found if found is None else found.tolist()) == mask
+
+    def test_single_images_can_be_put_together(self, processor):
+        images = [processor(grid_features=np.ones((n, 2048)), return_grid_attention_mask=True) for n in (30, 49)]
+        together = torch.cat([image["grid_attention_mask"] for image in images])
+        assert together.sum(1).tolist() == [30, 49]
+
+    def test_where_padding_counts_as_cells_the_mask_hides_nothing(self):
+        as_original = DifnetFeatureExtractor(grid_size=2, grid_feature_size=3, mask_padded_cells=False)
+        batch = as_original(np.ones((3, 3)), return_grid_attention_mask=True)
+        assert batch["grid_attention_mask"].tolist() == [[1, 1, 1, 1]]
+
+
+class TestErrorsNameTheImage:
+    extractor = DifnetFeatureExtractor(grid_size=2, grid_feature_size=3, num_segmentation_classes=5)
+
+    @pytest.mark.parametrize(
+        ("grids", "maps"),
+        [
+            ([np.ones((4, 3)), np.full((4, 3), np.nan)], None),
+            ([np.ones((4, 3)), np.ones((4, 2))], None),
+            ([np.ones((4, 3)), "b.jpg"], None),
+            ([np.ones((4, 3)), torch.ones(4, 3, device="meta")], None),
+            (np.ones((2, 4, 3)), [np.ones((5, 2, 2)), np.ones((6, 2, 2))]),
+            (np.ones((2, 4, 3)), [np.ones((5, 2, 2)), np.full((5, 2, 2), np.inf)]),
+        ],
+    )
+    def test_by_position_and_id(self, grids, maps):
+        with pytest.raises(ValueError, match=r"features of image 1 \(id 'b\\x1b\.jpg'\): "):
+            self.extractor(grids, maps, image_ids=["a.jpg", "b\x1b.jpg"])
+        with pytest.raises(ValueError, match="features of image 1: "):
+            self.extractor(grids, maps)
+
+    def test_there_is_an_id_for_each_image(self):
+        with pytest.raises(ValueError, match="1 image_ids for 2 images"):
+            self.extractor(np.ones((2, 4, 3)), image_ids=[7])
+
+    @pytest.mark.parametrize(
+        "image",
+        ["photo.jpg", Path("photo.jpg"), b"\xff\xd8", Image.new("RGB", (8, 8))],
+        ids=lambda x: type(x).__name__,
+    )
+    @pytest.mark.parametrize("name", ["images", "pixel_values", "grid_features", "grid_features in a list"])
+    def test_images_belong_elsewhere(self, processor, image, name):
+        value = [image] if name.endswith("list") else image
+        with pytest.raises(ValueError, match=r"takes features, not images: `pipeline\(\"image-captioning\""):
+            processor(**{name.partition(" ")[0]: value})
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"text": ["a", ["word"] * 500]}, "text=: caption 1 is list, not a string"),
+            ({"prompt": ["a", None]}, "prompt=: caption 1 is NoneType, not a string"),
+            ({"text": {"a": "b" * 5000}}, "text= is a string or a list of strings, not dict"),
+            ({"text": 5}, "not int"),
+            ({"text": []}, "holds no caption"),
+        ],
+    )
+    def test_captions_are_strings(self, processor, arguments, message):
+        with pytest.raises(ValueError, match=message) as raised:
+            processor(**arguments)
+        assert len(str(raised.value)) < 200
+
+
+class TestPrompts:
+    def test_one_for_each_image_padded_on_the_left(self, processor):
+        batch = processor(grid_features=np.ones((2, 49, 2048)), prompt=["A man's", "a"])
+        a, man, clitic = (WORDS.index(word) for word in ("a", "man", "'s"))
+        assert batch["decoder_input_ids"].tolist() == [[BOS, a, man, clitic], [PAD, PAD, BOS, a]]
+        assert batch["decoder_attention_mask"].tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
+        assert batch["decoder_input_ids"].dtype == batch["decoder_attention_mask"].dtype == torch.int64
+        assert set(batch) <= set(processor.model_input_names)
+
+    def test_one_for_all_images(self, processor):
+        batch = processor(grid_features=np.ones((3, 49, 2048)), prompt="a dog")
+        assert batch["decoder_input_ids"].tolist() == [[BOS, WORDS.index("a"), WORDS.index("dog")]] * 3
+        assert "decoder_attention_mask" not in batch
+        assert "labels" not in batch
+
+    def test_alone_and_empty(self, processor):
+        assert processor(prompt="")["decoder_input_ids"].tolist() == [[BOS]]
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"prompt": "a", "text": "a dog"}, "give one of the two"),
+            ({"prompt": ["a"], "grid_features": np.ones((2, 49, 2048))}, "1 captions for 2 images"),
+            ({"prompt": ["a", "a dog " * 40]}, "prompt 1 has 81 tokens with <bos>, and the model takes 54"),
+        ],
+    )
+    def test_wrong_prompts(self, processor, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            processor(**arguments)
+
+
+def test_without_return_tensors_a_batch_can_go_into_the_model(processor):
+    batch = processor(grid_features=np.ones((49, 2048)), segmentation_features=np.ones((133, 7, 7)), text="a dog")
+    assert all(isinstance(value, torch.Tensor) for value in batch.values())
+    as_arrays = processor(grid_features=np.ones((49, 2048)), return_tensors="np")
+    assert isinstance(as_arrays["grid_features"], np.ndarray)
