@@ -125,7 +125,7 @@ def test_pictures_that_cannot_be_read_get_a_line_and_the_others_go_on(model, pic
         (["picture.png", "--untrained", "--contact-sheet", "sheet.pdf"], "must end with .html or .png"),
         (["--features", "a.hdf5", "--untrained"], "--features needs no"),
         (["elsewhere.png", "--untrained"], "no such file or folder"),
-        (["--features", "elsewhere.hdf5"], "elsewhere.hdf5: No such file"),
+        (["--features", "elsewhere.hdf5"], "not a readable HDF5 file"),
     ],
 )
 def test_mistakes_are_named(model, capsys, arguments, message):
