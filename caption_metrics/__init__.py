@@ -1,5 +1,7 @@
 """Metrics of image captioning, equal to the Java tools' and without Java. See README.md beside this file."""
 
+import os
+
 from .bleu import bleu
 from .captions import Score
 from .cider import CiderD, CiderReward
@@ -7,6 +9,12 @@ from .java_metrics import JavaMissing, check_java, meteor, spice
 from .rouge import rouge_l
 from .scoring import score_captions
 from .tokenizer import PTBTokenizer
+
+
+def module_path() -> str:
+    """The folder that `evaluate.load` takes, wherever this package is installed."""
+    return os.path.dirname(os.path.abspath(__file__))
+
 
 __all__ = [
     "CiderD",
@@ -17,6 +25,7 @@ __all__ = [
     "bleu",
     "check_java",
     "meteor",
+    "module_path",
     "rouge_l",
     "score_captions",
     "spice",

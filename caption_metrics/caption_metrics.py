@@ -1,5 +1,5 @@
-"""The metrics as a module of 🤗 evaluate: `evaluate.load("caption_metrics")` or
-`evaluate.load("path/to/caption_metrics")`.
+"""The metrics as a module of 🤗 evaluate: `evaluate.load(caption_metrics.module_path())`, from a clone also
+`evaluate.load("caption_metrics")`.
 
 evaluate copies this file and the files that it imports, and does not look into those: all of the package's files are
 imported here, one on each line, so that they come along.

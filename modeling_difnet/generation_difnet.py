@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
     from .modeling_difnet import DifnetForConditionalGeneration
 
+    # Nothing here needs it, but a saved model takes along the files that its own files name.
+    from .pipeline_difnet import DifnetImageCaptioningPipeline  # noqa: F401
+
 
 @dataclass
 class OriginalBeamSearchOutput(GenerateBeamEncoderDecoderOutput):

@@ -3,7 +3,9 @@
 import base64
 import io
 import json
+import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,9 +13,10 @@ import h5py
 import numpy as np
 import pytest
 from PIL import Image
-from test_pictures import broken_files, noise, save_captioner
+from safetensors.torch import load_file, save_file
+from test_pictures import BROKEN, broken_files, noise, save_captioner, thirty_images
 
-from pipeline_difnet import UNTRAINED_WARNING
+from pipeline_difnet import UNTRAINED_WARNING, open_picture
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "caption.py"
 sys.path.insert(0, str(SCRIPT.parent))
@@ -104,7 +107,7 @@ def test_pictures_that_cannot_be_read_get_a_line_and_the_others_go_on(model, pic
     messages = broken_files(pictures)
     noise(3, 1, 1).save(pictures / "one.png")
     noise(4).resize((20000, 100)).save(pictures / "long.jpg")
-    assert run(pictures, "--model", model, "--untrained", "--json", tmp_path / "captions.json") == 1
+    assert run(pictures, "--model", model, "--untrained", "--json", tmp_path / "captions.json") == 0
     printed = capsys.readouterr()
     for name in ("corrupt.jpg", "empty.jpg", "text.jpg", "cut.png"):
         (line,) = [line for line in printed.out.splitlines() if line.startswith(f"left out: {pictures / name}: ")]
@@ -140,4 +143,114 @@ def test_features_without_their_segmentation_are_refused(model, tmp_path, capsys
     assert run("--features", tmp_path / "grids.hdf5", "--model", model) == 2
     assert "segmentation" in capsys.readouterr().err
     assert run("--features", tmp_path / "grids.hdf5", "--ids", 6, "--model", model) == 2
-    assert "image 6 is not in the features" in capsys.readouterr().err
+    assert "image 6: not in the features" in capsys.readouterr().err
+
+
+def test_of_thirty_images_five_broken_ones_are_named_and_left_out(model, tmp_path, capsys):
+    folder = thirty_images(tmp_path / "images")
+    target = tmp_path / "captions.json"
+    assert run(folder, "--model", model, "--untrained", "--num-beams", 1, "--json", target) == 0
+    printed = capsys.readouterr()
+    assert len(json.loads(target.read_text())) == 25
+    lines = [line for line in printed.out.splitlines() if line.startswith("left out: ")]
+    assert [Path(line.split(": ")[1]).name for line in lines] == sorted(BROKEN, key=Path)
+    assert "25 of 30 images done, 5 left out" in printed.out
+
+
+def test_strict_and_nothing_done_are_exit_code_2(model, pictures, tmp_path, capsys):
+    (pictures / "empty.png").touch()
+    assert run(pictures, "--model", model, "--untrained", "--strict") == 2
+    assert run(pictures / "empty.png", "--model", model, "--untrained") == 2
+    assert "nothing could be done" in capsys.readouterr().err
+
+
+def feature_files(folder: Path, broken: dict[int, np.ndarray]) -> list[object]:
+    """Features of the images 1 to 4 as arguments of the program."""
+    rng = np.random.default_rng(0)
+    (folder / "maps").mkdir()
+    with h5py.File(folder / "grids.hdf5", "w") as grids:
+        for image_id in range(1, 5):
+            grid = rng.random((49, 2048), dtype=np.float32)
+            grids[f"{image_id}_grids"] = broken.get(image_id, grid)
+            np.save(folder / "maps" / f"{image_id}.npy", rng.random((133, 7, 7), dtype=np.float32))
+    return ["--features", folder / "grids.hdf5", "--segmentation", folder / "maps"]
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (np.full((49, 2048), np.nan, np.float32), "finite numbers"),
+        (np.zeros((49, 1024), np.float32), "expected"),
+        (np.zeros((49, 2048), "S3"), "floating point"),
+    ],
+)
+def test_broken_features_are_named_by_the_id_of_their_image(model, tmp_path, capsys, broken, message):
+    arguments = feature_files(tmp_path, {3: broken})
+    (tmp_path / "maps" / "2.npy").write_bytes(b"no array")
+    assert run(*arguments, "--model", model, "--ids", 4, 3, 2, 1, 9, "--json", tmp_path / "c.json") == 0
+    assert [each["image_id"] for each in json.loads((tmp_path / "c.json").read_text())] == [4, 1]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out: ")]
+    assert [re.search("image [0-9]+", line)[0] for line in lines] == ["image 9", "image 3", "image 2"]
+    assert all("grids.hdf5" in line for line in lines)
+    assert message in lines[1]
+    assert "image 0" not in lines[1]
+
+
+def test_padded_and_full_grids_share_a_batch(model, tmp_path):
+    arguments = feature_files(tmp_path, {2: np.random.default_rng(1).random((20, 2048), dtype=np.float32)})
+    for name, size in (("one.json", 1), ("four.json", 4)):
+        assert run(*arguments, "--model", model, "--batch-size", size, "--json", tmp_path / name) == 0
+    assert (tmp_path / "one.json").read_text() == (tmp_path / "four.json").read_text()
+
+
+def test_what_was_captioned_before_an_interruption_is_written(model, pictures, tmp_path, monkeypatch):
+    opened = []
+
+    def interrupted(path):
+        opened.append(path)
+        if len(opened) == 3:
+            raise KeyboardInterrupt
+        return open_picture(path)
+
+    monkeypatch.setattr(caption, "open_picture", interrupted)
+    target = tmp_path / "captions.json"
+    assert run(pictures, "--model", model, "--untrained", "--batch-size", 1, "--json", target) == 130
+    assert [each["image_id"] for each in json.loads(target.read_text())] == [7, 42]
+
+
+def test_names_that_are_not_utf8_and_with_line_ends(model, tmp_path, capsys):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    noise(1).save(folder / "two\nlines.png")
+    noise(2).save(folder / "t.png")
+    os.rename(folder / "t.png", os.fsencode(folder) + b"/caf\xe9.png")
+    for sheet in ("sheet.html", "sheet.png"):
+        results = ["--json", tmp_path / "captions.json", "--contact-sheet", tmp_path / sheet]
+        assert run(folder, "--model", model, "--untrained", *results) == 0
+        assert (tmp_path / sheet).exists()
+    names = [each["file_name"] for each in json.loads((tmp_path / "captions.json").read_text())]
+    assert names == [os.fsdecode(os.fsencode(folder) + b"/caf\xe9.png"), str(folder / "two\nlines.png")]
+    assert "two\\nlines.png" in capsys.readouterr().out
+
+
+def test_links_out_of_the_folder_are_left_out(model, pictures, tmp_path, capsys):
+    noise(9).save(tmp_path / "private.png")
+    (pictures / "link.png").symlink_to(tmp_path / "private.png")
+    assert run(pictures, "--model", model, "--untrained", "--json", tmp_path / "c.json") == 0
+    assert len(json.loads((tmp_path / "c.json").read_text())) == 3
+    assert "link.png: a symbolic link that leads out of" in capsys.readouterr().out
+
+
+def test_debug_shows_the_traceback(model, capsys):
+    assert run("elsewhere.png", "--model", model, "--untrained", "--debug") == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_model_whose_weights_are_no_numbers_is_refused(model, pictures, tmp_path, capsys):
+    shutil.copytree(model, tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    name = next(iter(tensors))
+    tensors[name].view(-1)[0] = float("nan")
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    assert run(pictures, "--model", tmp_path / "model", "--untrained") == 2
+    assert "NaN or infinity" in capsys.readouterr().err

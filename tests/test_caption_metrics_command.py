@@ -175,7 +175,7 @@ def test_the_command_and_its_imports():
 
 
 EVALUATE = """
-import json, sys, evaluate
+import json, os, sys, caption_metrics, evaluate
 predictions, references = json.loads(sys.argv[1])
 results = []
 for name in ("caption_metrics", "./caption_metrics"):
@@ -187,6 +187,9 @@ results.append(metric.compute(per_image=True))
 combined = evaluate.combine([metric])
 combined.add_batch(predictions=predictions, references=references)
 results.append(combined.compute(per_image=True))
+os.chdir(os.environ["HF_HOME"])  # away from the clone, as one who installed the package
+metric = evaluate.load(caption_metrics.module_path())
+results.append(metric.compute(predictions=predictions, references=references, per_image=True))
 print(json.dumps(results))
 """
 
@@ -210,4 +213,4 @@ def test_evaluate_loads_it_offline(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     expected = json.loads(json.dumps(score_captions(*captions, per_image=True)))
-    assert json.loads(done.stdout.splitlines()[-1]) == [expected] * 4
+    assert json.loads(done.stdout.splitlines()[-1]) == [expected] * 5

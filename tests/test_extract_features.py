@@ -1,8 +1,11 @@
 """Extraction: the original's layout from every source, equal files although killed, unreadable pictures listed."""
 
+import io
 import json
 import os
+import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -15,9 +18,10 @@ import numpy as np
 import pytest
 from datasets import load_from_disk
 from PIL import Image
-from test_pictures import broken_files, noise
+from test_pictures import BROKEN, broken_files, noise, thirty_images
 
 from dataset_difnet import decode_segmentation
+from difnet_transformers.files import folder_lock
 from pipeline_difnet import UNTRAINED_WARNING, load_grid_backbone, load_segmenter, open_picture
 from segmentation_difnet import CLASS_NAMES
 
@@ -164,7 +168,7 @@ def test_annotations_are_matched_to_the_pixels_they_were_drawn_on(tmp_path, caps
     noise(20).save(tmp_path / "pictures" / f"{20:012d}.jpg", exif=exif)  # upright it is 48 x 64
     noise(30, 50, 50).save(tmp_path / "pictures" / f"{30:012d}.jpg")
     instances = coco_file(tmp_path / "instances.json", [10, 20, 30], [])
-    assert run(tmp_path / "pictures", "--instance-annotations", instances, "--output", tmp_path / "out") == 1
+    assert run(tmp_path / "pictures", "--instance-annotations", instances, "--output", tmp_path / "out") == 0
     assert "50 x 50 pixels, but the annotations are of 64 x 48" in capsys.readouterr().out
     assert [image["id"] for image in manifest_of(tmp_path / "out")["images"]] == [10, 20]
 
@@ -203,7 +207,7 @@ def test_pictures_that_cannot_be_read_are_listed_and_the_others_go_on(tmp_path, 
     messages = broken_files(folder)
     Image.new("RGB", (1, 1), "red").save(folder / "one.png")
     Image.effect_noise((20000, 100), 50).convert("RGB").save(folder / "long.jpg")
-    assert run(folder, "--untrained", "--output", tmp_path / "out") == 1
+    assert run(folder, "--untrained", "--output", tmp_path / "out") == 0
     said = capsys.readouterr().out
     for name in ("corrupt.jpg", "empty.jpg", "text.jpg", "cut.png"):
         assert f"left out: {folder / name}: " in said
@@ -218,7 +222,7 @@ def test_pictures_that_cannot_be_read_are_listed_and_the_others_go_on(tmp_path, 
     ("arguments", "message"),
     [
         (["missing.json"], "No such file"),
-        (["broken.json"], "not a COCO file"),
+        (["broken.json"], "malformed JSON"),
         (["other.json"], "category 9 ('zeppelin') is none"),
     ],
 )
@@ -231,6 +235,215 @@ def test_mistakes_end_with_one_line(tmp_path, capsys, arguments, message):
     error = capsys.readouterr().err.strip()
     assert message in error
     assert "\n" not in error
+
+
+# One broken image, and what an annotation file may say
+
+
+def left_out_lines(printed: str) -> list[str]:
+    return [line for line in printed.splitlines() if line.startswith("left out: ")]
+
+
+def test_of_thirty_images_five_broken_ones_are_named_and_left_out(tmp_path, capsys):
+    folder, output = thirty_images(tmp_path / "images"), tmp_path / "out"
+    assert run(folder, "--untrained", "--output", output) == 0
+    printed = capsys.readouterr().out
+    assert [Path(line.split(": ")[1]).name for line in left_out_lines(printed)] == list(BROKEN)
+    assert "25 pictures done, 5 left out" in printed
+    assert manifest_of(output)["pictures"] == len(list(output.rglob("*.npy"))) == 25
+
+
+def test_strict_and_nothing_done_are_exit_code_2(tmp_path, capsys):
+    make_pictures(tmp_path / "pictures", 1)
+    (tmp_path / "pictures" / "empty.jpg").touch()
+    assert run(tmp_path / "pictures", "--untrained", "--strict", "--output", tmp_path / "out") == 2
+    assert manifest_of(tmp_path / "out")["pictures"] == 1
+    assert run(tmp_path / "pictures" / "empty.jpg", "--untrained", "--output", tmp_path / "none") == 2
+    assert "nothing could be done" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("image_id", ["../../../x", "/tmp/x", 1.5, -1, None, True, [1], {"a": 1}, 10**30])
+def test_ids_that_are_no_integers_are_refused_by_name_and_write_nothing(tmp_path, capsys, image_id):
+    folder = tmp_path / "a" / "b" / "pictures"
+    make_pictures(folder, 2)
+    images = [{"id": image_id, "file_name": "000000000010.jpg"}, {"id": 20, "file_name": "000000000020.jpg"}]
+    (tmp_path / "a" / "b" / "images.json").write_text(json.dumps({"images": images}))
+    output = tmp_path / "a" / "b" / "out"
+    assert run(folder, "--coco-json", tmp_path / "a/b/images.json", "--untrained", "--output", output) == 0
+    (line,) = left_out_lines(capsys.readouterr().out)
+    assert re.search(r'images\.json: .*"id"', line)
+    assert [image["id"] for image in manifest_of(output)["images"]] == [20]
+    assert {path.name for path in (tmp_path / "a" / "b").iterdir()} == {"pictures", "images.json", "out"}
+    assert list(tmp_path.iterdir()) == [tmp_path / "a"]
+
+
+SQUARE = [[0, 0, 64, 0, 64, 48, 0, 48]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"segmentation": None}, '"segmentation" is null'),
+        ({"segmentation": [[0, 0, 1]]}, "no pairs"),
+        ({"segmentation": [["a", "b"]]}, "no list of finite numbers"),
+        ({"segmentation": {"size": [48, 64], "counts": "\u00e9"}}, '"counts"'),
+        ({"segmentation": {"size": [48, 64], "counts": [10**30]}}, "add up to 1"),
+        ({"segmentation": {"size": [10**9, 10**9], "counts": [1]}}, "1000000000"),
+        ({"category_id": 77}, "category 77"),
+        ({"category_id": None}, '"category_id" is null'),
+    ],
+)
+def test_a_broken_annotation_leaves_its_image_out(tmp_path, capsys, changes, message):
+    ids = make_pictures(tmp_path / "pictures", 2)
+    good = {"category_id": 1, "segmentation": SQUARE, "iscrowd": 0}
+    annotations = [{"id": 5, "image_id": 10, **good, **changes}, {"id": 6, "image_id": 20, **good}]
+    file = coco_file(tmp_path / "instances.json", ids, annotations)
+    assert run(tmp_path / "pictures", "--instance-annotations", file, "--output", tmp_path / "out") == 0
+    (line,) = left_out_lines(capsys.readouterr().out)
+    for part in ("instances.json", "image 10", "annotation 5", message):
+        assert part in line
+    assert [path.name for path in (tmp_path / "out").rglob("*.npy")] == ["20.npy"]
+
+
+def test_a_flat_polygon_and_a_list_of_run_lengths_are_drawn(tmp_path):
+    ids = make_pictures(tmp_path / "pictures", 2)
+    lengths = [{"size": [48, 64], "counts": [0, 48 * 64]}]
+    annotations = [
+        {"id": index, "image_id": image_id, "category_id": 1, "segmentation": segmentation}
+        for index, (image_id, segmentation) in enumerate([(10, SQUARE[0]), (20, lengths)])
+    ]
+    file = coco_file(tmp_path / "instances.json", ids, annotations)
+    assert run(tmp_path / "pictures", "--instance-annotations", file, "--output", tmp_path / "out") == 0
+    for image_id in ids:
+        feature = np.load(tmp_path / "out" / "segmentations" / "pictures" / f"{image_id}.npy")
+        assert (feature[CLASS_NAMES.index("person")] == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (Image.new("RGB", (64, 40), (9, 0, 0)), "64 x 40 pixels, but image 10 has 64 x 48"),
+        (Image.new("L", (64, 48), 9), "the colours of the label map are not COCO's ids"),
+        (b"no image", "not a picture that Pillow can read"),
+        (None, "No such file"),
+    ],
+)
+def test_a_broken_panoptic_map_leaves_its_image_out(tmp_path, capsys, content, message):
+    ids = make_pictures(tmp_path / "pictures", 2)
+    maps = tmp_path / "panoptic"
+    maps.mkdir()
+    Image.new("RGB", (64, 48), (9, 0, 0)).save(maps / "b.png")
+    if isinstance(content, bytes):
+        (maps / "a.png").write_bytes(content)
+    elif content is not None:
+        content.save(maps / "a.png")
+    segments = [{"id": 9, "category_id": 1}]
+    annotations = [{"image_id": 10, "file_name": "a.png"}, {"image_id": 20, "file_name": "b.png"}]
+    file = coco_file(tmp_path / "panoptic.json", ids, [{**each, "segments_info": segments} for each in annotations])
+    assert run(tmp_path / "pictures", "--panoptic-annotations", file, "--output", tmp_path / "out") == 0
+    (line,) = left_out_lines(capsys.readouterr().out)
+    assert message in line
+    assert [path.name for path in (tmp_path / "out").rglob("*.npy")] == ["20.npy"]
+
+
+def header_of(shape: tuple[int, ...]) -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "<i8", "fortran_order": False, "shape": shape})
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (header_of((2**40,)), "the header says"),
+        (header_of((2**20, 2**20)), "the header says"),
+        (b"", "10.npy"),
+        (b"\x93NUMPY\x01\x00", "not a readable .npy file"),
+        (pickle.dumps([1]), "not a readable .npy file"),
+        (header_of((2, 2)) + np.zeros(4, np.int64).tobytes()[:-3], "the header says"),
+        (header_of((4,)) + np.zeros(4, np.int64).tobytes(), "expected a label map of shape"),
+    ],
+)
+def test_a_broken_label_map_leaves_its_image_out(tmp_path, capsys, content, message):
+    make_pictures(tmp_path / "pictures", 2)
+    (tmp_path / "maps").mkdir()
+    (tmp_path / "maps" / "10.npy").write_bytes(content)
+    np.save(tmp_path / "maps" / "20.npy", np.zeros((6, 8), np.int64))
+    arguments = ["--label-maps", tmp_path / "maps", "--output", tmp_path / "out"]
+    assert run(tmp_path / "pictures", *arguments) == 0
+    (line,) = left_out_lines(capsys.readouterr().out)
+    assert "10.npy" in line
+    assert "image 10" in line
+    assert message in line
+
+
+# What was made before is held against what is there
+
+
+def interrupted_after(count: int, monkeypatch, *arguments: object) -> None:
+    """A run that is interrupted when it opens one picture more."""
+    opened = []
+
+    def open_some(path, **options):
+        opened.append(path)
+        if len(opened) > count:
+            raise KeyboardInterrupt
+        return open_picture(path, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(extract_features, "open_picture", open_some)
+        assert run(*arguments) == 130
+
+
+def truncate(work: Path, pictures: Path) -> None:
+    path = work / "grids" / "20.npy"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip(work: Path, pictures: Path) -> None:
+    path = work / "files" / "segmentations" / "pictures" / "20.npy"
+    content = bytearray(path.read_bytes())
+    content[-50] ^= 1
+    path.write_bytes(content)
+
+
+def swap(work: Path, pictures: Path) -> None:
+    first, second = work / "grids" / "10.npy", work / "grids" / "20.npy"
+    contents = first.read_bytes(), second.read_bytes()
+    first.write_bytes(contents[1])
+    second.write_bytes(contents[0])
+
+
+def change_input(work: Path, pictures: Path) -> None:
+    noise(99).save(pictures / f"{20:012d}.jpg")
+
+
+def break_record(work: Path, pictures: Path) -> None:
+    (work / "done" / "20.json").write_text('[{"a"')
+    (work / "problems" / "10.json").write_text("[" * 100_000)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, swap, change_input, break_record])
+def test_what_changed_since_is_made_again(tmp_path, monkeypatch, damage):
+    pictures, output = tmp_path / "pictures", tmp_path / "out"
+    make_pictures(pictures, 4)
+    arguments = [pictures, "--untrained", "--output", output]
+    interrupted_after(3, monkeypatch, *arguments)
+    damage(output.with_name("out.partial"), pictures)
+    assert run(*arguments) == 0
+    (tmp_path / "whole").mkdir()
+    assert run(pictures, "--untrained", "--output", tmp_path / "whole" / "out") == 0
+    assert contents(output) == contents(tmp_path / "whole" / "out")
+
+
+def test_two_runs_of_one_output_exclude_each_other(tmp_path, capsys):
+    make_pictures(tmp_path / "pictures", 1)
+    work = tmp_path / "out.partial"
+    work.mkdir()
+    with folder_lock(work, "extract_features.py"):
+        assert run(tmp_path / "pictures", "--untrained", "--output", tmp_path / "out") == 2
+    assert "another extract_features.py is writing this folder" in capsys.readouterr().err
 
 
 # Killed and started again
@@ -251,7 +464,7 @@ def test_killed_at_random_moments_it_ends_with_equal_files(tmp_path, kills):
     whole, pieces = tmp_path / "whole" / "out", tmp_path / "pieces" / "out"
     for folder in (whole.parent, pieces.parent):
         folder.mkdir()
-    assert subprocess.run(command(pictures, whole), env=ENVIRONMENT, capture_output=True).returncode == 1
+    assert subprocess.run(command(pictures, whole), env=ENVIRONMENT, capture_output=True).returncode == 0
 
     progress = []
     grids = pieces.with_name("out.partial") / "grids"
@@ -267,7 +480,7 @@ def test_killed_at_random_moments_it_ends_with_equal_files(tmp_path, kills):
         process.wait()
         progress.append(len(list(grids.glob("*.npy"))) if grids.exists() else 0)
     assert 0 < progress[0] < 12 * kills
-    assert subprocess.run(command(pictures, pieces), env=ENVIRONMENT, capture_output=True).returncode == 1
+    assert subprocess.run(command(pictures, pieces), env=ENVIRONMENT, capture_output=True).returncode == 0
     assert contents(pieces) == contents(whole)
     assert not pieces.with_name("out.partial").exists()
 
@@ -339,6 +552,17 @@ def test_two_processes_make_the_same_files(tmp_path):
     done = subprocess.run(parallel, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert contents(outputs[0]) == contents(outputs[1])
+
+
+@pytest.mark.slow
+def test_the_error_of_one_process_is_told_once(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    parallel = [*torchrun, *command(tmp_path / "pictures", tmp_path / "out")[1:]]
+    done = subprocess.run(parallel, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert done.stderr.count("extract_features.py: error: ") == 1
+    assert "no pictures in this folder" in done.stderr
 
 
 # Straight into the packed dataset

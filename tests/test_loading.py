@@ -21,7 +21,10 @@ import pytest
 from hub import Hub
 
 REPOSITORY = Path(__file__).parent.parent
-PROJECT_MODULES = ("configuration_difnet", "convert_checkpoint", "modeling_difnet", "processing_difnet")
+PROJECT_MODULES = (
+    *("caption_metrics", "configuration_difnet", "convert_checkpoint", "dataset_difnet", "difnet_transformers"),
+    *("model_card", "modeling_difnet", "pipeline_difnet", "processing_difnet", "segmentation_difnet"),
+)
 CLASSES = {
     "AutoConfig": "DifnetConfig",
     "AutoModel": "DifnetForConditionalGeneration",  # the class in `architectures`
@@ -30,7 +33,11 @@ CLASSES = {
     "AutoFeatureExtractor": "DifnetFeatureExtractor",
     "AutoProcessor": "DifnetProcessor",
 }
-CODE_FILES = {"configuration_difnet.py", "generation_difnet.py", "modeling_difnet.py", "processing_difnet.py"}
+PIPELINE_FILES = {"grid_backbone_difnet.py", "images_difnet.py", "pipeline_difnet.py", "segmentation_difnet.py"}
+CODE_FILES = {
+    *("configuration_difnet.py", "generation_difnet.py", "modeling_difnet.py", "processing_difnet.py"),
+    *PIPELINE_FILES,
+}
 SETTINGS_FILES = {
     "config.json",
     "generation_config.json",
@@ -156,6 +163,35 @@ def user_without_the_package(checkpoint: str, pictures: str) -> None:
         loaded[auto].save_pretrained(auto)
         part = getattr(transformers, auto).from_pretrained(auto, trust_remote_code=True)
         assert type(part).__name__ == CLASSES[auto]
+
+
+def user_of_the_pipeline(folder: str, image: str) -> None:
+    """The pipeline comes from the checkpoint, takes features and images, and is saved with what it needs."""
+    import torch
+    from transformers import pipeline
+
+    hide_package()
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        pipeline("image-captioning", model=folder, trust_remote_code=False)
+    captioner = pipeline("image-captioning", model=folder, trust_remote_code=True, untrained=True)
+    assert type(captioner).__module__.startswith("transformers_modules.")
+    features = {"grid_features": torch.rand(49, 2048), "segmentation_features": torch.rand(133, 7, 7)}
+    captions = captioner([features, image], batch_size=2)
+    assert all(each["generated_text"] for answer in captions for each in answer)
+
+    captioner.save_pretrained("saved again")
+    again = pipeline("image-captioning", model="saved again", trust_remote_code=True)
+    assert again(features) == captions[0]
+
+
+def user_without_pillow() -> None:
+    """Everything but images works; where an image is needed, the error says what to install."""
+    sys.modules["PIL"] = None
+    from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration, GridFeatureBackbone  # noqa: F401
+    from modeling_difnet.images_difnet import open_picture
+
+    with pytest.raises(ImportError, match=r"difnet-transformers\[images\]"):
+        open_picture("image.jpg")
 
 
 def user_of_the_hub(pictures: str, *names: str) -> None:
@@ -324,6 +360,48 @@ def test_users_without_the_package(checkpoint: Checkpoint, tmp_path: Path) -> No
         names = ("user/difnet", "difnet", "user/again", root / "again")
         run_user(user_of_the_hub, checkpoint.pictures, *names, folder=elsewhere, hub=hub)
         check_same_checkpoint(hub.files("user/once-more"), checkpoint.files())
+
+
+@pytest.fixture(scope="module")
+def captioner_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and a processor that were saved, with weights so that captions have words."""
+    from test_explain import speaking
+    from test_pictures import save_captioner
+
+    folder = tmp_path_factory.mktemp("captioner") / "difnet"
+    save_captioner(folder)
+    return speaking(folder)
+
+
+def test_a_saved_model_names_and_carries_the_pipeline(captioner_folder: Path) -> None:
+    config = json.loads((captioner_folder / "config.json").read_text())
+    assert config["custom_pipelines"]["image-captioning"] == {
+        "impl": "pipeline_difnet.DifnetImageCaptioningPipeline",
+        "pt": ["AutoModelForImageTextToText"],
+        "type": "multimodal",
+    }
+    assert {path.name for path in captioner_folder.glob("*.py")} == CODE_FILES
+
+
+def test_the_pipeline_works_where_the_project_is_not_installed(captioner_folder: Path, tmp_path: Path) -> None:
+    from test_pictures import noise
+
+    noise().save(tmp_path / "image.png")
+    run_user(user_of_the_pipeline, captioner_folder, tmp_path / "image.png", folder=tmp_path)
+
+
+def test_the_package_imports_without_pillow(tmp_path: Path) -> None:
+    run_user(user_without_pillow, folder=tmp_path, PYTHONPATH=str(REPOSITORY))
+
+
+def test_with_the_package_the_pipeline_needs_no_trust(captioner_folder: Path) -> None:
+    """The registered task is meant: the code of the checkpoint does not run."""
+    from transformers import pipeline
+
+    from modeling_difnet import DifnetImageCaptioningPipeline
+
+    captioner = pipeline("image-captioning", model=str(captioner_folder))
+    assert type(captioner) is DifnetImageCaptioningPipeline
 
 
 @pytest.mark.slow

@@ -1,22 +1,38 @@
 """From pictures to captions: pictures are opened as a person sees them, networks are never silently random."""
 
+import contextlib
+import gzip
 import http.server
 import io
 import json
+import os
+import re
+import socket
+import struct
 import threading
+import time
+import tracemalloc
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from transformers import Mask2FormerForUniversalSegmentation, pipeline
 
 import pipeline_difnet
-from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration, GridFeatureBackbone, original_beam_search
+from modeling_difnet import (
+    DifnetConfig,
+    DifnetForConditionalGeneration,
+    GridFeatureBackbone,
+    images_difnet,
+    original_beam_search,
+)
+from modeling_difnet.images_difnet import open_label_map
 from pipeline_difnet import (
     UnreadablePicture,
+    fetch,
     load_grid_backbone,
     load_segmenter,
     open_picture,
@@ -137,6 +153,23 @@ def broken_files(folder: Path) -> dict[str, str]:
     }
 
 
+BROKEN = ("cut.jpg", "empty.jpg", "pipe.jpg", "text.jpg", "vector.jpg")
+
+
+def thirty_images(folder: Path) -> Path:
+    """25 small images and five that are broken, each in its own way."""
+    folder.mkdir()
+    for number in range(25):
+        noise(number).save(folder / f"image{number}.png")
+    jpeg = file_of(noise(), "JPEG")
+    (folder / "cut.jpg").write_bytes(jpeg[: len(jpeg) // 2])
+    (folder / "empty.jpg").touch()
+    os.mkfifo(folder / "pipe.jpg")
+    (folder / "text.jpg").write_text("no image at all")
+    (folder / "vector.jpg").write_bytes(file_of(Image.new("RGB", (4, 4)), "EPS"))
+    return folder
+
+
 def test_what_cannot_be_opened_is_named_in_one_line(tmp_path):
     for name, message in broken_files(tmp_path).items():
         with pytest.raises(UnreadablePicture, match=message) as caught:
@@ -151,23 +184,244 @@ def test_a_picture_of_too_many_pixels_is_refused(monkeypatch):
         open_picture(file_of(Image.fromarray(colours())))
 
 
-def test_addresses(tmp_path):
-    (tmp_path / "here.png").write_bytes(file_of(Image.fromarray(colours())))
+# What must not happen
 
-    class Server(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *args):
-            super().__init__(*args, directory=str(tmp_path))
 
-        def log_message(self, *args):
-            pass
+def test_no_program_is_started_for_a_file_that_is_no_raster_image(tmp_path, monkeypatch):
+    """Pillow gives an EPS file to whatever `gs` is on the PATH, and looks at the content, not at the name."""
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "gs"
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    (tmp_path / "x.jpg").write_bytes(file_of(Image.new("RGB", (4, 4)), "EPS"))
+    for opener in (open_picture, open_label_map):
+        with pytest.raises(UnreadablePicture, match=r"x\.jpg: not a picture that Pillow can read"):
+            opener(tmp_path / "x.jpg")
+    assert not (tmp_path / "started").exists()
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+
+@pytest.mark.parametrize("form", ["BLP", "DDS", "FITS", "ICNS", "PCX", "PDF", "SGI", "XBM"])
+def test_other_formats_than_those_listed_are_refused(form):
+    if form == "FITS":
+        content = b"SIMPLE  =                    T".ljust(2880)
+    else:
+        content = file_of(Image.new("1" if form == "XBM" else "P" if form == "BLP" else "RGB", (16, 16)), form)
+    with pytest.raises(UnreadablePicture, match="not a picture that Pillow can read"):
+        open_picture(content)
+
+
+def test_the_repository_opens_images_in_one_place_only():
+    """Anywhere else `formats=` could be forgotten."""
+    root = Path(__file__).parent.parent
+    files = [path for folder in ("", "modeling_difnet", "difnet_transformers", "scripts", "benchmarks")
+             for path in (root / folder).glob("*.py")]  # fmt: skip
+    calls = [path.name for path in files for line in path.read_text().splitlines()
+             if "Image.open(" in line and ">>>" not in line]  # fmt: skip
+    assert calls == ["images_difnet.py"]
+
+
+def test_only_regular_files_of_bounded_size_are_read(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    with pytest.raises(UnreadablePicture, match="not a regular file"):
+        open_picture(tmp_path / "pipe.jpg")
+    with pytest.raises(UnreadablePicture, match="not a regular file"):
+        open_picture("/dev/zero")
+    with pytest.raises(UnreadablePicture, match="a folder"):
+        open_picture(tmp_path / "folder.jpg")
+    with pytest.raises(UnreadablePicture, match="not a file name"):
+        open_picture("a\0b.png")
+    with open(tmp_path / "large.jpg", "wb") as large:
+        large.truncate(images_difnet.LARGEST_FILE + 1)
+    with pytest.raises(UnreadablePicture, match="at most 1,073,741,824 are read"):
+        open_picture(tmp_path / "large.jpg")
+
+
+def test_an_image_with_much_metadata_is_intact():
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("comment", "x" * 2_000_000, zip=True)
+    texts.add_itxt("description", "y" * 2_000_000, zip=True)
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    content = file_of(Image.fromarray(colours()[::-1, ::-1]), pnginfo=texts, exif=exif)
+    assert (opened(content) == colours()).all(), "the orientation is not among what is left out"
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("decoder"), IndexError(), struct.error("unpack")])
+def test_whatever_a_decoder_raises_names_the_image(error, tmp_path, monkeypatch):
+    def fail(self):
+        raise error
+
+    path = tmp_path / "a\nb.png"
+    path.write_bytes(file_of(Image.fromarray(colours())))
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", fail)
+    with pytest.raises(UnreadablePicture, match=r"a\\nb\.png: damaged \(") as caught:
+        open_picture(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_names_that_are_not_utf8_are_escaped(tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jpg")
+    with pytest.raises(UnreadablePicture, match=r"caf\\udce9\.jpg: No such file"):
+        open_picture(path)
+
+
+def test_large_images_of_32_bits_take_no_copies_of_64():
+    values = np.linspace(-5, 5, 3000 * 3000, dtype=np.float32).reshape(3000, 3000)
+    content = file_of(Image.fromarray(values), "TIFF")
+    tracemalloc.start()
+    picture = open_picture(content)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 100e6, "numpy's share; the image itself is Pillow's"
+    assert picture.getpixel((0, 0)) == (0, 0, 0)
+    assert picture.getpixel((2999, 2999)) == (255, 255, 255)
+
+
+def test_values_that_are_no_numbers_do_not_set_the_range():
+    values = np.array([[np.nan, 0, 1, np.inf]], dtype=np.float32)
+    assert opened(file_of(Image.fromarray(values), "TIFF"))[0, :, 0].tolist() == [0, 0, 255, 255]
+
+
+# Addresses
+
+
+class Site(http.server.BaseHTTPRequestHandler):
+    """A server that is not to be trusted."""
+
+    image = file_of(Image.fromarray(colours()))
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        step = re.fullmatch("/redirect/([0-9]+)", self.path)
+        if step:
+            rest = int(step[1]) - 1
+            return self.answer(302, location=f"/redirect/{rest}" if rest else "/image.png")
+        answers = {
+            "/image.png": lambda: self.answer(content=self.image),
+            "/gzip": lambda: self.answer(content=gzip.compress(self.image), encoding="gzip"),
+            "/bomb": lambda: self.answer(content=gzip.compress(bytes(60 * 2**20)), encoding="gzip"),
+            "/brotli": lambda: self.answer(content=self.image, encoding="br"),
+            "/ftp": lambda: self.answer(302, location="ftp://example.com/a.png"),
+            "/file": lambda: self.answer(302, location="file:///etc/hostname"),
+            "/long": lambda: self.answer(content=b"x", length=60 * 2**20),
+            "/short": lambda: self.answer(content=self.image, length=len(self.image) + 1000),
+            "/endless": lambda: self.drip(b"x" * 2**20),
+            "/slow": lambda: self.drip(b"x", 0.05),
+            "/rubbish": lambda: self.wfile.write(b"no protocol\r\n\r\n"),
+        }
+        with contextlib.suppress(OSError):  # the client has gone
+            answers.get(self.path, lambda: self.answer(404))()
+
+    def answer(self, status=200, content=b"", location=None, encoding=None, length=None):
+        self.send_response(status)
+        for name, value in (("Location", location), ("Content-Encoding", encoding)):
+            if value is not None:
+                self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content) if length is None else length))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def drip(self, piece, pause=0.0):
+        self.send_response(200)
+        self.end_headers()
+        while True:
+            self.wfile.write(piece)
+            time.sleep(pause)
+
+
+@pytest.fixture(scope="module")
+def site():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Site) as server:
+        server.daemon_threads = True
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}"
-        assert (np.asarray(open_picture(f"{address}/here.png")) == colours()).all()
-        with pytest.raises(UnreadablePicture, match="404"):
-            open_picture(f"{address}/elsewhere.png")
+        yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
+
+
+@pytest.mark.parametrize("path", ["/image.png", "/gzip", "/redirect/5"])
+def test_addresses(site, path):
+    for address in (site + path, site.replace("http", "HTTP", 1) + path):
+        assert (np.asarray(open_picture(address, allow_private_hosts=True)) == colours()).all()
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("/elsewhere.png", "the server answers 404"),
+        ("/redirect/6", "more than 5 redirects"),
+        ("/ftp", "ftp: addresses are not read"),
+        ("/file", "file: addresses are not read"),
+        ("/bomb", "more than 52,428,800 bytes"),
+        ("/long", "more than 52,428,800 bytes"),
+        ("/endless", "more than 52,428,800 bytes"),
+        ("/short", "ends too early"),
+        ("/brotli", "the encoding br"),
+        ("/rubbish", "cannot be fetched"),
+    ],
+)
+def test_addresses_that_give_no_image_are_one_line(site, path, message):
+    with pytest.raises(UnreadablePicture, match=message) as caught:
+        open_picture(site + path, allow_private_hosts=True)
+    assert str(caught.value).startswith(site + path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_slow_server_is_left_although_it_keeps_sending(site):
+    begin = time.monotonic()
+    with pytest.raises(UnreadablePicture, match=r"no complete answer within 0\.5 seconds"):
+        fetch(f"{site}/slow", allow_private_hosts=True, seconds=0.5)
+    assert time.monotonic() - begin < 3
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://127.0.0.1/a.png",
+        "http://localhost/a.png",
+        "http://[::1]/a.png",
+        "http://[::ffff:10.0.0.1]/a.png",
+        "http://[64:ff9b::7f00:1]/a.png",
+        "http://169.254.169.254/latest/meta-data",
+        "http://192.168.0.1/a.png",
+        "http://2130706433/a.png",
+        "http://0/a.png",
+        "http://224.0.0.1/a.png",
+        "http://100.64.0.1/a.png",
+    ],
+)
+def test_private_hosts_are_not_asked(address):
+    with pytest.raises(UnreadablePicture, match=r"is not public|is not known"):
+        open_picture(address)
+
+
+def test_a_host_with_one_private_address_is_not_asked(monkeypatch):
+    """Neither first nor last: each of the addresses might be taken."""
+    answer = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (ip, 80)) for ip in ("93.184.215.14", "10.1.2.3")]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: answer)
+    with pytest.raises(UnreadablePicture, match=r"is not public \(10\.1\.2\.3\)"):
+        open_picture("http://example.com/a.png")
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("data:image/png;base64,AAAA", "data: addresses are not read"),
+        ("DATA:,x", "data: addresses are not read"),
+        ("file:///etc/hostname", "file: addresses are not read"),
+        ("ftp://example.com/a.png", "ftp: addresses are not read"),
+        ("http:///a.png", "without a host"),
+        ("http://[1/a.png", "not an address"),
+        ("http://example.com:99999/", "not an address"),
+        ("http://no-such-host.invalid/a.png", "is not known"),
+    ],
+)
+def test_addresses_that_are_not_read_are_named(address, message):
+    with pytest.raises(UnreadablePicture, match=message):
+        open_picture(address)
 
 
 @pytest.mark.parametrize(
@@ -231,6 +485,29 @@ def test_incomplete_weights_are_refused(tmp_path, kind):
     load = load_grid_backbone if kind == "grid" else load_segmenter
     with pytest.raises(ValueError, match="1 parameters are not in the weights file"):
         load(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["grid", "segmentation"])
+def test_weights_that_are_no_numbers_are_refused(tmp_path, kind):
+    backbone, segmenter = networks()
+    network = backbone if kind == "grid" else segmenter.model
+    state = {key: value.clone() for key, value in network.state_dict().items()}
+    damaged = next(key for key in reversed(state) if state[key].ndim > 1)
+    state[damaged].view(-1)[3] = float("nan")
+    network.save_pretrained(tmp_path, state_dict=state)
+    segmenter.processor.save_pretrained(tmp_path)
+    load = load_grid_backbone if kind == "grid" else load_segmenter
+    with pytest.raises(ValueError, match=f"`{re.escape(damaged)}` holds NaN or infinity"):
+        load(str(tmp_path), untrained=True)
+
+
+def test_features_that_are_no_numbers_are_refused():
+    backbone = load_grid_backbone(None, untrained=True)
+    with torch.no_grad():
+        backbone.res5[0].conv3.weight *= 1e38
+        backbone.res5[0].conv1.weight *= 1e38
+    with pytest.raises(ValueError, match="the grid backbone gives NaN or infinity"):
+        backbone.grid_features(noise())
 
 
 def test_a_saved_segmentation_model_gives_the_same_features(tmp_path):
@@ -328,6 +605,14 @@ def test_lists_generators_and_batches(captioner):
     assert captioner(pictures) == one_by_one
     assert captioner(pictures, batch_size=2) == one_by_one
     assert list(captioner((picture for picture in pictures), batch_size=4)) == one_by_one
+
+
+def test_grids_with_and_without_padding_share_a_batch(captioner):
+    """Only the padded one has a mask from the processor."""
+    full = captioner.features_of(noise())
+    padded = {**full, "grid_features": full["grid_features"][:30]}
+    alone = [captioner(features) for features in (full, padded, full)]
+    assert captioner([full, padded, full], batch_size=3) == alone
 
 
 def test_generation_options(captioner):

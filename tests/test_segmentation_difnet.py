@@ -142,6 +142,11 @@ def test_what_is_no_label_map_is_refused(wrong):
         channel_map(wrong, {})
 
 
+def test_labels_that_are_no_numbers_are_refused():
+    with pytest.raises(ValueError, match="NaN or infinity among the labels"):
+        channel_map(np.array([[1.0, np.nan]]), {})
+
+
 # COCO's annotations
 
 
@@ -210,12 +215,68 @@ def test_a_known_compressed_string():
     [
         ({"size": [3, 2], "counts": [6]}, "run lengths are of"),
         ({"size": [2, 3], "counts": [4]}, "add up to 4"),
+        ({"size": [10**9, 10**9], "counts": [10**18]}, "run lengths are of"),
+        ({"size": [2, 3], "counts": [7, -1]}, "are negative"),
+        ({"size": [2, 3], "counts": [3.0, 3.0]}, "no list of integers"),
+        ({"size": [2, 3], "counts": {"0": 6}}, "no list of integers"),
+        ({"size": [2, 3], "counts": None}, "no list of integers"),
+        ({"size": [2, 3], "counts": "22\n"}, "is damaged"),
+        ({"size": [2, 3], "counts": "o" * 1000}, "is damaged"),
+        ({"size": [2, 3], "counts": "22R"}, "ends within a number"),
+        ({"size": 6, "counts": [6]}, "run lengths are of"),
+        ({"counts": [6]}, "run lengths are of"),
         ([[0, 0, 1, 1, 2]], "no pairs"),
+        ([["0", "0", "1", "1"]], "no list of finite numbers"),
+        ([[0, 0, float("nan"), 1]], "no list of finite numbers"),
+        ([[0, 0, 1e300, 1]], "no list of finite numbers"),
+        ([[0, 0, 1, [1]]], "no list of finite numbers"),
+        ([[0, 0, 1, 1], None], "no list of finite numbers"),
+        (None, "neither polygons nor run lengths"),
+        ("222", "neither polygons nor run lengths"),
+        (7, "neither polygons nor run lengths"),
     ],
 )
 def test_broken_instances_are_refused(segmentation, message):
     with pytest.raises(ValueError, match=message):
         mask_of_segmentation(segmentation, 2, 3)
+
+
+def test_lists_of_numbers_and_of_run_lengths_are_instances_too():
+    polygon, lengths = [0, 0, 1, 0, 1, 2, 0, 2], {"size": [2, 3], "counts": [4, 2]}
+    left, right = np.eye(3, dtype=bool)[[0, 0]], np.eye(3, dtype=bool)[[2, 2]]
+    assert (mask_of_segmentation(polygon, 2, 3) == left).all()
+    assert (mask_of_segmentation([lengths], 2, 3) == right).all()
+    assert (mask_of_segmentation([polygon, lengths], 2, 3) == left | right).all()
+
+
+@pytest.mark.parametrize(
+    ("annotation", "message"),
+    [
+        ({"id": 5, "category_id": 77, "segmentation": [[0, 0, 1, 1]]}, "annotation 5: the category 77 is not among"),
+        ({"id": 5, "category_id": "1", "segmentation": [[0, 0, 1, 1]]}, "annotation 5: the category 1 is not among"),
+        ({"id": 5, "category_id": 1, "segmentation": None}, "annotation 5: its segmentation is None"),
+        ({"id": 5, "category_id": 1}, "annotation 5: its segmentation is None"),
+        ({"category_id": [1]}, "annotation number 0: the category"),
+        (None, "annotation 0: expected an object"),
+    ],
+)
+def test_a_broken_annotation_is_named(annotation, message):
+    with pytest.raises(ValueError, match=message):
+        instance_channel_map([annotation], {1: 53}, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("segments", "message"),
+    [
+        ([{"id": 7, "category_id": 9}], "the category 9 is not among"),
+        ([{"id": "7", "category_id": 1}], 'lacks an integer "id"'),
+        ([7], 'lacks an integer "id"'),
+        ([{"id": 8, "category_id": 1}], "the colours of the label map are not COCO's ids"),
+    ],
+)
+def test_broken_segments_are_refused(segments, message):
+    with pytest.raises(ValueError, match=message):
+        panoptic_channel_map(Image.new("RGB", (2, 2), (7, 0, 0)), segments, {1: 53})
 
 
 def square(size: int) -> list[list[int]]:
