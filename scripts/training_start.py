@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,25 +18,44 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from datasets import Dataset
+from safetensors import SafetensorError, safe_open
 from transformers import AutoProcessor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from training_state import recover  # noqa: E402
+from training_state import Progress, recover  # noqa: E402
 
 from convert_checkpoint import default_generation_config  # noqa: E402
 from dataset_difnet import PackedImages  # noqa: E402
+from difnet_transformers.command_line import describe  # noqa: E402
+from difnet_transformers.files import check_regular_file, printable, read_json  # noqa: E402
+from difnet_transformers.weights import check_finite_weights  # noqa: E402
 from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration  # noqa: E402
 from modeling_difnet.ensemble_difnet import first_difference  # noqa: E402
 from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer  # noqa: E402
 
 CHECKPOINTS = ("last", "best", "best_xe")
+MOST_LAYERS = 1000
 # Options that only say where, how often and how long; a resumed run may have others.
 MAY_CHANGE = frozenset(
     """dataset output resume report_to log_every save_every evaluation_batch_size xe_epochs scst_epochs xe_patience
-    scst_patience max_epochs max_steps""".split()  # noqa: SIM905
+    scst_patience max_epochs max_steps debug""".split()  # noqa: SIM905
 )
+# What a field of --config is called in the message when the data says something else, and what to do about it.
+LEAVE_OUT = "leave the field out of the file"
+FACTS_OF_DATA = {
+    "vocab_size": ("the vocabulary has {} tokens", f"{LEAVE_OUT}, or give a --vocab of that size"),
+    "grid_feature_size": ("the dataset has {} values a cell", f"{LEAVE_OUT}, or pack features of that width"),
+    "num_segmentation_classes": ("the dataset has {} classes", f"{LEAVE_OUT}, or pack a segmentation of as many"),
+    **{
+        f"{name}_token_id": (f"the vocabulary has <{name}> at {{}}", f"{LEAVE_OUT}, or give a --vocab with that order")
+        for name in ("unk", "pad", "bos", "eos")
+    },
+    "decoder_start_token_id": ("captions begin with <bos>, which is {}", LEAVE_OUT),
+    "model_type": ("this program trains a {}", LEAVE_OUT),
+    "is_encoder_decoder": ("for this network it is {}", LEAVE_OUT),
+}
 
 
 def make_accelerator(options: argparse.Namespace) -> Accelerator:
@@ -57,33 +77,119 @@ def make_accelerator(options: argparse.Namespace) -> Accelerator:
 
 
 def prepare_output(output: Path, resumed: Path | None) -> None:
-    """Makes the folder of a run, or refuses one that another run is in."""
-    output.mkdir(parents=True, exist_ok=True)
+    """Readies the folder of a run, or refuses one that another run is in.
+
+    Args:
+        output: the run's folder, which exists.
+        resumed: the checkpoint that the run goes on from.
+
+    Raises:
+        ValueError: `output` holds a run, and `resumed` is none of its checkpoints.
+    """
     recover(output, CHECKPOINTS)
-    if resumed is None and (output / "last").exists():
+    held = next((name for name in CHECKPOINTS if (output / name).exists()), None)
+    if held is None or (resumed is not None and resumed.resolve().parent == output.resolve()):
+        return
+    if resumed is None:
         raise ValueError(
             f"{output} holds a run already. Go on with it by --resume last, or give another --output (or delete it)."
         )
+    raise ValueError(
+        f"{output} holds a run already, whose checkpoints `{resumed}` would replace. Go on with that run by --resume "
+        "last, or give another --output."
+    )
 
 
 def check_same_run(
     facts: dict[str, Any], folder: Path, options: argparse.Namespace, accelerator: Accelerator
-) -> dict[str, Any]:
-    """Refuses to resume what would not be the same run."""
-    now = options_as_json(options)
-    for name, value in facts["options"].items():
-        if name not in MAY_CHANGE and now.get(name) != value:
+) -> list[str]:
+    """Refuses to resume what would not be the same run.
+
+    How images are shared out to batches may change where memory did not suffice: before the first step of SCST all
+    that concerns SCST, and later its batch size and the accumulation; in the XE stage the batch size and the
+    accumulation if their product stays.
+
+    Args:
+        facts: what `read_checkpoint` gave. Its progress is put where it is with other batches.
+        folder: the checkpoint.
+        options: of the command.
+        accelerator: of the run.
+
+    Returns:
+        What is not as it was, one line each.
+
+    Raises:
+        ValueError: options or the number of processes are others.
+    """
+    now, before, progress = options_as_json(options), facts["options"], facts["progress"]
+    changed = [name for name, value in before.items() if name not in MAY_CHANGE and name in now and now[name] != value]
+    notes = []
+    for name in changed:
+        if not _may_change_here(name, before, now, progress):
             raise ValueError(
-                f"{folder} is of a run with {flag(name, value)}, this command says {flag(name, now.get(name))}. "
+                f"{folder} is of a run with {flag(name, before[name])}, this command says {flag(name, now[name])}. "
                 "Resume with the options of that run, or start a new one from its weights: "
                 f"--model {folder}, another --output."
             )
+        notes.append(f"{flag(name, now[name])}, where the run had {flag(name, before[name])}")
     if facts["num_processes"] != accelerator.num_processes:
         raise ValueError(
             f"{folder} is of a run with {facts['num_processes']} processes, these are {accelerator.num_processes}. "
             f"Start as many, or a new run from its weights: --model {folder}, another --output."
         )
-    return facts
+    size = f"{progress.stage}_batch_size"
+    if size in changed:
+        # Batches go through the images in one order, whatever their size: the images so far are skipped.
+        progress.batch = progress.batch * before[size] // now[size]
+    return notes
+
+
+def _may_change_here(name: str, before: dict[str, Any], now: dict[str, Any], progress: Progress) -> bool:
+    xe_goes_on = progress.stage == "xe"
+    scst_has_begun = progress.stage == "scst" and progress.step > 0
+    xe_images_per_step = [
+        options.get("xe_batch_size", 0) * options.get("gradient_accumulation_steps", 1) for options in (before, now)
+    ]
+    if name in ("xe_batch_size", "gradient_accumulation_steps") and xe_goes_on:
+        return xe_images_per_step[0] == xe_images_per_step[1]
+    if name in ("scst_batch_size", "gradient_accumulation_steps"):
+        return progress.stage != "done"
+    of_scst = name.startswith("scst_") or name == "eos_in_reward"
+    return of_scst and progress.stage != "done" and not scst_has_begun
+
+
+def check_same_data(
+    before: dict[str, Any] | None, now: dict[str, Any], folder: Path, options: argparse.Namespace
+) -> None:
+    """Refuses to go on with other data than the run began with; where they lie does not matter.
+
+    Args:
+        before: fingerprints of the splits in the checkpoint, "train" and "validation".
+        now: those of the splits that this command names.
+        folder: the checkpoint.
+        options: of the command.
+
+    Raises:
+        ValueError: a split has other images, captions or features.
+    """
+    for split, fingerprint in now.items():
+        if before.get(split) == fingerprint:
+            continue
+        name = getattr(options, f"{split}_split")
+        raise ValueError(
+            f"{options.dataset}: the split {name!r} is not the one that the run of {folder} began with "
+            f"({difference_of_data(before.get(split), fingerprint)}). Resume with that dataset, wherever it lies, or "
+            f"start a new run from the weights: --model {folder}, another --output."
+        )
+
+
+def difference_of_data(before: object, now: object) -> str:
+    """What differs between two fingerprints, in words."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name, value in now.items():
+            if before.get(name) != value:
+                return f"{name.replace('_', ' ')} {printable(before.get(name), 24)}, now {printable(value, 24)}"
+    return f"fingerprint {printable(before, 24)}, now {printable(now, 24)}"
 
 
 def options_as_json(options: argparse.Namespace) -> dict[str, Any]:
@@ -101,7 +207,7 @@ def make_model(
     source = resumed or options.model
     if source is not None:
         model = load_model(source)
-        processor = AutoProcessor.from_pretrained(source)
+        processor = load_processor(source)
         if len(processor.tokenizer) != model.config.vocab_size:
             raise ValueError(
                 f"{source}: the vocabulary has {len(processor.tokenizer):,} tokens and the model "
@@ -121,53 +227,197 @@ def make_model(
         return model, processor
 
     tokenizer = make_tokenizer(options, train, validation)
-    batch = PackedImages(train).read([0])
-    cells, width = batch["grid_features"].shape[1:]
-    facts: dict[str, Any] = {
-        "vocab_size": len(tokenizer),
-        "grid_feature_size": width,
-        "use_segmentation": "segmentation_features" in batch and not options.no_segmentation,
-        **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("unk", "pad", "bos", "eos")},
-        "decoder_start_token_id": tokenizer.bos_token_id,
-    }
-    if "segmentation_features" in batch:
-        facts["num_segmentation_classes"] = batch["segmentation_features"].shape[1]
-    if options.dropout is not None:
-        facts |= {"dropout": options.dropout, "attention_dropout": options.dropout}
-    config = DifnetConfig(**{**read_config(options.config), **facts})
-    extractor = DifnetFeatureExtractor(math.isqrt(cells), width, config.num_segmentation_classes)
+    config, cells = make_config(options, tokenizer, train)
+    extractor = DifnetFeatureExtractor(math.isqrt(cells), config.grid_feature_size, config.num_segmentation_classes)
     model = DifnetForConditionalGeneration(config)
     model.generation_config = default_generation_config(config)
     return model, DifnetProcessor(extractor, tokenizer)
 
 
-def load_model(folder: Path) -> DifnetForConditionalGeneration:
+def make_config(options: argparse.Namespace, tokenizer: DifnetTokenizer, train: Dataset) -> tuple[DifnetConfig, int]:
+    """The configuration of a model from scratch, and the cells of a grid.
+
+    Raises:
+        ValueError: --config contradicts the data or the other options, or makes no network.
+    """
+    batch = first_row(PackedImages(train))
+    cells, width = batch["grid_features"].shape[1:]
+    given = read_config(options.config)
+    found: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "grid_feature_size": width,
+        **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("unk", "pad", "bos", "eos")},
+        "decoder_start_token_id": tokenizer.bos_token_id,
+    }
+    has_segmentation = "segmentation_features" in batch
+    if given.get("use_segmentation") is True and options.no_segmentation:
+        raise ValueError(
+            f"{options.config}: use_segmentation is true, and the command says --no-segmentation; leave out one of "
+            "the two"
+        )
+    if given.get("use_segmentation") is True and not has_segmentation:
+        raise ValueError(
+            f"{options.config}: use_segmentation is true, and {options.dataset} has no segmentation features; pack "
+            "them with --segmentation, or set the field to false for the baseline"
+        )
+    fields = {"use_segmentation": has_segmentation and not options.no_segmentation, **given}
+    if has_segmentation and fields["use_segmentation"]:
+        found["num_segmentation_classes"] = batch["segmentation_features"].shape[1]
+    elif has_segmentation:
+        fields.setdefault("num_segmentation_classes", batch["segmentation_features"].shape[1])
+    fixed = {"model_type": DifnetConfig.model_type, "is_encoder_decoder": True}
+    for name, value in {**found, **fixed}.items():
+        if name in given and given[name] != value:
+            fact, remedy = FACTS_OF_DATA[name]
+            raise ValueError(
+                f"{options.config}: {name} is {printable(given[name])}, and {fact.format(value)}; {remedy}"
+            )
+    if options.dropout is not None:
+        found |= {"dropout": options.dropout, "attention_dropout": options.dropout}
+    where = options.config or "the configuration"
+    try:
+        config = DifnetConfig(**{**fields, **found})
+    except Exception as error:  # of the library's checks of types, which is no ValueError
+        raise ValueError(f"{where}: {' '.join(str(error).split())}") from error
+    check_size(config, where)
+    return config, cells
+
+
+def check_size(config: DifnetConfig, source: object) -> None:
+    """Refuses sizes that no machine could hold, before anything is built.
+
+    Raises:
+        ValueError: the network has more layers or weights than make sense here.
+    """
+    for name in ("encoder_layers", "decoder_layers", "fusion_iterations"):
+        if getattr(config, name) > MOST_LAYERS:
+            raise ValueError(f"{source}: {name} is {getattr(config, name):,}; at most {MOST_LAYERS:,} are supported")
+    attention = 4 * config.d_model * config.head_dim
+    weights = (2 * config.vocab_size + config.grid_feature_size + config.max_position_embeddings) * config.d_model
+    weights += config.encoder_layers * (
+        attention * config.encoder_attention_heads + 2 * config.d_model * config.encoder_ffn_dim
+    )
+    weights += config.decoder_layers * (
+        2 * attention * config.decoder_attention_heads + 2 * config.d_model * config.decoder_ffn_dim
+    )
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**40
+    if 4 * weights > memory:
+        raise ValueError(
+            f"{source}: a network of these sizes has {weights:,} weights, {4 * weights / 2**30:,.0f} GiB; this "
+            f"machine has {memory / 2**30:,.0f} GiB of memory. Lower the sizes."
+        )
+
+
+def first_row(images: PackedImages) -> dict[str, torch.Tensor]:
+    """The features of the first image that can be read, as a batch of one: they tell the shapes of all.
+
+    Raises:
+        ValueError: none of the images can be read; the reason is that of the first.
+    """
+    first: Exception | None = None
+    for row in range(len(images)):
+        try:
+            return images.read([row])
+        except (ValueError, TypeError, LookupError, OverflowError) as error:
+            first = first or error
+    raise ValueError(f"no image of the split can be read; the first: {describe(first)}") from first
+
+
+def load_processor(folder: str | Path) -> DifnetProcessor:
+    """The processor of a checkpoint, as it is saved again.
+
+    Raises:
+        ValueError: there is none that can be read.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(folder)
+    except Exception as error:  # the library lets through whatever a file of the wrong kind causes
+        raise ValueError(
+            f"{folder}: the vocabulary or the processor's settings cannot be read ({describe(error)}). Take "
+            "vocab.json, tokenizer_config.json and preprocessor_config.json from one checkpoint."
+        ) from error
+    # How the library found the files says nothing about the tokenizer, and would be saved with it.
+    for name in ("is_local", "local_files_only"):
+        processor.tokenizer.init_kwargs.pop(name, None)
+    return processor
+
+
+def load_model(folder: str | Path) -> DifnetForConditionalGeneration:
+    """The model of a folder or a repository of the Hub.
+
+    Raises:
+        ValueError: there is none, it cannot be read, its weights do not fit its configuration or are not numbers.
+    """
+    check_local_files(Path(folder))
     try:
         model, report = DifnetForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
     except OSError as error:  # also the Hub's errors
         raise ValueError(
             f"{folder}: no model can be loaded from there. Give a folder that convert_checkpoint.py or train.py "
-            f"wrote, or a repository of the Hub. ({str(error).splitlines()[0]})"
+            f"wrote, or a repository of the Hub. ({printable(str(error).splitlines()[0], 300)})"
+        ) from error
+    except Exception as error:  # the library lets through whatever a file of the wrong kind causes
+        raise ValueError(
+            f"{folder}: no model can be loaded from there: {printable(' '.join(str(error).split()), 300)}"
         ) from error
     wrong = {name: sorted(map(str, keys)) for name, keys in report.items() if keys}
     if wrong:
-        raise ValueError(f"{folder}: the weights do not fit its config.json: {wrong}. Take both from one checkpoint.")
+        listed = "; ".join(f"{name.replace('_', ' ')} {_some(keys)}" for name, keys in wrong.items())
+        raise ValueError(f"{folder}: the weights do not fit its config.json: {listed}. Take both from one checkpoint.")
+    check_finite_weights(model, folder)
     return model
 
 
+def check_local_files(folder: Path) -> None:
+    """Looks at a folder's configuration before anything is built from it; a name on the Hub is passed over.
+
+    Raises:
+        ValueError: `config.json` is no JSON object, or asks for more layers than the weights have tensors.
+    """
+    if not (folder / "config.json").exists():
+        return
+    fields = read_json(folder / "config.json")
+    if not isinstance(fields, dict):
+        raise ValueError(f"{folder / 'config.json'}: an object is expected, not {printable(fields)}")
+    weights = folder / "model.safetensors"
+    if not weights.exists():
+        return
+    check_regular_file(weights)
+    try:
+        with safe_open(weights, "pt") as file:
+            num_tensors = len(list(file.keys()))
+    except SafetensorError as error:
+        raise ValueError(
+            f"{weights}: damaged ({printable(str(error))}); take the file from its source again"
+        ) from error
+    for name in ("encoder_layers", "decoder_layers", "num_hidden_layers"):
+        if isinstance(fields.get(name), int) and fields[name] > num_tensors:
+            raise ValueError(
+                f"{folder / 'config.json'}: {name} is {fields[name]:,}, and model.safetensors has {num_tensors:,} "
+                "tensors. Take both from one checkpoint."
+            )
+
+
+def _some(names: list[str], limit: int = 5) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(printable(name, 200) for name in names[:limit]) + more
+
+
 def read_config(path: Path | None) -> dict[str, Any]:
+    """The fields of `DifnetConfig` in a JSON file.
+
+    Raises:
+        ValueError: it is no JSON object, or has other fields.
+    """
     if path is None:
         return {}
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    fields = read_json(path)
     if not isinstance(fields, dict):
         raise ValueError(f"{path} must hold a JSON object with fields of DifnetConfig, not a {type(fields).__name__}")
     unknown = sorted(set(fields) - set(DifnetConfig().to_dict()))
     if unknown:
         known = ", ".join(name for name in DifnetConfig.__annotations__ if not name.startswith("_"))
-        raise ValueError(f"{path}: DifnetConfig has no {', '.join(unknown)}. Its fields: {known}.")
+        raise ValueError(f"{path}: DifnetConfig has no {_some(unknown)}. Its fields: {known}.")
     return fields
 
 
@@ -216,7 +466,7 @@ def check_data(config: DifnetConfig, images: Dataset, options: argparse.Namespac
             f"--max-new-tokens {options.max_new_tokens} is more than the model's position table has rows "
             f"(max_position_embeddings {config.max_position_embeddings}). Give a smaller number."
         )
-    batch = PackedImages(images).read([0])
+    batch = first_row(PackedImages(images))
     if config.use_segmentation and "segmentation_features" not in batch:
         raise ValueError(
             f"{folder} has no segmentation features, which this model reads. Pack them with --segmentation."

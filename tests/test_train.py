@@ -475,6 +475,7 @@ class TestResuming:
         for name in ("last", "best", "best_xe"):
             assert same_weights(tmp_path / "killed" / name, finished_run / name), name
         assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == [
+            ".lock",
             "best",
             "best_xe",
             "last",
@@ -650,7 +651,7 @@ class TestMistakes:
         assert message in self.said(capsys, *arguments(data, tmp_path / "run", **changes))
 
     def test_a_configuration_that_is_none(self, data, tmp_path, capsys):
-        for content, message in (("{", "is not JSON"), ("[]", "not a list"), ('{"width": 3}', "has no width")):
+        for content, message in (("{", "malformed JSON"), ("[]", "not a list"), ('{"width": 3}', "has no width")):
             (tmp_path / "config.json").write_text(content)
             error = self.said(capsys, *arguments(data, tmp_path / "run", config=tmp_path / "config.json"))
             assert message in error
@@ -682,6 +683,7 @@ class TestMistakes:
         path = output / "last" / "training_state" / "progress.json"
         path.unlink()
         path.write_text(json.dumps(progress))
+        training_state.write_checksums(output / "last")
         command = [sys.executable, "-c", limit, str(SCRIPT.parent), "20000", *words, "--stage", "xe", "--cpu"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         result = subprocess.run([*command, "--resume", "last"], capture_output=True, text=True, env=environment)
