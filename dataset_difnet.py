@@ -10,13 +10,20 @@ made and not at the top.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from datasets import Array2D, Dataset, DatasetDict, Features, List, Value, load_from_disk
+
+from difnet_transformers.command_line import requires
+from difnet_transformers.files import check_regular_file, path_inside, printable, read_json
+
+with requires("data"):
+    from datasets import Array2D, Dataset, Features, List, Value
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +35,8 @@ FLOAT16_ERROR = 2**-11
 FLOAT16_FLOOR = 2**-10
 FLOAT16_SMALLEST_NORMAL = 2**-14
 FLOAT16_OVERFLOW = 65520  # rounds to infinity
+LARGEST_SEGMENTATION = 2**16  # values; positions are uint16
+FINGERPRINTED_BYTES = 2**28  # of the grid features of a split; a second of work
 
 
 def packed_features(
@@ -98,36 +107,189 @@ def encode_segmentation(segmentation: np.ndarray) -> bytes:
 
 
 def decode_segmentation(packed: Sequence[bytes], dtype: Any = None) -> np.ndarray:
-    """The dense array (B, classes, height, width) of B packed ones, in `dtype` or in the type they were packed in."""
+    """The dense array (B, classes, height, width) of B packed ones, in `dtype` or in the type they were packed in.
+
+    Raises:
+        ValueError: they differ in shape or type, or one is damaged.
+    """
+    if any(not isinstance(item, bytes) or len(item) < 8 for item in packed):
+        raise ValueError("a packed segmentation is damaged: its header is missing")
     headers = np.array([np.frombuffer(item, "<u2", 4) for item in packed])
     if len(headers) == 0 or (headers != headers[0]).any():
         raise ValueError("expected one or more packed segmentations of one shape and type")
     *shape, itemsize = headers[0].tolist()
-    dense = np.zeros((len(packed), int(np.prod(shape))), dtype=dtype or f"f{itemsize}")
+    size = shape[0] * shape[1] * shape[2]
+    if itemsize not in (2, 4) or not 0 < size <= LARGEST_SEGMENTATION:
+        raise ValueError(f"a packed segmentation is damaged: its header says {shape} and {itemsize} bytes a value")
+    dense = np.zeros((len(packed), size), dtype=dtype or f"f{itemsize}")
     for row, item in zip(dense, packed, strict=True):
-        count = (len(item) - 8) // (2 + itemsize)
-        row[np.frombuffer(item, "<u2", count, 8)] = np.frombuffer(item, f"<f{itemsize}", count, 8 + 2 * count)
+        count, surplus = divmod(len(item) - 8, 2 + itemsize)
+        positions = np.frombuffer(item, "<u2", count, 8)
+        if surplus or positions.max(initial=0) >= size:
+            raise ValueError(f"a packed segmentation is damaged: its positions do not fit the shape {shape}")
+        row[positions] = np.frombuffer(item, f"<f{itemsize}", count, 8 + 2 * count)
     return dense.reshape(len(packed), *shape)
 
 
-def load_packed_split(folder: str | Path, split: str) -> Dataset:
-    """One split of a packed dataset.
+# Opening a packed folder
+
+PACKED_COLUMNS = ("image_id", "file_name", "grid_features", "grid_cells", "captions")
+
+
+def packed_splits(folder: str | os.PathLike) -> list[str]:
+    """The names of the splits of a packed folder.
 
     Raises:
-        ValueError: the folder is no packed dataset, or has no such split.
+        ValueError: the folder is no packed dataset; the text says what it is, or how to make one.
     """
+    shown, place = printable(folder, 300), Path(folder)
+    names = place / "dataset_dict.json"
+    if not names.exists():
+        if any(place.glob("data/*.parquet")) or any(place.glob("*.parquet")):
+            raise ValueError(
+                f"{shown} is packed as Parquet, for the Hub and datasets.load_dataset; this program reads Arrow: pack "
+                "without --parquet, or convert it: datasets.load_dataset(FOLDER).save_to_disk(ANOTHER)"
+            )
+        if (place / "state.json").exists():
+            return []
+        raise ValueError(f"{shown} is not a packed dataset: scripts/pack_coco.py makes one.")
+    content = read_json(names)
+    splits = content.get("splits") if isinstance(content, dict) else None
+    if not isinstance(splits, list) or not all(isinstance(name, str) for name in splits):
+        raise ValueError(f'{printable(names, 300)}: damaged, it has no list of names "splits"; pack again')
+    return splits
+
+
+def load_packed_split(folder: str | os.PathLike, split: str) -> Dataset:
+    """One split of a packed dataset.
+
+    Args:
+        folder: what `scripts/pack_coco.py` wrote, without `--parquet`.
+        split: "train", "validation" or "test".
+
+    Raises:
+        ValueError: the folder is no packed dataset, has no such split, or is damaged; the text names the file.
+    """
+    shown = printable(folder, 300)
+    splits = packed_splits(folder)
+    if split not in splits:
+        found = printable(", ".join(splits)) or "no splits"
+        raise ValueError(f"{shown} has no split {split!r}, it has {found}.")
+    place = path_inside(folder, split)
+    data_files = _data_files(place)
     try:
-        packed = load_from_disk(str(folder))
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{folder} is not a packed dataset: scripts/pack_coco.py makes one.") from None
-    if not isinstance(packed, DatasetDict) or split not in packed:
-        found = ", ".join(packed) if isinstance(packed, DatasetDict) else "no splits"
-        raise ValueError(f"{folder} has no split {split!r}, it has {found}.")
-    if "grid_features" not in packed[split].features:
-        raise ValueError(f"{folder} is a dataset, but not a packed one: scripts/pack_coco.py makes it.")
-    if len(packed[split]) == 0:
-        raise ValueError(f"{folder}: the split {split!r} is empty.")
-    return packed[split]
+        dataset = Dataset.load_from_disk(str(place))
+        features = dataset.features
+    except Exception as error:
+        # Damage shows in whatever part of datasets, pyarrow or fsspec it reaches first.
+        names = ", ".join(path.name for path in data_files[:3])
+        said = printable(" ".join(str(error).split()), 200)
+        raise ValueError(
+            f"{printable(place, 300)}: damaged ({names}, state.json or dataset_info.json: {type(error).__name__}: "
+            f"{said}); pack again"
+        ) from None
+    if "grid_features" not in features:
+        raise ValueError(f"{shown} is a dataset, but not a packed one: scripts/pack_coco.py makes it.")
+    if len(dataset) == 0:
+        raise ValueError(f"{shown}: the split {split!r} is empty.")
+    try:
+        _check_table(dataset)
+    except Exception as error:
+        said = printable(" ".join(str(error).split()), 200)
+        raise ValueError(f"{printable(place, 300)}: damaged ({said}); pack again") from None
+    return dataset
+
+
+def _data_files(split: Path) -> list[Path]:
+    """The Arrow files of a split. `datasets` would follow their names to wherever they lead."""
+    state_file = split / "state.json"
+    state = read_json(state_file)
+    entries = state.get("_data_files") if isinstance(state, dict) else None
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f'{printable(state_file, 300)}: damaged, it has no list "_data_files"; pack again')
+    paths = []
+    for entry in entries:
+        try:
+            path = path_inside(split, entry.get("filename"))
+            check_regular_file(path)
+        except FileNotFoundError:
+            raise ValueError(
+                f"{printable(split / entry['filename'], 300)}: missing, though state.json names it; copy the whole "
+                "folder, or pack again"
+            ) from None
+        except ValueError as error:
+            raise ValueError(f"{printable(state_file, 300)}: {error}") from None
+        paths.append(path)
+    if not isinstance(read_json(split / "dataset_info.json"), dict):
+        raise ValueError(f"{printable(split / 'dataset_info.json', 300)}: damaged, it is no object; pack again")
+    return paths
+
+
+def _check_table(dataset: Dataset) -> None:
+    """ValueError or Arrow's error for a table whose offsets lead out of its buffers: reading it would end Python."""
+    missing = [name for name in PACKED_COLUMNS if name not in dataset.features]
+    if missing:
+        raise ValueError(f"it has no column {', '.join(missing)}")
+    columns = [name for name in (*PACKED_COLUMNS, "segmentation_features") if name in dataset.features]
+    for name in columns:
+        column = dataset.data.column(name)
+        column.validate(full=True)
+        nulls = column.null_count
+        if name == "captions":
+            nulls += sum(chunk.flatten().null_count for chunk in column.chunks)
+        if nulls:
+            raise ValueError(f"{nulls:,} rows without {name}")
+
+
+def split_fingerprint(dataset: Dataset) -> dict[str, Any]:
+    """What a split holds, in three values that are equal for equal content, wherever it lies, however it was sharded.
+
+    Args:
+        dataset: one split of a packed dataset.
+
+    Returns:
+        `"images"` and `"captions"`, how many there are, and `"sha256"`, over the ids, names, captions, cells and
+        segmentation features of all images in their order, and over the grid features: of all images where these take
+        up to 256 MB, else of as many as fit, evenly spread. `pack_coco.py --verify` compares every value.
+    """
+    images = PackedImages(dataset)
+    digest = hashlib.sha256()
+    captions = 0
+    columns = [
+        name
+        for name in ("image_id", "file_name", "restval", "grid_cells", "captions", "segmentation_features")
+        if name in dataset.features
+    ]
+    rows = dataset.select_columns(columns).with_format(None)
+    for batch in rows.iter(1000):
+        captions += sum(map(len, batch["captions"]))
+        for name in columns:
+            for value in batch[name]:
+                digest.update(value if isinstance(value, bytes) else repr(value).encode("utf-8", "backslashreplace"))
+                digest.update(b"\n")
+    digest.update(repr((images.cell_shape, str(images.grid_dtype))).encode())
+    row_bytes = int(np.prod(images.cell_shape)) * images.grid_dtype.itemsize
+    count = max(1, min(len(images), FINGERPRINTED_BYTES // row_bytes))
+    for row in np.linspace(0, len(images) - 1, count).astype(np.int64):
+        digest.update(np.ascontiguousarray(images.grid(row)).view(np.uint8))
+    return {"images": len(images), "captions": captions, "sha256": digest.hexdigest()}
+
+
+def split_fingerprints(packed: str | os.PathLike | Mapping[str, Dataset]) -> dict[str, dict[str, Any]]:
+    """The fingerprint of every split, to tell whether data is what it was: see `split_fingerprint`.
+
+    Args:
+        packed: a packed folder, or its splits by name (a `DatasetDict`).
+
+    Raises:
+        ValueError: the folder is no packed dataset, or is damaged.
+    """
+    if not isinstance(packed, Mapping):
+        packed = {name: load_packed_split(packed, name) for name in packed_splits(packed)}
+    return {name: split_fingerprint(dataset) for name, dataset in packed.items()}
+
+
+# Batches
 
 
 class PackedImages:
@@ -149,12 +311,21 @@ class PackedImages:
         self.dataset = dataset
         self.dtype = dtype
         self.mask_padded_cells = mask_padded_cells
-        self.cell_shape = dataset.features["grid_features"].shape
-        chunks = [chunk.storage.flatten().flatten() for chunk in dataset.data.column("grid_features").chunks]
-        self._grids = [chunk.to_numpy(zero_copy_only=True).reshape(-1, *self.cell_shape) for chunk in chunks]
+        try:
+            self.cell_shape = tuple(dataset.features["grid_features"].shape)
+            chunks = [chunk.storage.flatten().flatten() for chunk in dataset.data.column("grid_features").chunks]
+            self._grids = [chunk.to_numpy(zero_copy_only=True).reshape(-1, *self.cell_shape) for chunk in chunks]
+            self._cells = dataset.data.column("grid_cells").to_numpy()
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"the packed grid features are damaged ({printable(str(error))}); pack again") from None
         self._starts = np.cumsum([0] + [len(grids) for grids in self._grids])
         self._table_rows = None if dataset._indices is None else dataset._indices.column(0).to_numpy()
-        self._cells = dataset.data.column("grid_cells").to_numpy()
+        wrong = np.flatnonzero((self._cells < 1) | (self._cells > self.cell_shape[0]))
+        if len(wrong):
+            raise ValueError(
+                f"image {dataset.data.column('image_id')[int(wrong[0])]}: grid_cells is {self._cells[wrong[0]]}, the "
+                f"grid has {self.cell_shape[0]} cells; pack again"
+            )
         self._with_segmentation = "segmentation_features" in dataset.features
 
     def __len__(self) -> int:
@@ -172,11 +343,7 @@ class PackedImages:
         """
         import torch
 
-        rows = np.asarray(rows, dtype=np.int64)
-        if rows.min(initial=0) < 0 or rows.max(initial=0) >= len(self):
-            raise IndexError(f"the rows of this split are 0 .. {len(self) - 1}, got {rows.min()} .. {rows.max()}")
-        if self._table_rows is not None:
-            rows = self._table_rows[rows].astype(np.int64)
+        rows = self._rows_of_table(rows)
         chunks = np.searchsorted(self._starts, rows, side="right") - 1
         grids = np.empty((len(rows), *self.cell_shape), dtype=self._grids[0].dtype)
         for position, (chunk, offset) in enumerate(zip(chunks, rows - self._starts[chunks], strict=True)):
@@ -185,7 +352,7 @@ class PackedImages:
         if self._with_segmentation:
             column = self.dataset.data.column("segmentation_features")
             packed = [column[row].as_py() for row in rows.tolist()]
-            batch["segmentation_features"] = torch.from_numpy(decode_segmentation(packed))
+            batch["segmentation_features"] = torch.from_numpy(self._decode(packed, rows))
         if self.dtype is not None:
             batch = {name: tensor.to(self.dtype) for name, tensor in batch.items()}
         cells = self._cells[rows]
@@ -193,6 +360,37 @@ class PackedImages:
             mask = np.arange(self.cell_shape[0]) < cells[:, None]
             batch["grid_attention_mask"] = torch.from_numpy(mask.astype(np.int64))
         return batch
+
+    def _rows_of_table(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Rows of the Arrow table for rows of the split, which may be a selection."""
+        rows = np.asarray(rows, dtype=np.int64)
+        if rows.min(initial=0) < 0 or rows.max(initial=0) >= len(self):
+            raise IndexError(f"the rows of this split are 0 .. {len(self) - 1}, got {rows.min()} .. {rows.max()}")
+        return rows if self._table_rows is None else self._table_rows[rows].astype(np.int64)
+
+    def _decode(self, packed: list[bytes], rows: np.ndarray) -> np.ndarray:
+        try:
+            return decode_segmentation(packed)
+        except ValueError:
+            # Once more one by one, to find the image.
+            for item, row in zip(packed, rows.tolist(), strict=True):
+                try:
+                    decode_segmentation([item])
+                except ValueError as error:
+                    image_id = self.dataset.data.column("image_id")[row]
+                    raise ValueError(f"image {image_id}: {error}; pack again") from None
+            raise
+
+    @property
+    def grid_dtype(self) -> np.dtype:
+        """The type that grid features are stored in."""
+        return self._grids[0].dtype if self._grids else np.dtype(np.float16)
+
+    def grid(self, row: int) -> np.ndarray:
+        """The grid features of one row as they are stored, (cells, width), without a copy."""
+        table_row = self._rows_of_table([row])[0]
+        chunk = np.searchsorted(self._starts, table_row, side="right") - 1
+        return self._grids[chunk][table_row - self._starts[chunk]]
 
     def cells(self) -> np.ndarray:
         """How many cells each image's grid has without the padded ones, (images,)."""

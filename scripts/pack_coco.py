@@ -139,10 +139,11 @@ class Plan(NamedTuple):
 
 def make_plan(recipe: Recipe) -> Plan:
     """Match annotations and features; PackingError lists every image that lacks something, unless they are skipped."""
-    splits, annotation_files = read_annotations(recipe.annotations)
+    splits, annotation_files, problems = read_annotations(recipe.annotations)
+    if not recipe.skip_missing:
+        raise_for(problems)
     grid_places = GridFiles(recipe.features).index()
     segmentation_places = None if recipe.segmentation is None else SegmentationFiles(recipe.segmentation).index()
-    problems: list[Problem] = []
     planned: dict[str, list[tuple[ImageRow, tuple[str, str | None]]]] = {}
     wanted = set()
     for split, rows in splits.items():

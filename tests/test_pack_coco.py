@@ -496,7 +496,7 @@ class TestMistakes:
             ("karpathy", "dataset_coco.json", lambda text: "[]", "expected Karpathy's form"),
             ("karpathy", "dataset_coco.json", ('"cocoid": 3,', ""), 'lacks an integer "cocoid"'),
             ("karpathy", "dataset_coco.json", ('"cocoid": 3,', '"cocoid": 4,'), "duplicate image ids, .*: 4"),
-            ("karpathy", "dataset_coco.json", ("restval", "rest"), "image 3 has the split 'rest'"),
+            ("karpathy", "dataset_coco.json", ("restval", "rest"), "has the split 'rest', not train.*: image 3, 9"),
             ("plain", "captions_train2017.json", ('"id": 1,', '"id": 2,'), "duplicate image id 2"),
             ("plain", "captions_train2017.json", ('"id": 10,', '"id": 11,'), "duplicate annotation id 11"),
             ("plain", "captions_train2017.json", ('"id": 1,', ""), 'an entry of "images" lacks'),
