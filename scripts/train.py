@@ -43,6 +43,7 @@ from training_options import parse_arguments  # noqa: E402
 from training_processes import all_or_none, is_first_process  # noqa: E402
 from training_start import (  # noqa: E402
     check_data,
+    check_same_data,
     check_same_run,
     load_model,
     make_accelerator,
@@ -65,6 +66,7 @@ from dataset_difnet import (  # noqa: E402
     ImageCaptionBatches,
     ReferenceBatches,
     load_packed_split,
+    split_fingerprint,
 )
 from difnet_transformers.command_line import run_command  # noqa: E402
 from difnet_transformers.files import folder_lock, naming, printable  # noqa: E402
@@ -291,6 +293,14 @@ class Run:
         self.model, self.processor = make_model(options, resumed, self.train_images, self.validation_images)
         self.tokenizer = self.processor.tokenizer
         check_data(self.model.config, self.train_images, options)
+        self.data = None
+        if self.accelerator.is_main_process:
+            splits = {"train": self.train_images, "validation": self.validation_images}
+            self.data = {name: split_fingerprint(images) for name, images in splits.items()}
+            if facts is not None and facts["data"] is not None:
+                check_same_data(facts["data"], self.data, resumed, options)
+            elif facts is not None:
+                notes.append(f"{resumed} has no fingerprints of its data (an older version wrote it): not compared")
         return facts, notes
 
     def prepare(self, resumed: Path | None) -> None:
@@ -309,7 +319,7 @@ class Run:
             all_or_none(accelerator, lambda: load_state(accelerator, resumed, facts, self.model, self.optimizer))
         all_or_none(accelerator, self.check_batches)
         for note in self.notes:
-            accelerator.print(f"resumed with a difference: {note}", file=sys.stderr)
+            accelerator.print(f"resuming: {note}", file=sys.stderr)
         if accelerator.is_main_process and resumed is not None:
             self.take_log(resumed)
         self.log = Log(accelerator, self.output / "log.jsonl", self.progress)
@@ -403,7 +413,7 @@ class Run:
         batches = self.scst_batches if progress.stage == "scst" else self.xe_batches
         self.check_number(batches, progress.stage)
         if progress.batch and progress.batch >= len(batches):
-            if not self.notes:
+            if self.facts is None or not self.facts["resized"]:
                 raise ValueError(
                     f"the checkpoint is damaged: it stands behind batch {progress.batch} of an epoch that has "
                     f"{len(batches)}. Resume from another checkpoint."
@@ -469,7 +479,7 @@ class Run:
             self.accelerator,
             self.output,
             self.progress,
-            {"options": options_as_json(self.options)},
+            {"options": options_as_json(self.options), "data": self.data},
             self.model,
             self.optimizer,
             self.write_model,

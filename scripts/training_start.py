@@ -110,7 +110,8 @@ def check_same_run(
     accumulation if their product stays.
 
     Args:
-        facts: what `read_checkpoint` gave. Its progress is put where it is with other batches.
+        facts: what `read_checkpoint` gave. Its progress is put where it is with other batches, and `resized` says
+            whether it was.
         folder: the checkpoint.
         options: of the command.
         accelerator: of the run.
@@ -138,7 +139,8 @@ def check_same_run(
             f"Start as many, or a new run from its weights: --model {folder}, another --output."
         )
     size = f"{progress.stage}_batch_size"
-    if size in changed:
+    facts["resized"] = size in changed
+    if facts["resized"]:
         # Batches go through the images in one order, whatever their size: the images so far are skipped.
         progress.batch = progress.batch * before[size] // now[size]
     return notes
@@ -302,9 +304,13 @@ def check_size(config: DifnetConfig, source: object) -> None:
     )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**40
     if 4 * weights > memory:
+        sizes = ("vocab_size", "grid_feature_size", "max_position_embeddings", "d_model", "head_dim")
+        sizes += ("encoder_attention_heads", "decoder_attention_heads", "encoder_ffn_dim", "decoder_ffn_dim")
+        largest = max(sizes, key=lambda name: getattr(config, name))
         raise ValueError(
             f"{source}: a network of these sizes has {weights:,} weights, {4 * weights / 2**30:,.0f} GiB; this "
-            f"machine has {memory / 2**30:,.0f} GiB of memory. Lower the sizes."
+            f"machine has {memory / 2**30:,.0f} GiB of memory. Lower them; the largest is {largest}, "
+            f"{getattr(config, largest):,}."
         )
 
 

@@ -104,11 +104,11 @@ def random_states() -> dict[str, torch.Tensor]:
 def set_random_states(states: dict[str, torch.Tensor]) -> None:
     """The inverse of `random_states`; TypeError for states that are none."""
     torch.set_rng_state(states["torch"])
-    gauss = states["python_gauss"].tolist()
-    position, has_gauss = states["numpy_position"].tolist()
-    keys = states["numpy"].numpy().astype(np.uint32)
     try:
+        gauss = [float(value) for value in states["python_gauss"].tolist()]
         random.setstate((3, tuple(states["python"].tolist()), gauss[0] if gauss else None))
+        position, has_gauss = states["numpy_position"].tolist()
+        keys = states["numpy"].numpy().astype(np.uint32)
         np.random.set_state(("MT19937", keys, position, has_gauss, states["numpy_gauss"].item()))
     except ValueError as error:
         raise TypeError(str(error)) from error
