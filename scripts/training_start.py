@@ -242,7 +242,7 @@ def make_config(options: argparse.Namespace, tokenizer: DifnetTokenizer, train: 
     Raises:
         ValueError: --config contradicts the data or the other options, or makes no network.
     """
-    batch = first_row(PackedImages(train))
+    batch = usual_row(PackedImages(train))
     cells, width = batch["grid_features"].shape[1:]
     given = read_config(options.config)
     found: dict[str, Any] = {
@@ -314,19 +314,39 @@ def check_size(config: DifnetConfig, source: object) -> None:
         )
 
 
-def first_row(images: PackedImages) -> dict[str, torch.Tensor]:
-    """The features of the first image that can be read, as a batch of one: they tell the shapes of all.
+# What reading a row of a packed dataset can raise.
+ROW_ERRORS = (ValueError, TypeError, LookupError, OverflowError)
+ROWS_LOOKED_AT = 16
+
+
+def form_of(batch: dict[str, torch.Tensor]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape of an image and type of the features of a batch, by name."""
+    return {
+        name: (tuple(batch[name].shape[1:]), batch[name].dtype)
+        for name in ("grid_features", "segmentation_features")
+        if name in batch
+    }
+
+
+def usual_row(images: PackedImages) -> dict[str, torch.Tensor]:
+    """The features of an image, as a batch of one, that have the form of most: single ones may be broken.
 
     Raises:
         ValueError: none of the images can be read; the reason is that of the first.
     """
     first: Exception | None = None
+    readable: list[dict[str, torch.Tensor]] = []
     for row in range(len(images)):
         try:
-            return images.read([row])
-        except (ValueError, TypeError, LookupError, OverflowError) as error:
+            readable.append(images.read([row]))
+        except ROW_ERRORS as error:
             first = first or error
-    raise ValueError(f"no image of the split can be read; the first: {describe(first)}") from first
+        if len(readable) == ROWS_LOOKED_AT:
+            break
+    if not readable:
+        raise ValueError(f"no image of the split can be read; the first: {describe(first)}") from first
+    forms = [form_of(batch) for batch in readable]
+    return readable[max(range(len(forms)), key=lambda row: forms.count(forms[row]))]
 
 
 def load_processor(folder: str | Path) -> DifnetProcessor:
@@ -335,6 +355,7 @@ def load_processor(folder: str | Path) -> DifnetProcessor:
     Raises:
         ValueError: there is none that can be read.
     """
+    check_local_files(Path(folder))
     try:
         processor = AutoProcessor.from_pretrained(folder)
     except Exception as error:  # the library lets through whatever a file of the wrong kind causes
@@ -378,8 +399,11 @@ def check_local_files(folder: Path) -> None:
     """Looks at a folder's configuration before anything is built from it; a name on the Hub is passed over.
 
     Raises:
-        ValueError: `config.json` is no JSON object, or asks for more layers than the weights have tensors.
+        ValueError: a file is none, or `config.json` is no JSON object, or asks for more layers than the weights have
+            tensors.
     """
+    for path in folder.glob("*.json"):
+        check_regular_file(path)
     if not (folder / "config.json").exists():
         return
     fields = read_json(folder / "config.json")
@@ -472,7 +496,7 @@ def check_data(config: DifnetConfig, images: Dataset, options: argparse.Namespac
             f"--max-new-tokens {options.max_new_tokens} is more than the model's position table has rows "
             f"(max_position_embeddings {config.max_position_embeddings}). Give a smaller number."
         )
-    batch = first_row(PackedImages(images))
+    batch = usual_row(PackedImages(images))
     if config.use_segmentation and "segmentation_features" not in batch:
         raise ValueError(
             f"{folder} has no segmentation features, which this model reads. Pack them with --segmentation."
