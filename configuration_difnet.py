@@ -9,6 +9,14 @@ Here one configuration describes all of them: `use_segmentation=False` is the pa
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+CUSTOM_PIPELINES = {
+    "image-captioning": {
+        "impl": "pipeline_difnet.DifnetImageCaptioningPipeline",
+        "pt": ["AutoModelForImageTextToText"],
+        "type": "multimodal",
+    }
+}
+
 
 @strict
 class DifnetConfig(PreTrainedConfig):
@@ -82,7 +90,12 @@ class DifnetConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
+        # In a program that has imported the package, the task is registered. Named here as well, it would make
+        # `pipeline` ask for `trust_remote_code` where no code of the checkpoint runs.
+        kwargs.pop("custom_pipelines", None)
         super().__post_init__(**kwargs)
+        if __name__.startswith("transformers_modules."):
+            self.custom_pipelines = CUSTOM_PIPELINES
         # `@strict` calls these as well, whenever a configuration is saved, but wraps what they raise in an exception
         # that is no ValueError.
         self.validate_architecture()
@@ -94,6 +107,10 @@ class DifnetConfig(PreTrainedConfig):
                 "AutoConfig": "configuration_difnet.DifnetConfig",
                 "AutoModelForImageTextToText": "modeling_difnet.DifnetForConditionalGeneration",
             }
+
+    def to_dict(self) -> dict:
+        """With the pipeline that the checkpoint carries, so that `pipeline(.., trust_remote_code=True)` finds it."""
+        return {**super().to_dict(), "custom_pipelines": CUSTOM_PIPELINES}
 
     def validate_architecture(self):
         """Sizes that make a network."""

@@ -8,6 +8,7 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
 )
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer
 
@@ -17,6 +18,7 @@ from .faithfulness_difnet import FaithfulnessOutput, faithfulness
 from .generation_difnet import original_beam_search, sequence_log_probs
 from .grid_backbone_difnet import GridFeatureBackbone, GridFeatureBackboneConfig
 from .modeling_difnet import DifnetForConditionalGeneration, DifnetModel, DifnetPreTrainedModel
+from .pipeline_difnet import TASK, DifnetImageCaptioningPipeline
 from .relevance_difnet import RelevanceOutput, relevance
 
 AutoConfig.register("difnet", DifnetConfig)
@@ -28,12 +30,17 @@ AutoTokenizer.register(DifnetConfig, DifnetTokenizer)
 AutoProcessor.register(DifnetConfig, DifnetProcessor)
 AutoConfig.register("difnet_grid_backbone", GridFeatureBackboneConfig)
 AutoModel.register(GridFeatureBackboneConfig, GridFeatureBackbone)
+if TASK not in PIPELINE_REGISTRY.get_supported_tasks():
+    PIPELINE_REGISTRY.register_pipeline(
+        TASK, pipeline_class=DifnetImageCaptioningPipeline, pt_model=AutoModelForImageTextToText, type="multimodal"
+    )
 
 __all__ = [
     "DifnetConfig",
     "DifnetEnsemble",
     "DifnetFeatureExtractor",
     "DifnetForConditionalGeneration",
+    "DifnetImageCaptioningPipeline",
     "DifnetModel",
     "DifnetPreTrainedModel",
     "DifnetProcessor",

@@ -282,7 +282,10 @@ class GridFeatureBackbone(PreTrainedModel):
             ImportError: Pillow is not installed.
         """
         if Image is None:
-            raise ImportError("Pictures need Pillow: `pip install pillow`.")
+            raise ImportError(
+                'Pictures need Pillow: `pip install "difnet-transformers[images]"`, or `pip install pillow`.',
+                name="PIL",
+            )
         picture = as_rgb(image)
         height, width = resized_shape(
             picture.height, picture.width, self.config.shortest_side, self.config.longest_side
@@ -308,9 +311,14 @@ class GridFeatureBackbone(PreTrainedModel):
             whatever the model's dtype is, on its device.
 
         Raises:
-            ValueError: as `preprocess`.
+            ValueError: as `preprocess`; the network gives NaN or infinity for the image.
         """
         feature_map = self(self.preprocess(image).to(self.device)).feature_map.float()
+        if not feature_map.isfinite().all():
+            raise ValueError(
+                "the grid backbone gives NaN or infinity for this image: its weights are damaged, or its dtype "
+                f"({self.dtype}) is too narrow"
+            )
         if pooled:
             feature_map = F.adaptive_avg_pool2d(feature_map, self.config.grid_size)
         cells = feature_map[0].flatten(1).T.contiguous()

@@ -24,6 +24,7 @@ recomputed.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -48,6 +49,10 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_difnet import DifnetConfig
 from .generation_difnet import original_beam_search, sequence_log_probs
+
+if TYPE_CHECKING:
+    # Nothing here needs the pipeline, but a saved model takes along the files that its own file names.
+    from .pipeline_difnet import DifnetImageCaptioningPipeline  # noqa: F401
 
 
 @dataclass

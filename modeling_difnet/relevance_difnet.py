@@ -231,6 +231,9 @@ def inputs_and_targets(
     is_end = torch.isin(sequences, sequences.new_tensor([token for token in eos_token_ids if token is not None]))
     input_ids = sequences.masked_fill(is_end, config.pad_token_id)  # what follows <eos> is no word
     num_words = int((input_ids != config.pad_token_id).sum(1).max())
+    if not isinstance(targets, str) or targets == "caption":
+        # No word follows the last one of a caption that `generate` could not finish, and no position may be left for it.
+        num_words = min(num_words, config.max_position_embeddings)
     if isinstance(targets, torch.Tensor):
         if targets.shape != (len(sequences), num_words):
             raise ValueError(

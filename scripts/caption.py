@@ -9,36 +9,42 @@ import argparse
 import base64
 import html
 import io
-import itertools
 import json
-import os
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from coco_sources import GridFiles, SegmentationFiles, find_pictures, image_ids_of
-from relevance_figures import explain_picture, page, panels, png
-
+from difnet_transformers.command_line import (
+    LeftOut,
+    add_debug_option,
+    add_strict_option,
+    describe,
+    requires,
+    run_command,
+)
+from difnet_transformers.files import atomic_write, printable
 from modeling_difnet import original_beam_search
 from pipeline_difnet import (
     TASK,
     UNTRAINED_WARNING,
     DifnetImageCaptioningPipeline,
-    UnreadablePicture,
     open_picture,
     unusual_size,
 )
-from segmentation_difnet import fitted_size, raise_for_random_weights
+from segmentation_difnet import check_loaded_weights, fitted_size
+
+with requires("images"):
+    from coco_sources import GridFiles, SegmentationFiles, find_pictures, image_ids_of
+    from PIL import Image, ImageDraw, ImageFont
+    from relevance_figures import explain_picture, page, panels, png
 
 THUMBNAIL = 320  # pixels of a picture's longer side in a contact sheet
 
@@ -52,7 +58,19 @@ class Captioned(NamedTuple):
 
     @property
     def name(self) -> str:
-        return str(self.path) if self.path is not None else str(self.image_id)
+        return printable(self.path, 1000) if self.path is not None else str(self.image_id)
+
+
+class Item(NamedTuple):
+    """What is to be captioned; `features` reads or makes its features, and may raise anything."""
+
+    image_id: int
+    path: Path | None
+    features: Callable[[], Mapping[str, Any]]
+
+    @property
+    def name(self) -> object:
+        return self.path if self.path is not None else f"image {self.image_id}"
 
 
 # Captions
@@ -60,7 +78,7 @@ class Captioned(NamedTuple):
 
 def make_pipeline(arguments: argparse.Namespace) -> DifnetImageCaptioningPipeline:
     model, report = AutoModelForImageTextToText.from_pretrained(arguments.model, output_loading_info=True)
-    raise_for_random_weights(arguments.model, report)
+    check_loaded_weights(arguments.model, model, report)
     networks = {}
     if arguments.features is None:
         networks = {
@@ -89,94 +107,103 @@ def generation_options(captioner: DifnetImageCaptioningPipeline, arguments: argp
     return options
 
 
-class Readable:
-    """The features of the pictures that can be read; what is wrong with the others, or odd, is said and kept."""
-
-    def __init__(self, captioner: DifnetImageCaptioningPipeline, pictures: Sequence[tuple[int, Path]]):
-        self.captioner, self.pictures = captioner, pictures
-        self.read: list[tuple[int, Path]] = []
-        self.left_out: list[str] = []
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for image_id, path in self.pictures:
-            try:
-                picture = open_picture(path)
-                features = self.captioner.features_of(picture)
-            except ValueError as error:
-                # `UnreadablePicture` names the picture; the backbone's error on a picture too narrow does not.
-                said = str(error) if isinstance(error, UnreadablePicture) else f"{path}: {error}"
-                self.left_out.append(said)
-                tqdm.write(f"left out: {said}", file=sys.stderr)
-                continue
-            remark = unusual_size(picture)
-            if remark is not None:
-                tqdm.write(f"unusual: {path}: {remark}", file=sys.stderr)
-            self.read.append((image_id, path))
-            yield features
+def items_of_pictures(
+    captioner: DifnetImageCaptioningPipeline, arguments: argparse.Namespace, left_out: LeftOut
+) -> list[Item]:
+    paths = find_pictures(arguments.pictures, leave_out=left_out.add)
+    return [
+        Item(image_id, path, lambda path=path: features_of_picture(captioner, path))
+        for image_id, path in zip(image_ids_of(paths), paths, strict=True)
+    ]
 
 
-def stored_features(arguments: argparse.Namespace) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """The features of every image in the files, in the order of the ids."""
+def features_of_picture(captioner: DifnetImageCaptioningPipeline, path: Path) -> Mapping[str, Any]:
+    picture = open_picture(path)
+    features = captioner.features_of(picture)
+    remark = unusual_size(picture)
+    if remark is not None:
+        tqdm.write(f"unusual: {printable(path, 300)}: {remark}", file=sys.stderr)
+    return features
+
+
+def items_of_features(arguments: argparse.Namespace, left_out: LeftOut) -> list[Item]:
+    """Every image in the feature files, in the order of the ids, or those asked for."""
     grids = GridFiles(tuple(arguments.features))
     places = grids.index()
     segmentations = None if arguments.segmentation is None else SegmentationFiles(arguments.segmentation)
     names = {} if segmentations is None else segmentations.index()
-    wanted = sorted(places) if arguments.ids is None else arguments.ids
-    for image_id in wanted:
-        if image_id not in places or (segmentations is not None and image_id not in names):
-            raise ValueError(
-                f"image {image_id} is not in {'the features' if image_id not in places else 'the segmentation'}"
-            )
-        features = {"grid_features": grids.read(places[image_id], image_id)}
+
+    def features(image_id: int) -> dict[str, Any]:
+        if segmentations is not None and image_id not in names:
+            raise ValueError(f"not in {printable(arguments.segmentation)}")
+        found = {"grid_features": grids.read(places[image_id], image_id)}
         if segmentations is not None:
-            features["segmentation_features"] = segmentations.read(names[image_id])[0]
-        yield image_id, features
+            found["segmentation_features"] = segmentations.read(names[image_id])[0]
+        return found
+
+    items = []
+    for image_id in sorted(places) if arguments.ids is None else dict.fromkeys(arguments.ids):
+        if image_id in places:
+            items.append(Item(image_id, None, lambda image_id=image_id: features(image_id)))
+        else:
+            left_out.add(f"image {image_id}", f"not in the features ({', '.join(map(printable, arguments.features))})")
+    return items
 
 
-def caption_pictures(
-    captioner: DifnetImageCaptioningPipeline, arguments: argparse.Namespace
-) -> tuple[list[Captioned], list[str]]:
-    paths = find_pictures(arguments.pictures)
-    pictures = Readable(captioner, list(zip(image_ids_of(paths), paths, strict=True)))
-    answers = captioner(
-        (features for features in pictures),
-        batch_size=arguments.batch_size,
-        **generation_options(captioner, arguments),
-    )
+def caption_items(
+    captioner: DifnetImageCaptioningPipeline,
+    items: Sequence[Item],
+    batch_size: int,
+    options: Mapping[str, Any],
+    left_out: LeftOut,
+) -> Iterator[Captioned]:
+    """Captions `batch_size` items together. An item that fails is left out, and the others go on."""
+    prepared: list[tuple[Item, Mapping[str, torch.Tensor]]] = []
+    succeeded = False
+    for number, item in enumerate(items, start=1):
+        try:
+            prepared.append((item, captioner.preprocess(item.features())))
+        except Exception as error:
+            # The processor counts the images of a batch; here is one.
+            left_out.add(item.name, describe(error).replace(" of image 0", ""))
+        if prepared and (number == len(items) or len(prepared) == batch_size):
+            results, problems = caption_batch(captioner, prepared, options)
+            reasons = {describe(error) for _, error in problems}
+            if not succeeded and not results and len(problems) > 1 and len(reasons) == 1:
+                raise problems[0][1]  # not the images are wrong, but what was asked for
+            for problem, error in problems:
+                left_out.add(problem.name, error)
+            succeeded = succeeded or bool(results)
+            yield from results
+            prepared = []
+
+
+def caption_batch(
+    captioner: DifnetImageCaptioningPipeline,
+    prepared: list[tuple[Item, Mapping[str, torch.Tensor]]],
+    options: Mapping[str, Any],
+) -> tuple[list[Captioned], list[tuple[Item, Exception]]]:
+    """The captions of items, and what went wrong with the others; those of a batch that fails are tried alone."""
+    names = prepared[0][1].keys()
+    try:
+        batch = {name: torch.cat([inputs[name] for _, inputs in prepared]) for name in names}
+        sequences = captioner.forward(batch, **options)["sequences"]
+    except Exception as error:
+        if len(prepared) == 1:
+            return [], [(prepared[0][0], error)]
+        alone = [caption_batch(captioner, [each], options) for each in prepared]
+        return [each for results, _ in alone for each in results], [each for _, bad in alone for each in bad]
     results = []
-    bar = tqdm(total=len(paths), unit=" pictures", desc="captioning", disable=len(paths) == 1)
-    for answer in answers:
-        # An answer comes after its picture was read, so the list is long enough.
-        image_id, path = pictures.read[len(results)]
-        results.append(Captioned(image_id, path, [each["generated_text"] for each in answer]))
-        bar.update()
-    bar.close()
-    return results, pictures.left_out
-
-
-def caption_features(captioner: DifnetImageCaptioningPipeline, arguments: argparse.Namespace) -> list[Captioned]:
-    ids, for_captioner = itertools.tee(stored_features(arguments))
-    answers = captioner(
-        (features for _, features in for_captioner),
-        batch_size=arguments.batch_size,
-        **generation_options(captioner, arguments),
-    )
-    return [
-        Captioned(image_id, None, [each["generated_text"] for each in answer])
-        for answer, (image_id, _) in zip(tqdm(answers, unit=" images", desc="captioning"), ids, strict=False)
-    ]
+    for index, (item, _) in enumerate(prepared):
+        answer = captioner.postprocess({"sequences": sequences[index : index + 1]})
+        results.append(Captioned(item.image_id, item.path, [each["generated_text"] for each in answer]))
+    return results, []
 
 
 # Results
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_bytes(content)
-    os.replace(unfinished, path)
-
-
-def coco_results(results: list[Captioned]) -> bytes:
+def coco_results(results: list[Captioned]) -> str:
     """COCO's result format, a list of `{"image_id", "caption"}`, with the picture's path where there is one."""
     entries = [
         {"image_id": result.image_id, "caption": result.captions[0]}
@@ -184,11 +211,15 @@ def coco_results(results: list[Captioned]) -> bytes:
         | ({} if len(result.captions) == 1 else {"captions": result.captions})
         for result in results
     ]
-    return (json.dumps(entries, indent=1, ensure_ascii=False) + "\n").encode()
+    return json.dumps(entries, indent=1, ensure_ascii=False) + "\n"
 
 
 def thumbnail(path: Path) -> Image.Image:
-    picture = open_picture(path)
+    """A small picture; a grey one where the file is gone or broken since."""
+    try:
+        picture = open_picture(path)
+    except ValueError:
+        return Image.new("RGB", (THUMBNAIL, THUMBNAIL), "#d9d9d6")
     return picture.resize(fitted_size(picture.size, THUMBNAIL), Image.Resampling.LANCZOS)
 
 
@@ -225,9 +256,10 @@ def html_sheet(results: list[Captioned], summary: str, warning: str | None) -> b
         thumbnail(result.path).save(buffer, "JPEG", quality=85)
         data = base64.b64encode(buffer.getvalue()).decode()
         captions = "".join(f"<p>{html.escape(caption)}</p>" for caption in result.captions)
+        name = html.escape(printable(result.path.name, 300))
         figures.append(
             f'<figure><img loading="lazy" src="data:image/jpeg;base64,{data}" alt="{html.escape(result.captions[0])}">'
-            f"<figcaption>{captions}<small>{html.escape(result.path.name)}</small></figcaption></figure>"
+            f"<figcaption>{captions}<small>{name}</small></figcaption></figure>"
         )
     marked = "" if warning is None else f'<p class="warning">{html.escape(warning)}</p>\n'
     return PAGE.format(summary=html.escape(summary), warning=marked, figures="\n".join(figures)).encode()
@@ -252,7 +284,7 @@ def png_sheet(results: list[Captioned], summary: str, warning: str | None) -> by
         sheet.paste(picture, (left + (THUMBNAIL - picture.width) // 2, upper + (THUMBNAIL - picture.height) // 2))
         caption = textwrap.wrap(result.captions[0], 38, max_lines=3, placeholder=" ..")
         draw.multiline_text((left, upper + THUMBNAIL + 4), "\n".join(caption), "#1c1c1c", font, spacing=3)
-        draw.text((left, upper + THUMBNAIL + 66), textwrap.shorten(result.path.name, 46), "#777777", small)
+        draw.text((left, upper + THUMBNAIL + 66), printable(result.path.name, 46), "#777777", small)
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     return buffer.getvalue()
@@ -266,10 +298,12 @@ def write_explanation(
 ) -> None:
     """Relevance of the best caption's words, as a page or as panels."""
     if len(results) != 1:
-        raise ValueError(f"--explain takes one picture, {arguments.pictures[0]} holds {len(results)}; see explain.py")
+        raise ValueError(
+            f"--explain takes one picture, {printable(arguments.pictures[0])} holds {len(results)}; see explain.py"
+        )
     explained = explain_picture(captioner, results[0].path, **generation_options(captioner, arguments))
     is_page = arguments.explain.suffix == ".html"
-    write_atomically(arguments.explain, page([explained], warning=warning) if is_page else png(panels(explained)))
+    atomic_write(arguments.explain, page([explained], warning=warning) if is_page else png(panels(explained)))
 
 
 # The command
@@ -289,8 +323,10 @@ or features that were made before, by extract_features.py or by others:
 
   python scripts/caption.py --features grid_features.hdf5 --segmentation segmentations --model difnet
 
-Captions are printed, one line a picture. A picture that cannot be read gets one line and the others go on; the exit
-code is then 1, and 2 for mistakes. Image ids come from COCO's file names; other pictures are numbered in order."""
+Captions are printed, one line a picture. A picture or an image's features that cannot be used get one line, and the
+others go on: the exit code is 0, with --strict 2. It is 2 also for mistakes, and if nothing could be captioned. What
+was captioned before an error or an interruption is printed and written all the same. Image ids come from COCO's file
+names; other pictures are numbered in order."""
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -326,6 +362,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="check without weights: a feature network that is not named is a small random one; captions mean nothing",
     )
     parser.add_argument("--seed", type=int, default=0, help="of --untrained (default 0)")
+    add_strict_option(parser)
+    add_debug_option(parser)
     arguments = parser.parse_args(argv)
     if bool(arguments.pictures) == bool(arguments.features):
         parser.error("give pictures, or --features")
@@ -352,41 +390,60 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
+    return run_command("caption.py", lambda: run(arguments), debug=arguments.debug)
+
+
+def run(arguments: argparse.Namespace) -> int:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     warning = UNTRAINED_WARNING if arguments.untrained else None
     if warning is not None:
         print(warning, file=sys.stderr)
-    try:
-        captioner = make_pipeline(arguments)
-        if captioner.model.config.use_segmentation and arguments.features is None and captioner.segmenter is None:
+    captioner = make_pipeline(arguments)
+    left_out = LeftOut()
+    if arguments.features is not None:
+        items = items_of_features(arguments, left_out)
+        if captioner.model.config.use_segmentation and arguments.segmentation is None:
+            raise ValueError("this captioner needs the segmentation features too: give --segmentation")
+        if not captioner.model.config.use_segmentation and arguments.segmentation is not None:
+            raise ValueError("this captioner has no segmentation flow: leave --segmentation out")
+    else:
+        if captioner.model.config.use_segmentation and captioner.segmenter is None:
             raise ValueError("this captioner needs --segmentation-model")
-        left_out: list[str] = []
-        if arguments.features is not None:
-            results = caption_features(captioner, arguments)
-        else:
-            results, left_out = caption_pictures(captioner, arguments)
-        for result in results:
-            print(*(f"{result.name}: {caption}" for caption in result.captions), sep="\n")
-        summary = f"{len(results)} pictures, captioned by {arguments.model}"
-        if arguments.json is not None:
-            write_atomically(arguments.json, coco_results(results))
-            print(f"{len(results)} captions in {arguments.json}")
-        if arguments.contact_sheet is not None and results:
-            sheet = html_sheet if arguments.contact_sheet.suffix == ".html" else png_sheet
-            write_atomically(arguments.contact_sheet, sheet(results, summary, warning))
-            print(f"contact sheet in {arguments.contact_sheet}")
-        if arguments.explain is not None and results:
+        items = items_of_pictures(captioner, arguments, left_out)
+    results: list[Captioned] = []
+    bar = tqdm(total=len(items), unit=" pictures", desc="captioning", disable=len(items) == 1)
+    try:
+        options = generation_options(captioner, arguments)
+        for result in caption_items(captioner, items, arguments.batch_size, options, left_out):
+            results.append(result)
+            bar.update()
+    except BaseException:
+        bar.close()
+        if results:
+            print(f"stopped after {len(results):,} of {len(items):,} pictures; these are written", file=sys.stderr)
+            write_results(arguments, results, warning)
+        raise
+    bar.close()
+    if results:
+        write_results(arguments, results, warning)
+        if arguments.explain is not None:
             write_explanation(captioner, arguments, results, warning)
             print(f"explanation in {arguments.explain}")
-    except (ValueError, OSError, ImportError) as error:
-        print(f"caption.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    for problem in left_out:
-        print(f"left out: {problem}")
-    return 1 if left_out else 0
+    return left_out.report(len(results), arguments.strict)
+
+
+def write_results(arguments: argparse.Namespace, results: list[Captioned], warning: str | None) -> None:
+    for result in results:
+        print(*(f"{result.name}: {caption}" for caption in result.captions), sep="\n")
+    if arguments.json is not None:
+        atomic_write(arguments.json, coco_results(results))
+        print(f"{len(results)} captions in {printable(arguments.json, 300)}")
+    if arguments.contact_sheet is not None:
+        sheet = html_sheet if arguments.contact_sheet.suffix == ".html" else png_sheet
+        summary = f"{len(results)} pictures, captioned by {printable(arguments.model, 300)}"
+        atomic_write(arguments.contact_sheet, sheet(results, summary, warning))
+        print(f"contact sheet in {printable(arguments.contact_sheet, 300)}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import math
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -815,19 +815,28 @@ def listed(ids: Iterable[int | str]) -> str:
 PICTURE_SUFFIXES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
-def find_pictures(places: Iterable[str]) -> list[Path]:
+def find_pictures(places: Iterable[str], leave_out: Callable[[Path, str], object] | None = None) -> list[Path]:
     """Pictures in the order of `places`; of a folder all in it and below, sorted by path.
 
-    ValueError for a place that does not exist or a folder without pictures. A file is taken whatever its name.
+    Args:
+        places: files, which are taken whatever their names, and folders.
+        leave_out: called with the path and the reason for what is in a folder and cannot be used: a symbolic link
+            that leads out of it. Without it such links are left out without a word.
+
+    Raises:
+        ValueError: a place does not exist, or a folder has no pictures.
     """
     found: list[Path] = []
     for place in map(Path, places):
         if "\0" in str(place):
             raise ValueError(f"{printable(place)}: not a file name")
         if place.is_dir():
-            inside = [
-                path for path in sorted(place.rglob("*")) if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file()
-            ]
+            paths = [path for path in sorted(place.rglob("*")) if path.suffix.lower() in PICTURE_SUFFIXES]
+            paths = [path for path in paths if not path.is_dir()]
+            inside = [path for path in paths if not leads_out(path, place)]
+            if leave_out is not None:
+                for path in sorted(set(paths) - set(inside)):
+                    leave_out(path, f"a symbolic link that leads out of {printable(place)}; give the file itself")
             if not inside:
                 raise ValueError(f"{printable(place)}: no pictures in this folder ({' '.join(PICTURE_SUFFIXES)})")
             found += inside
@@ -836,6 +845,11 @@ def find_pictures(places: Iterable[str]) -> list[Path]:
         else:
             raise ValueError(f"{printable(place)}: no such file or folder")
     return list(dict.fromkeys(found))
+
+
+def leads_out(path: Path, folder: Path) -> bool:
+    """Whether a path that was found in a folder leads to a place outside it, by symbolic links."""
+    return not path.resolve().is_relative_to(folder.resolve())
 
 
 def image_ids_of(paths: Sequence[Path]) -> list[int]:

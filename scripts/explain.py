@@ -8,72 +8,89 @@ are written without pickle.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from caption import make_pipeline, write_atomically
-from coco_sources import find_pictures
-from evaluate_captions import load_captioner
-from relevance_figures import (
-    Curve,
-    ExplainedPicture,
-    arrays_of,
-    chart,
-    explain_captions,
-    explain_picture,
-    npz,
-    page,
-    panels,
-    png,
-    position_curves,
-    side_by_side,
-)
-
 from dataset_difnet import ReferenceBatches, load_packed_split
+from difnet_transformers.command_line import (
+    LeftOut,
+    add_debug_option,
+    add_strict_option,
+    describe,
+    requires,
+    run_command,
+)
+from difnet_transformers.files import atomic_write, path_inside, printable
 from modeling_difnet import DifnetForConditionalGeneration, RelevanceOutput, faithfulness, relevance
+from modeling_difnet.relevance_difnet import check_captions
 from pipeline_difnet import UNTRAINED_WARNING, open_picture
+from segmentation_difnet import fitted_size
+
+with requires("images"):
+    from caption import make_pipeline
+    from coco_sources import find_pictures
+    from evaluate_captions import load_captioner
+    from PIL import Image
+    from relevance_figures import (
+        Curve,
+        ExplainedPicture,
+        arrays_of,
+        chart,
+        explain_captions,
+        explain_picture,
+        npz,
+        page,
+        panels,
+        png,
+        position_curves,
+        side_by_side,
+        tokens_of,
+        unique_names,
+    )
 
 METHODS = ("original", "conservative", "gradient_x_input", "attention_rollout")
+LARGEST_SIDE_OF_PAGE = 640  # pixels of a picture
 REMOVED_SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 
 
 # Pictures
 
 
-def explain_pictures(arguments: argparse.Namespace) -> tuple[list[ExplainedPicture], list[str]]:
-    """Every picture that can be read, and what is wrong with the others."""
+def explain_pictures(arguments: argparse.Namespace, left_out: LeftOut, explained: list[ExplainedPicture]) -> None:
+    """Adds every picture that can be explained to `explained`, and writes its panels."""
     captioner = make_pipeline(arguments)
-    explained: list[ExplainedPicture] = []
-    left_out: list[str] = []
-    seen: Counter[str] = Counter()
-    for path in tqdm(find_pictures(arguments.pictures), unit=" pictures", desc="explaining"):
-        seen[path.stem] += 1
+    if arguments.caption is not None:
+        tokens_of(captioner.processor.tokenizer, arguments.caption)  # a mistake in it is none of a picture
+    paths = find_pictures(arguments.pictures, leave_out=left_out.add)
+    for path, name in zip(tqdm(paths, unit=" pictures", desc="explaining"), unique_names(paths), strict=True):
         try:
             each = explain_picture(
                 captioner,
                 path,
-                name=path.stem if seen[path.stem] == 1 else f"{path.stem}-{seen[path.stem]}",
+                name=name,
                 caption=arguments.caption,
                 method=arguments.method,
                 **generation_options(arguments),
             )
-        except ValueError as error:
-            if arguments.caption is not None:
-                raise
-            left_out.append(str(error) if str(path) in str(error) else f"{path}: {error}")
+            drawn = png(panels(each))
+        except Exception as error:
+            left_out.add(path, error)
             continue
+        atomic_write(arguments.output / f"{name}.png", drawn)
+        # The page shows it small, and a thousand photographs of full size would not fit into memory.
+        if max(each.picture.size) > LARGEST_SIDE_OF_PAGE:
+            size = fitted_size(each.picture.size, LARGEST_SIDE_OF_PAGE)
+            each = dataclasses.replace(each, picture=each.picture.resize(size, Image.Resampling.LANCZOS))
         explained.append(each)
-    return explained, left_out
 
 
 def generation_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -83,10 +100,22 @@ def generation_options(arguments: argparse.Namespace) -> dict[str, Any]:
 # A split
 
 
+class CaptionedImages(NamedTuple):
+    """Images of the split with their captions; tensors have one row an image."""
+
+    ids: list[int]
+    features: dict[str, torch.Tensor]
+    sequences: torch.LongTensor
+
+    def rows(self, rows: list[int]) -> CaptionedImages:
+        features = {name: tensor[rows] for name, tensor in self.features.items()}
+        return CaptionedImages([self.ids[row] for row in rows], features, self.sequences[rows])
+
+
 def captioned_batches(
-    model: DifnetForConditionalGeneration, arguments: argparse.Namespace
-) -> Iterator[tuple[list[int], dict[str, torch.Tensor], torch.LongTensor]]:
-    """Image ids, features and captions of the split's first images; an empty caption leaves its image out."""
+    model: DifnetForConditionalGeneration, arguments: argparse.Namespace, left_out: LeftOut
+) -> Iterator[CaptionedImages]:
+    """The split's first images. Those whose caption is empty, or holds `<pad>`, are left out."""
     dataset = load_packed_split(arguments.dataset, arguments.split)
     dataset = dataset.select(range(min(arguments.images, len(dataset))))
     batches = ReferenceBatches(dataset, arguments.batch_size, dtype=model.dtype)
@@ -96,50 +125,98 @@ def captioned_batches(
         if not model.config.use_segmentation:
             batch.pop("segmentation_features", None)
         features = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        sequences = model.generate(**features, **generation_options(arguments))
-        has_words = (sequences[:, 1] != model.config.eos_token_id).nonzero().flatten()
-        if len(has_words):
-            kept = {name: tensor[has_words] for name, tensor in features.items()}
-            yield [ids[row] for row in has_words.tolist()], kept, sequences[has_words]
+        captioned = CaptionedImages(ids, features, model.generate(**features, **generation_options(arguments)))
+        kept = []
+        for row, image_id in enumerate(ids):
+            try:
+                check_captions(captioned.sequences[row : row + 1], 1, model.config, allow_unknown_words=True)
+                kept.append(row)
+            except ValueError as error:
+                left_out.add(f"image {image_id}", str(error).replace("Caption 0", "its caption", 1))
+        if kept:
+            yield captioned.rows(kept)
 
 
-def explain_split(arguments: argparse.Namespace, folder: Path) -> list[ExplainedPicture]:
-    """Writes the curves of every model, and returns the first model's explanations of the first images."""
-    shown: list[ExplainedPicture] = []
+def in_parts(images: CaptionedImages, work: Callable[[CaptionedImages], None], left_out: LeftOut) -> None:
+    """Does work on a batch; where that fails, on each of its images alone, and leaves out those that fail."""
+    try:
+        work(images)
+    except Exception as error:
+        if len(images.ids) == 1:
+            left_out.add(f"image {images.ids[0]}", error)
+            return
+        for row in range(len(images.ids)):
+            in_parts(images.rows([row]), work, left_out)
+
+
+def explain_split(
+    arguments: argparse.Namespace, folder: Path, left_out: LeftOut, shown: list[ExplainedPicture]
+) -> int:
+    """Writes the curves of every model, and adds the first model's explanations of the first images to `shown`.
+
+    Returns:
+        The number of explained images, of the model with the fewest.
+    """
     curves: dict[str, list[Curve]] = {"contribution": [], "entropy": []}
     removal: list[Curve] = []
+    picture_of = pictures_of_split(arguments)
+    fewest: int | None = None
     for number, name in enumerate(arguments.model):
         model, processor = load_captioner([name], torch.float32)
         model = model.to(arguments.device).eval()
         outputs: list[RelevanceOutput] = []
         tests: dict[str, list[np.ndarray]] = {}
-        for ids, features, sequences in captioned_batches(model, arguments):
-            of_model = {"segmentation_features": None, **features}
-            outputs.append(relevance(model, **of_model, sequences=sequences, through_encoder=False))
-            if number == 0 and len(shown) < arguments.show:
-                some = slice(arguments.show - len(shown))
-                shown += explain_captions(
+        is_first = number == 0
+
+        def explain(
+            images: CaptionedImages,
+            model: DifnetForConditionalGeneration = model,
+            tokenizer: Any = processor.tokenizer,
+            outputs: list[RelevanceOutput] = outputs,
+            tests: dict[str, list[np.ndarray]] = tests,
+            is_first: bool = is_first,
+        ) -> None:
+            """Nothing is kept of a batch that fails, because its images come again."""
+            features = {"segmentation_features": None, **images.features}
+            # After the last word of a caption without end the position table may have no place for a further one.
+            readable = images.sequences[:, : model.config.max_position_embeddings]
+            output = relevance(model, **features, sequences=readable, through_encoder=False)
+            some, measured = [], {}
+            if is_first and len(shown) < arguments.show:
+                first = images.rows(list(range(min(len(images.ids), arguments.show - len(shown)))))
+                some = explain_captions(
                     model,
-                    processor.tokenizer,
-                    {name: tensor[some] for name, tensor in features.items()},
-                    sequences[some],
-                    [str(image_id) for image_id in ids[some]],
-                    [picture_of(arguments, image_id) for image_id in ids[some]],
+                    tokenizer,
+                    first.features,
+                    first.sequences,
+                    [str(image_id) for image_id in first.ids],
+                    [picture_of(image_id) for image_id in first.ids],
                     method=arguments.method,
                 )[0]
-            if arguments.faithfulness and number == 0:
-                for method, measured in removal_tests(model, of_model, sequences, arguments.seed).items():
-                    tests.setdefault(method, []).append(measured)
-        if not outputs:
-            raise ValueError(f"{name}: all captions of the split are empty")
-        for kind, curve in position_curves(short_name(name), outputs, model.config.pad_token_id).items():
-            curves[kind].append(curve)
-        for method, measured in tests.items():
-            measured = np.concatenate(measured)
-            shares, counts = np.array(REMOVED_SHARES), np.full(len(REMOVED_SHARES), len(measured))
-            removal.append(Curve(method, shares, measured.mean(0), counts))
-    write_curves(folder, curves, removal)
-    return shown
+            if arguments.faithfulness and is_first:
+                measured = removal_tests(model, features, images.sequences, arguments.seed)
+            outputs.append(output)
+            shown.extend(some)
+            for method, values in measured.items():
+                tests.setdefault(method, []).append(values)
+
+        try:
+            for images in captioned_batches(model, arguments, left_out):
+                in_parts(images, explain, left_out)
+        finally:
+            # What is there is written, also when the rest does not come.
+            for kind, curve in position_curves(short_name(name), outputs, model.config.pad_token_id).items():
+                if len(curve.positions):
+                    curves[kind].append(curve)
+            for method, measured in tests.items():
+                measured = np.concatenate(measured)
+                shares, counts = np.array(REMOVED_SHARES), np.full(len(REMOVED_SHARES), len(measured))
+                removal.append(Curve(method, shares, measured.mean(0), counts))
+            if outputs:
+                write_curves(folder, curves, removal)
+        num_explained = sum(len(output.target_ids) for output in outputs)
+        fewest = num_explained if fewest is None else min(fewest, num_explained)
+    return fewest or 0
 
 
 def short_name(model: str) -> str:
@@ -178,14 +255,24 @@ def removal_tests(
     return tests
 
 
-def picture_of(arguments: argparse.Namespace, image_id: int) -> Image.Image | None:
-    """The picture of an image of the split, if there is a folder of them."""
+def pictures_of_split(arguments: argparse.Namespace) -> Callable[[int], Image.Image | None]:
+    """A function that opens the picture of an image of the split, if there is a folder of them.
+
+    A picture that cannot be opened gets a line, and its cells are drawn on grey.
+    """
     if arguments.pictures_of_split is None:
-        return None
+        return lambda image_id: None
     dataset = load_packed_split(arguments.dataset, arguments.split)
-    row = dataset["image_id"][:].index(image_id)
-    path = arguments.pictures_of_split / dataset[row]["file_name"]
-    return open_picture(path)
+    names: Mapping[int, str] = dict(zip(dataset["image_id"][:], dataset["file_name"][:], strict=True))
+
+    def picture_of(image_id: int) -> Image.Image | None:
+        try:
+            return open_picture(path_inside(arguments.pictures_of_split, names[image_id]))
+        except (ValueError, OSError) as error:
+            tqdm.write(f"image {image_id}: drawn without its picture: {describe(error)}", file=sys.stderr)
+            return None
+
+    return picture_of
 
 
 def write_curves(folder: Path, curves: dict[str, list[Curve]], removal: list[Curve]) -> None:
@@ -197,12 +284,14 @@ def write_curves(folder: Path, curves: dict[str, list[Curve]], removal: list[Cur
     charts = [
         chart(title, "position of the word in the caption", up, [often_reached(curve) for curve in curves[kind]])
         for kind, (title, up) in titles.items()
+        if curves[kind]  # captions of one word, not finished, have no second
     ]
-    write_atomically(folder / "contribution.png", png(side_by_side(charts)))
+    if charts:
+        atomic_write(folder / "contribution.png", png(side_by_side(charts)))
     if removal:
         title = "Words without the most relevant cells"
         removed = chart(title, "share of cells removed", "probability of the word", removal)
-        write_atomically(folder / "faithfulness.png", png(removed))
+        atomic_write(folder / "faithfulness.png", png(removed))
         for curve in removal:
             print(f"{curve.name:>18}: mean probability {curve.values[1:].mean():.4f}, cells removed")
     arrays = {}
@@ -210,7 +299,7 @@ def write_curves(folder: Path, curves: dict[str, list[Curve]], removal: list[Cur
         for curve in lines:
             for part in ("positions", "values", "counts"):
                 arrays[f"{kind}/{curve.name}/{part}"] = getattr(curve, part)
-    write_atomically(folder / "curves.npz", npz(arrays))
+    atomic_write(folder / "curves.npz", npz(arrays))
 
 
 # The command
@@ -234,7 +323,8 @@ of a packed split (scripts/pack_coco.py), with one curve for each model:
 
 The method of the maps is one of: conservative (the default), original (the paper's rules, which the curves always
 follow), gradient_x_input, attention_rollout; docs/relevance.md says what they are, and --faithfulness which of them to
-believe. Exit code 1 if a picture was left out, 2 for mistakes."""
+believe. Pictures and images that cannot be explained are left out and listed at the end: the exit code is 0, or 2 with
+--strict, for mistakes, and if nothing could be explained."""
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -261,6 +351,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda:1, ..")
     parser.add_argument("--seed", type=int, default=0, help="of random cells and of --untrained (default 0)")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
+    add_strict_option(parser)
+    add_debug_option(parser)
     arguments = parser.parse_args(argv)
     if bool(arguments.pictures) == bool(arguments.dataset):
         parser.error("give pictures, or --dataset")
@@ -281,40 +373,47 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
+    return run_command("explain.py", lambda: run(arguments), debug=arguments.debug)
+
+
+def run(arguments: argparse.Namespace) -> int:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     warning = UNTRAINED_WARNING if arguments.untrained else None
     if warning is not None:
         print(warning, file=sys.stderr)
-    left_out: list[str] = []
+    left_out = LeftOut()
+    explained: list[ExplainedPicture] = []
+    arguments.output.mkdir(parents=True, exist_ok=True)
     try:
-        arguments.output.mkdir(parents=True, exist_ok=True)
         if arguments.dataset is not None:
-            explained = explain_split(arguments, arguments.output)
+            num_done = explain_split(arguments, arguments.output, left_out, explained)
         else:
             arguments.model, arguments.features = arguments.model[0], None
-            explained, left_out = explain_pictures(arguments)
+            explain_pictures(arguments, left_out, explained)
+            num_done = len(explained)
+    finally:
+        # Also what came before an error or an interruption.
         if explained:
-            write_explanations(arguments.output, explained, warning)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"explain.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+            write_explanations(arguments.output, explained, warning, with_panels=arguments.dataset is not None)
     for each in explained:
         print(f"{each.name}: {' '.join(each.words)}")
-    print(f"results in {arguments.output}" + (f"; open {arguments.output / 'index.html'}" if explained else ""))
-    for problem in left_out:
-        print(f"left out: {problem}")
-    return 1 if left_out else 0
+    output = printable(arguments.output, 300)
+    if num_done:
+        print(f"results in {output}" + (f"; open {output}/index.html" if explained else ""))
+    elif not left_out.lines:
+        raise ValueError(f"{printable(arguments.dataset)}: the split {printable(arguments.split)} has no image")
+    return left_out.report(num_done, arguments.strict)
 
 
-def write_explanations(folder: Path, explained: list[ExplainedPicture], warning: str | None = None) -> None:
-    """index.html, NAME.png for each picture, and relevance.npz."""
-    write_atomically(folder / "index.html", page(explained, warning=warning))
-    for each in explained:
-        write_atomically(folder / f"{each.name}.png", png(panels(each)))
-    write_atomically(folder / "relevance.npz", npz(arrays_of(explained)))
+def write_explanations(
+    folder: Path, explained: list[ExplainedPicture], warning: str | None = None, with_panels: bool = True
+) -> None:
+    """index.html, relevance.npz and, with panels, NAME.png for each picture."""
+    atomic_write(folder / "index.html", page(explained, warning=warning))
+    for each in explained if with_panels else []:
+        atomic_write(folder / f"{each.name}.png", png(panels(each)))
+    atomic_write(folder / "relevance.npz", npz(arrays_of(explained)))
 
 
 if __name__ == "__main__":

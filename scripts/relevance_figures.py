@@ -21,12 +21,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 
+from difnet_transformers.command_line import requires
+from difnet_transformers.files import printable
 from modeling_difnet import DifnetForConditionalGeneration, RelevanceOutput, relevance
 from pipeline_difnet import DifnetImageCaptioningPipeline, open_picture
 from processing_difnet import DifnetTokenizer
 from segmentation_difnet import CLASS_NAMES
+
+with requires("images"):
+    from PIL import Image, ImageDraw, ImageFont
 
 FOR, AGAINST = (217, 95, 2), (43, 108, 196)
 OPACITY = 0.8  # of the strongest cell
@@ -166,22 +170,42 @@ def explain_picture(
         captioner.processor.tokenizer,
         features,
         sequences,
-        [name or ("picture" if isinstance(source, Image.Image) else Path(source).name)],
+        [name or ("picture" if isinstance(source, Image.Image) else printable(Path(source).name, 100))],
         [picture],
         method=method,
     )
     return explained[0]
 
 
+def unique_names(paths: Sequence[Path]) -> list[str]:
+    """A name for each picture that a file can have: its own without the ending, and a number where two are equal.
+
+    `a.png`, `a.jpg` and `a-2.png` are called `a`, `a-3` and `a-2`. Case makes no difference, as on some disks.
+    """
+    stems = [printable(path.stem, 100).replace("\\", "_").replace("/", "_") for path in paths]
+    reserved = {stem.lower() for stem in stems}
+    given: set[str] = set()
+    names = []
+    for stem in stems:
+        name, number = stem, 1
+        while name.lower() in given or (number > 1 and name.lower() in reserved):
+            number += 1
+            name = f"{stem}-{number}"
+        given.add(name.lower())
+        names.append(name)
+    return names
+
+
 def tokens_of(tokenizer: DifnetTokenizer, caption: str) -> torch.LongTensor:
     """`<bos> w1 .. wn <eos>` as (1, L); ValueError where there is no word, or an unknown one."""
     words = tokenizer.tokenize(caption.strip())
     if not words:
-        raise ValueError(f"the caption {caption!r} is empty: there is no word to explain")
+        raise ValueError(f"the caption {printable(repr(caption))} is empty: there is no word to explain")
     ids = tokenizer.convert_tokens_to_ids(words)
     unknown = [word for word, index in zip(words, ids, strict=True) if index == tokenizer.unk_token_id]
     if unknown:
-        raise ValueError(f"the model does not know {', '.join(map(repr, unknown))}: use other words in --caption")
+        words = ", ".join(printable(repr(word), 40) for word in unknown[:10]) + (", .." if len(unknown) > 10 else "")
+        raise ValueError(f"the model does not know {words}: use other words in --caption")
     return torch.tensor([[tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]])
 
 
@@ -400,7 +424,7 @@ def page(explained: Sequence[ExplainedPicture], title: str = "Why this word", wa
     content = PAGE
     for name in (*(name for name in parts if name != "figures"), "figures"):
         content = content.replace(f"@{name}@", parts[name])
-    return content.encode()
+    return content.encode(errors="backslashreplace")
 
 
 def _figure(explained: ExplainedPicture, flows: Sequence[str]) -> str:

@@ -164,7 +164,7 @@ def test_annotations_are_matched_to_the_pixels_they_were_drawn_on(tmp_path, caps
     noise(20).save(tmp_path / "pictures" / f"{20:012d}.jpg", exif=exif)  # upright it is 48 x 64
     noise(30, 50, 50).save(tmp_path / "pictures" / f"{30:012d}.jpg")
     instances = coco_file(tmp_path / "instances.json", [10, 20, 30], [])
-    assert run(tmp_path / "pictures", "--instance-annotations", instances, "--output", tmp_path / "out") == 1
+    assert run(tmp_path / "pictures", "--instance-annotations", instances, "--output", tmp_path / "out") == 0
     assert "50 x 50 pixels, but the annotations are of 64 x 48" in capsys.readouterr().out
     assert [image["id"] for image in manifest_of(tmp_path / "out")["images"]] == [10, 20]
 
@@ -203,7 +203,7 @@ def test_pictures_that_cannot_be_read_are_listed_and_the_others_go_on(tmp_path, 
     messages = broken_files(folder)
     Image.new("RGB", (1, 1), "red").save(folder / "one.png")
     Image.effect_noise((20000, 100), 50).convert("RGB").save(folder / "long.jpg")
-    assert run(folder, "--untrained", "--output", tmp_path / "out") == 1
+    assert run(folder, "--untrained", "--output", tmp_path / "out") == 0
     said = capsys.readouterr().out
     for name in ("corrupt.jpg", "empty.jpg", "text.jpg", "cut.png"):
         assert f"left out: {folder / name}: " in said
@@ -218,7 +218,7 @@ def test_pictures_that_cannot_be_read_are_listed_and_the_others_go_on(tmp_path, 
     ("arguments", "message"),
     [
         (["missing.json"], "No such file"),
-        (["broken.json"], "not a COCO file"),
+        (["broken.json"], "malformed JSON"),
         (["other.json"], "category 9 ('zeppelin') is none"),
     ],
 )
@@ -251,7 +251,7 @@ def test_killed_at_random_moments_it_ends_with_equal_files(tmp_path, kills):
     whole, pieces = tmp_path / "whole" / "out", tmp_path / "pieces" / "out"
     for folder in (whole.parent, pieces.parent):
         folder.mkdir()
-    assert subprocess.run(command(pictures, whole), env=ENVIRONMENT, capture_output=True).returncode == 1
+    assert subprocess.run(command(pictures, whole), env=ENVIRONMENT, capture_output=True).returncode == 0
 
     progress = []
     grids = pieces.with_name("out.partial") / "grids"
@@ -267,7 +267,7 @@ def test_killed_at_random_moments_it_ends_with_equal_files(tmp_path, kills):
         process.wait()
         progress.append(len(list(grids.glob("*.npy"))) if grids.exists() else 0)
     assert 0 < progress[0] < 12 * kills
-    assert subprocess.run(command(pictures, pieces), env=ENVIRONMENT, capture_output=True).returncode == 1
+    assert subprocess.run(command(pictures, pieces), env=ENVIRONMENT, capture_output=True).returncode == 0
     assert contents(pieces) == contents(whole)
     assert not pieces.with_name("out.partial").exists()
 

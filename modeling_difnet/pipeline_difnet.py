@@ -1,0 +1,279 @@
+"""From images to captions: the two feature networks, and a Transformers pipeline of both and the captioner.
+
+The task is `"image-captioning"`; importing `modeling_difnet` registers it, and a checkpoint names it in its
+`config.json`, so that `pipeline("image-captioning", model=.., trust_remote_code=True)` works without the project. The
+original (mrwu-mac/DIFNet, CVPR 2022) has nothing like it: it captions feature files that somebody else made.
+
+    image --> open_picture --> RGB --> GridFeatureBackbone (49, 2048) -----+
+                                |                                          +--> DIFNet --> caption
+                                +----> PanopticSegmenter (133, 7, 7) ------+
+
+Both networks see one image at a time, because a common batch would need padding, which changes grid features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from transformers import Pipeline
+
+from .grid_backbone_difnet import GridFeatureBackbone, GridFeatureBackboneConfig
+from .images_difnet import Image, open_picture
+from .segmentation_difnet import CLASS_NAMES, LABEL_ORDERS, PanopticSegmenter, check_loaded_weights
+
+TASK = "image-captioning"
+UNTRAINED_WARNING = (
+    "UNTRAINED: random numbers stand in for trained weights; the features and all that is made of them mean nothing"
+)
+
+
+# The two feature networks
+
+
+def load_grid_backbone(
+    name: str | None, device: str | torch.device = "cpu", untrained: bool = False, seed: int = 0
+) -> GridFeatureBackbone:
+    """The grid backbone of a folder or a repository.
+
+    `untrained` is for checks without weights: it lets a folder with random weights pass, and without a name makes a
+    small network with 2048 channels whose weights are drawn from `seed`.
+
+    Raises:
+        ValueError: the weights are incomplete, or random although `untrained` was not asked for.
+    """
+    if name is None and untrained:
+        config = GridFeatureBackboneConfig(depths=(1, 1, 1, 1), width_per_group=1, shortest_side=150, longest_side=250)
+        return _drawn_from(seed, lambda: GridFeatureBackbone(config)).eval().to(device)
+    if name is None:
+        raise ValueError(
+            "no grid backbone: give the folder that `convert_checkpoint.py grid-backbone` made of X-101.pth"
+        )
+    backbone, report = GridFeatureBackbone.from_pretrained(name, output_loading_info=True)
+    check_loaded_weights(name, backbone, report)
+    if backbone.config.weights_sha256 is None and not untrained:
+        raise ValueError(
+            f"{name}: its config.json has no `weights_sha256`, so its weights are random. Convert X-101.pth with "
+            "`convert_checkpoint.py grid-backbone`, or ask for a check without weights by untrained (--untrained)."
+        )
+    return backbone.eval().to(device)
+
+
+def load_segmenter(
+    name: str | None,
+    device: str | torch.device = "cpu",
+    untrained: bool = False,
+    seed: int = 0,
+    grid_size: int = 7,
+) -> PanopticSegmenter:
+    """The panoptic model of a folder or a repository; without a name, and `untrained`, a small one of random weights.
+
+    Raises:
+        ValueError: the weights are incomplete, or the model does not know COCO's 133 panoptic classes.
+    """
+    if name is None and not untrained:
+        raise ValueError(
+            "no segmentation model: give a COCO panoptic model of Transformers, for example "
+            "facebook/mask2former-swin-large-coco-panoptic"
+        )
+    if name is None:
+        segmenter = _drawn_from(seed, lambda: _small_segmenter(grid_size))
+    else:
+        segmenter = PanopticSegmenter.from_pretrained(name, grid_size)
+    segmenter.model.to(device)
+    return segmenter
+
+
+def _drawn_from(seed: int, build: Callable[[], Any]) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()
+
+
+def _small_segmenter(grid_size: int) -> PanopticSegmenter:
+    """A small Mask2Former with random weights."""
+    from transformers import (
+        Mask2FormerConfig,
+        Mask2FormerForUniversalSegmentation,
+        Mask2FormerImageProcessor,
+        SwinConfig,
+    )
+
+    backbone = SwinConfig(
+        embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 2, 2, 2], out_features=[f"stage{n}" for n in range(1, 5)]
+    )
+    config = Mask2FormerConfig(
+        backbone_config=backbone,
+        feature_size=32,
+        mask_feature_size=32,
+        hidden_dim=32,
+        encoder_feedforward_dim=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        num_attention_heads=2,
+        dim_feedforward=32,
+        num_queries=20,
+        id2label=LABEL_ORDERS["things-first"],
+    )
+    model = Mask2FormerForUniversalSegmentation(config)
+    with torch.no_grad():
+        # Fresh weights are undecided about every query, and the processor would drop them all.
+        model.class_predictor.weight *= 100
+    processor = Mask2FormerImageProcessor(size={"shortest_edge": 128, "longest_edge": 224}, ignore_index=255)
+    return PanopticSegmenter(model, processor, grid_size)
+
+
+def provenance_of(model: torch.nn.Module, name: str | None) -> dict[str, Any]:
+    """What a feature file should say about the network that made it.
+
+    `parameters_sha256` is of all names and values of the loaded network, so it does not depend on the file's format.
+    """
+    digest = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    said = {"name": name, "model_type": model.config.model_type, "parameters_sha256": digest.hexdigest()}
+    for key in ("weights_source", "weights_sha256"):
+        if hasattr(model.config, key):
+            said[key] = getattr(model.config, key)
+    return said
+
+
+# The pipeline
+
+
+class DifnetImageCaptioningPipeline(Pipeline):
+    """Captions of pictures, or of features that were made before.
+
+    ```python
+    >>> import modeling_difnet  # registers the task
+    >>> from transformers import pipeline
+
+    >>> captioner = pipeline(
+    ...     "image-captioning",
+    ...     model="difnet",
+    ...     grid_backbone="x101",
+    ...     segmentation_model="facebook/mask2former-swin-large-coco-panoptic",
+    ... )
+    >>> captioner("picture.jpg")
+    [{'generated_text': 'a man riding a horse on the beach'}]
+    ```
+
+    Args:
+        grid_backbone: folder, repository or `GridFeatureBackbone`. Without it only features can be captioned.
+        segmentation_model: folder, repository or `PanopticSegmenter`; not for the paper's baseline, which has no
+            segmentation flow.
+        untrained: for checks without weights, see `load_grid_backbone`: a network that is not named is a small one
+            with random weights, drawn from `seed`.
+        allow_private_hosts: whether addresses of images may lead to this machine or a private network.
+        num_beams, num_return_sequences, ..: of `generate`; here or in the call. `custom_generate` works too.
+
+    Called with a picture (path, address, bytes, Pillow picture), with `{"grid_features": (49, 2048),
+    "segmentation_features": (133, 7, 7)}`, or with a list or generator of these (`batch_size=` of them are captioned
+    together). One picture gives a list of `{"generated_text": caption}`, as long as `num_return_sequences`.
+
+    Raises:
+        UnreadablePicture: a picture cannot be opened.
+        ValueError: a network that is needed was not given, or its features do not fit the captioner.
+    """
+
+    _load_processor = True
+    _load_tokenizer = False
+    _load_image_processor = False
+    _load_feature_extractor = False
+
+    def __init__(
+        self,
+        *args: Any,
+        grid_backbone: str | GridFeatureBackbone | None = None,
+        segmentation_model: str | PanopticSegmenter | None = None,
+        untrained: bool = False,
+        seed: int = 0,
+        allow_private_hosts: bool = False,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        self.allow_private_hosts = allow_private_hosts
+        extractor = self.processor.feature_extractor
+        if isinstance(grid_backbone, str) or (untrained and grid_backbone is None):
+            grid_backbone = load_grid_backbone(grid_backbone, self.device, untrained, seed)
+        if self.model.config.use_segmentation:
+            if isinstance(segmentation_model, str) or (untrained and segmentation_model is None):
+                segmentation_model = load_segmenter(
+                    segmentation_model, self.device, untrained, seed, extractor.grid_size
+                )
+        elif segmentation_model is not None:
+            raise ValueError(
+                "this captioner has no segmentation flow (use_segmentation=False): drop segmentation_model"
+            )
+        self.grid_backbone, self.segmenter = grid_backbone, segmentation_model
+        self._raise_for_other_sizes()
+
+    def _raise_for_other_sizes(self) -> None:
+        extractor = self.processor.feature_extractor
+        fits = []
+        if self.grid_backbone is not None:
+            config = self.grid_backbone.config
+            fits.append(("grid_feature_size", config.grid_feature_size, extractor.grid_feature_size))
+            fits.append(("grid_size", config.grid_size, extractor.grid_size))
+        if self.segmenter is not None:
+            fits.append(("grid_size", self.segmenter.grid_size, extractor.grid_size))
+            fits.append(("num_segmentation_classes", len(CLASS_NAMES), extractor.num_segmentation_classes))
+        for name, given, wanted in fits:
+            if given != wanted:
+                raise ValueError(f"the captioner wants features with {name}={wanted}, these networks give {given}")
+
+    def _sanitize_parameters(self, **generate_kwargs: Any) -> tuple[dict, dict, dict]:
+        return {}, generate_kwargs, {}
+
+    def preprocess(self, inputs: Any) -> dict[str, torch.Tensor]:
+        if isinstance(inputs, Mapping):
+            features = inputs
+        else:
+            features = self.features_of(open_picture(inputs, allow_private_hosts=self.allow_private_hosts))
+        prepared = self.processor(**features, return_tensors="pt")
+        # The processor gives a mask only where a grid was padded; in a batch all images have one, or none has.
+        if "grid_attention_mask" not in prepared:
+            prepared["grid_attention_mask"] = torch.ones(prepared["grid_features"].shape[:2], dtype=torch.int64)
+        return prepared
+
+    def features_of(self, picture: Image.Image) -> dict[str, Any]:
+        """Both features of an RGB picture, as the processor takes them."""
+        if self.grid_backbone is None:
+            raise ValueError("a picture needs `grid_backbone=` (a folder made by convert_checkpoint.py grid-backbone)")
+        features = {"grid_features": self.grid_backbone.grid_features(picture)}
+        if self.model.config.use_segmentation:
+            if self.segmenter is None:
+                raise ValueError("a picture needs `segmentation_model=` (a COCO panoptic model of Transformers)")
+            features["segmentation_features"] = self.segmenter(picture)
+        return features
+
+    def _forward(self, model_inputs: Mapping[str, torch.Tensor], **generate_kwargs: Any) -> dict[str, torch.Tensor]:
+        model_inputs = dict(model_inputs)
+        if "grid_attention_mask" in model_inputs and model_inputs["grid_attention_mask"].all():
+            del model_inputs["grid_attention_mask"]
+        sequences = self.model.generate(**model_inputs, **generate_kwargs)
+        # One row a picture: the base class takes batches apart along the first dimension.
+        return {"sequences": sequences.reshape(len(model_inputs["grid_features"]), -1, sequences.shape[-1])}
+
+    def postprocess(self, model_outputs: Mapping[str, torch.Tensor]) -> list[dict[str, str]]:
+        captions = self.processor.batch_decode(model_outputs["sequences"][0], skip_special_tokens=True)
+        return [{"generated_text": caption} for caption in captions]
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Saves the captioner and its processor; the feature networks have folders of their own."""
+        super().save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory, **kwargs)
+
+
+__all__ = [
+    "TASK",
+    "UNTRAINED_WARNING",
+    "DifnetImageCaptioningPipeline",
+    "load_grid_backbone",
+    "load_segmenter",
+    "provenance_of",
+]
