@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
+import re
+import signal
+import stat
 import sys
 import tempfile
+import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +34,62 @@ class UserError(ValueError):
     """Something that the user can put right; the message is one line."""
 
 
-def _read(path: Path) -> Any:
+def _printable(text: str, limit: int = 300) -> str:
+    """One line of bounded length; control characters and what UTF-8 cannot encode are written as escapes."""
+    text = text if len(text) <= limit else f"{text[: limit // 2]} .. {text[-limit // 2 :]}"
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
+def _shown(value: Any) -> str:
+    """A value as JSON writes it, of bounded length; of a long list or object its length alone."""
+    if isinstance(value, list | dict) and len(value) > 10:
+        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value):,} entries"
+    if isinstance(value, str):
+        value = value if len(value) <= 60 else f"{value[:58]}.."
     try:
-        return json.loads(path.read_text("utf-8"))
+        return f"{json.dumps(value, ensure_ascii=True):.60}"
+    except (RecursionError, ValueError):
+        return f"a {type(value).__name__}"
+
+
+def _read(path: Path) -> Any:
+    shown = _printable(str(path))
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UserError(f"{shown}: not a regular file; give a JSON file")
+        # Windows' editors put a byte order mark in front.
+        return json.loads(path.read_text("utf-8-sig"))
+    except UserError:
+        raise
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
+        raise UserError(f"{shown}: {error.strerror or error}") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text; save it as UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
+        raise UserError(f"{shown}: not UTF-8 text; save it as UTF-8") from None
+    except ValueError as error:  # JSONDecodeError, a number of too many digits, a NUL character in the name
+        raise UserError(f"{shown}: not JSON ({_printable(str(error))})") from None
     except RecursionError:
-        raise UserError(f"{path}: nested too deeply to be captions") from None
+        raise UserError(f"{shown}: nested too deeply to be captions") from None
+
+
+def _image(value: int | str) -> str:
+    """An image id as text: "7" for 7, "7" and "000000000007"; other names stay what they are."""
+    text = str(value).strip()
+    return text.lstrip("0") or "0" if re.fullmatch(r"[0-9]+", text) else text
+
+
+def _by_image(pairs: Iterable[tuple[int | str, Any]], path: Path) -> dict[str, Any]:
+    """One value for each image; UserError where an image comes twice."""
+    result: dict[str, Any] = {}
+    for image, value in pairs:
+        if _image(image) in result:
+            raise UserError(f"{path}: image {_printable(_image(image))} has two captions; keep one for each image")
+        result[_image(image)] = value
+    return result
 
 
 def _caption(value: Any, path: Path, image: Any) -> str:
     if not isinstance(value, str):
-        raise UserError(f"{path}: the caption of image {image} is not a string but {json.dumps(value):.60}")
+        raise UserError(f"{path}: the caption of image {_printable(str(image))} is not a string but {_shown(value)}")
     return value
 
 
@@ -53,13 +98,11 @@ def _rows(rows: Sequence[Any], path: Path) -> list[tuple[str, str]]:
     pairs = []
     for position, row in enumerate(rows):
         if not isinstance(row, dict) or "image_id" not in row or "caption" not in row:
-            raise UserError(f'{path}: entry {position} has no "image_id" and "caption": {json.dumps(row):.60}')
+            raise UserError(f'{path}: entry {position} has no "image_id" and "caption": {_shown(row)}')
         image = row["image_id"]
         if isinstance(image, bool) or not isinstance(image, int | str):
-            raise UserError(
-                f"{path}: the image_id of entry {position} is no number and no name: {json.dumps(image):.60}"
-            )
-        pairs.append((str(image), _caption(row["caption"], path, image)))
+            raise UserError(f"{path}: the image_id of entry {position} is no number and no name: {_shown(image)}")
+        pairs.append((_image(image), _caption(row["caption"], path, image)))
     return pairs
 
 
@@ -69,16 +112,11 @@ def read_predictions(path: Path) -> dict[str, str] | list[str]:
     if isinstance(data, dict):
         if "annotations" in data:
             raise UserError(f"{path}: this is an annotation file; --predictions takes results (see --help)")
-        return {image: _caption(value, path, image) for image, value in data.items()}
+        return _by_image(((image, _caption(value, path, image)) for image, value in data.items()), path)
     if not isinstance(data, list):
         raise UserError(f"{path}: neither a list nor an object; see --help for the formats")
     if data and isinstance(data[0], dict):
-        predictions: dict[str, str] = {}
-        for image, caption in _rows(data, path):
-            if image in predictions:
-                raise UserError(f"{path}: image {image} has two captions; keep one for each image")
-            predictions[image] = caption
-        return predictions
+        return _by_image(_rows(data, path), path)
     return [_caption(value, path, position) for position, value in enumerate(data)]
 
 
@@ -94,7 +132,7 @@ def read_references(path: Path) -> dict[str, list[str]] | list[list[str]]:
             grouped.setdefault(image, []).append(caption)
         return grouped
     if isinstance(data, dict):
-        return {image: _group(value, path, image) for image, value in data.items()}
+        return _by_image(((image, _group(value, path, image)) for image, value in data.items()), path)
     if not isinstance(data, list):
         raise UserError(f"{path}: neither a list nor an object; see --help for the formats")
     if data and isinstance(data[0], dict):
@@ -107,7 +145,7 @@ def read_references(path: Path) -> dict[str, list[str]] | list[list[str]]:
 
 def _group(value: Any, path: Path, image: Any) -> list[str]:
     if not isinstance(value, list) or not value:
-        raise UserError(f"{path}: image {image} needs a list of captions, not {json.dumps(value):.60}")
+        raise UserError(f"{path}: image {_printable(str(image))} needs a list of captions, not {_shown(value)}")
     return [_caption(caption, path, image) for caption in value]
 
 
@@ -132,13 +170,13 @@ def _pairs(arguments: argparse.Namespace) -> tuple[list[str], list[str], list[li
     if unknown:
         raise UserError(
             f"{arguments.references}: no references for {len(unknown)} of {len(images)} predicted images, the first "
-            f"is image {unknown[0]}"
+            f"is image {_printable(unknown[0])}"
         )
     missing = [image for image in references if image not in predictions]
     if missing and arguments.all_images:
         raise UserError(
             f"{arguments.predictions}: no caption for {len(missing)} of {len(references)} images, the first is image "
-            f"{missing[0]}"
+            f"{_printable(missing[0])}"
         )
     return images, list(predictions.values()), [references[image] for image in images], len(missing)
 
@@ -146,18 +184,27 @@ def _pairs(arguments: argparse.Namespace) -> tuple[list[str], list[str], list[li
 def _write(path: Path, content: Any) -> None:
     """JSON under a temporary name, then renamed: a reader never sees half a file."""
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+        if path.is_dir():
+            raise UserError(f"{path}: a folder, where the scores would go; give a file as --output")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}-", suffix=".unfinished")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             json.dump(content, file, indent=1)
+        os.chmod(temporary, 0o666 & ~_umask())  # `mkstemp` lets nobody else read it
         os.replace(temporary, path)
     except BaseException as error:
         os.unlink(temporary)
         if isinstance(error, OSError):
             raise UserError(f"{path}: {error.strerror or error}") from None
         raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _number(score: float | None) -> float | None:
@@ -188,8 +235,9 @@ def run(arguments: argparse.Namespace) -> None:
     for name, score in scores.items():
         print(f"{name:<8} {'-' if score is None else f'{score:8.4f}':>8}")
     if missing:
-        print(f"{missing:,} images of {arguments.references} have no prediction and are not scored", file=sys.stderr)
-    print(f"written to {output}")
+        shown = _printable(str(arguments.references))
+        print(f"{missing:,} images of {shown} have no prediction and are not scored", file=sys.stderr)
+    print(f"written to {_printable(str(output))}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -207,14 +255,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--all-images", action="store_true", help="refuse to score if an image has no prediction")
     parser.add_argument("--meteor", action="store_true", help="add METEOR 1.5 (Java)")
     parser.add_argument("--spice", action="store_true", help="add SPICE (Java)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error instead of one line")
     arguments = parser.parse_args(argv)
+    show_warning = warnings.showwarning
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
-        run(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        with _terminating():
+            run(arguments)
+    except KeyboardInterrupt as stopped:
+        print("stopped; nothing was written", file=sys.stderr)
+        return 143 if isinstance(stopped, _Terminated) else 130
+    except Exception as error:
+        if arguments.debug:
+            traceback.print_exc()
+        said = _printable(" ".join(str(error).split()), 2000)
+        known = isinstance(error, UserError)
+        print(f"error: {said if known else f'{type(error).__name__}: {said} (--debug shows where)'}", file=sys.stderr)
         return 2
+    finally:
+        warnings.showwarning = show_warning
     return 0
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: ends the program in order, so that no unfinished file stays."""
+
+
+@contextlib.contextmanager
+def _terminating() -> Iterator[None]:
+    def terminate(number: int, frame: Any) -> None:
+        raise _Terminated
+
+    try:
+        previous = signal.signal(signal.SIGTERM, terminate)
+    except ValueError:  # not the main thread: signals are somebody else's
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def tokenized(
         raise ValueError("there are no captions to score")
     tokenizer = PTBTokenizer()
     for position, group in enumerate(references):
-        if isinstance(group, str) or not len(group):
+        if isinstance(group, str | dict) or not hasattr(group, "__len__") or not len(group):
             raise ValueError(f"references[{position}] must be a list with at least one caption, got {group!r:.80}")
     return (
         [_tokens(caption, f"hypotheses[{i}]", tokenizer) for i, caption in enumerate(hypotheses)],

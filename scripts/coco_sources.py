@@ -67,6 +67,10 @@ class BrokenImage(ValueError):
         return f"{self.source}: {self.what}"
 
 
+class GridDoesNotFit(ValueError):
+    """A grid of another size than the one asked for."""
+
+
 def raise_for(problems: list[Problem]) -> None:
     """PackingError with one line for each kind of problem, listing all its images; nothing if there is none."""
     grouped: dict[tuple[str, str], list[int | str]] = {}
@@ -1199,13 +1203,13 @@ def grid_of(array: np.ndarray, grid_size: int, width: int, fit: str = "refuse") 
     side = math.isqrt(len(array))
     if len(array) != cells and fit == "pool":
         if side**2 != len(array):
-            raise ValueError(
+            raise GridDoesNotFit(
                 f"{len(array)} cells are no square grid, so that --pool cannot know their height and width; give "
                 f"unpooled maps ({width}, height, width)"
             )
         return average_pool(_as_float32(array).T.reshape(width, side, side), grid_size), cells
     if len(array) > cells and fit != "cut":
-        raise ValueError(_too_many_cells(len(array), side, grid_size))
+        raise GridDoesNotFit(_too_many_cells(len(array), side, grid_size))
     grid = _as_float32(array[:cells])
     padded = np.zeros((cells, width), dtype=np.float32)
     padded[: len(grid)] = grid

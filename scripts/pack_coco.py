@@ -8,51 +8,79 @@ never replaced by random numbers, and the folder says where it came from.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from importlib.metadata import version
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import datasets
 import numpy as np
-from datasets.arrow_writer import ArrowWriter, ParquetWriter
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from difnet_transformers.command_line import add_debug_option, add_strict_option, describe, requires, run_command
+from difnet_transformers.files import path_inside, printable, read_json
+
+try:
+    with requires("data"):
+        import datasets
+        from datasets.arrow_writer import ArrowWriter, ParquetWriter
+except ImportError as error:
+    if __name__ == "__main__":
+        sys.exit(f"pack_coco.py: error: {error}")
+    raise
+
 from coco_sources import (
     BrokenImage,
+    GridDoesNotFit,
     GridFiles,
     ImageRow,
     PackingError,
     Problem,
     SegmentationFiles,
     grid_of,
+    normalized_caption,
+    normalized_file_name,
     raise_for,
     read_annotations,
     segmentation_of,
 )
 
-from dataset_difnet import decode_segmentation, encode_segmentation, float16_bound, packed_features, to_stored
+from dataset_difnet import (
+    decode_segmentation,
+    encode_segmentation,
+    float16_bound,
+    load_packed_split,
+    packed_features,
+    packed_splits,
+    to_stored,
+)
 
 ROWS_PER_WRITE = 64  # bounds the memory of a writer to a few times 13 MB
+GRID_FITS = ("refuse", "pool", "cut")
+FITTED = ("padded", "pooled", "cut")
+LINES_OF_LEFT_OUT = 100
+ROWS_TO_TRY = 10
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Everything that decides what the rows look like."""
+    """Everything that decides what the rows look like. `grid_fit` is `fit` of `grid_of`."""
 
     features: tuple[str, ...]
     segmentation: str | None
@@ -62,6 +90,7 @@ class Recipe:
     grid_feature_size: int = 2048
     num_segmentation_classes: int = 133
     skip_missing: bool = False
+    grid_fit: str = "refuse"
 
     def segmentation_shape(self) -> tuple[int, int, int]:
         return (self.num_segmentation_classes, self.grid_size, self.grid_size)
@@ -75,7 +104,10 @@ class Recipe:
 
 
 class Packer:
-    """Turns image rows into rows of the dataset, collecting `problems` and the hashes of the `.npy` files."""
+    """Turns image rows into rows of the dataset.
+
+    Collects `problems`, the hashes of the `.npy` files, and how many grids were of another size (`fitted`).
+    """
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
@@ -83,24 +115,28 @@ class Packer:
         self.segmentation = None if recipe.segmentation is None else SegmentationFiles(recipe.segmentation)
         self.problems: list[Problem] = []
         self.hashes: dict[int, str] = {}
+        self.fitted = dict.fromkeys(FITTED, 0)
 
     def sources_of(self, row: ImageRow, places: tuple[str, str | None]) -> tuple[np.ndarray, int, np.ndarray | None]:
-        """Float32 grid, number of real cells and segmentation; ValueError with the file's name if they are broken."""
+        """Float32 grid, number of cells that are not padded, and segmentation; BrokenImage with the file's name."""
         grid_path, segmentation_name = places
         source = grid_path
         try:
-            grid, cells = grid_of(
-                self.grids.read(grid_path, row.image_id), self.recipe.grid_size, self.recipe.grid_feature_size
-            )
+            array = self.grids.read(grid_path, row.image_id)
+            wanted = self.recipe.grid_size**2
+            grid, cells = grid_of(array, self.recipe.grid_size, self.recipe.grid_feature_size, self.recipe.grid_fit)
+            is_fitted = array.ndim == 2 and len(array) != wanted
             segmentation = None
             if self.segmentation is not None:
                 source = os.path.join(self.segmentation.path, segmentation_name)
                 array, self.hashes[row.image_id] = self.segmentation.read(segmentation_name)
                 segmentation = segmentation_of(array, self.recipe.segmentation_shape())
-        except PackingError:
+        except (PackingError, BrokenImage):
             raise
-        except (ValueError, OSError, EOFError, KeyError, RuntimeError) as error:
+        except (ValueError, OSError, RuntimeError) as error:
             raise BrokenImage(source, str(error)) from None
+        if is_fitted:
+            self.fitted["padded" if cells < wanted else "pooled" if self.recipe.grid_fit == "pool" else "cut"] += 1
         return grid, cells, segmentation
 
     def examples(self, rows: list[tuple[ImageRow, tuple[str, str | None]]]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -122,7 +158,7 @@ class Packer:
             except BrokenImage as broken:
                 self.problems.append(Problem(broken.source, broken.what, row.image_id))
             except ValueError as error:
-                self.problems.append(Problem(source, str(error), row.image_id))
+                self.problems.append(Problem(printable(source, 300), str(error), row.image_id))
             else:
                 yield row.image_id, example
 
@@ -171,6 +207,24 @@ def make_plan(recipe: Recipe) -> Plan:
     if not recipe.skip_missing:
         raise_for(problems + surplus)
     return Plan({name: rows for name, rows in planned.items() if rows}, annotation_files, problems, unused)
+
+
+def check_grid_size(recipe: Recipe, plan: Plan) -> None:
+    """PackingError before the work begins if not one grid of the first images fits; a single one is found later."""
+    grids = GridFiles(recipe.features)
+    rows = list(itertools.islice(itertools.chain.from_iterable(plan.splits.values()), ROWS_TO_TRY))
+    said = []
+    for row, (path, _) in rows:
+        try:
+            grid_of(grids.read(path, row.image_id), recipe.grid_size, recipe.grid_feature_size, recipe.grid_fit)
+        except GridDoesNotFit as error:
+            said.append(f"{printable(path, 300)}: image {row.image_id}: {error}")
+        except ValueError:
+            continue
+        else:
+            return
+    if said:
+        raise PackingError(said[0])
 
 
 class CocoCaptionsConfig(datasets.BuilderConfig):
@@ -257,6 +311,7 @@ def write_shard(
             "sha256": sha256_of(unfinished),
             "problems": packer.problems,
             "hashes": packer.hashes,
+            "fitted": packer.fitted,
         }
         if not packer.problems or recipe.skip_missing:
             with open(unfinished, "rb") as file:
@@ -287,6 +342,8 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def _end_with_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
+
     def wait():
         parent_process().join()
         os._exit(1)
@@ -301,10 +358,9 @@ def write_shards(recipe: Recipe, plan: Plan, shards: list[Shard], work: Path, nu
     for shard in shards:
         target = work / "packed" / shard.path
         target.parent.mkdir(parents=True, exist_ok=True)
-        if reports[shard].exists():
-            result = json.loads(reports[shard].read_text())
-            if target.exists() and target.stat().st_size == result["bytes"]:
-                results[shard] = result
+        result = _finished_report(reports[shard])
+        if result is not None and target.is_file() and target.stat().st_size == result["bytes"]:
+            results[shard] = result
     for leftover in work.rglob("*.unfinished"):
         leftover.unlink(missing_ok=True)
     # A worker of a killed run may live on for a moment. It finds its own scratch folder gone, and ends.
@@ -333,12 +389,17 @@ def write_shards(recipe: Recipe, plan: Plan, shards: list[Shard], work: Path, nu
         else:
             # Spawned rather than forked, because HDF5 files and threads do not survive a fork.
             pool = ProcessPoolExecutor(num_proc, mp_context=get_context("spawn"), initializer=_end_with_parent)
-            with pool:
+            with pool, _ending_workers():
                 futures = {pool.submit(write_shard, *arguments[shard]): shard for shard in todo}
                 try:
                     for future in as_completed(futures):
                         results[futures[future]] = future.result()
                         progress.update(future.result()["rows"])
+                except BrokenProcessPool:
+                    raise ValueError(
+                        f"{work}: one of the processes was killed, mostly for lack of memory; the same command "
+                        "goes on after the finished shards, with a smaller --num-proc if need be"
+                    ) from None
                 except BaseException:
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise
@@ -346,6 +407,28 @@ def write_shards(recipe: Recipe, plan: Plan, shards: list[Shard], work: Path, nu
     if not recipe.skip_missing:
         raise_for([Problem(*problem) for result in ordered for problem in result["problems"]])
     return ordered
+
+
+def _finished_report(path: Path) -> dict | None:
+    """The report of a finished shard; None where there is none, or it was not written to its end."""
+    try:
+        result = read_json(path)
+    except (OSError, ValueError):
+        return None
+    fields = {"rows": int, "bytes": int, "sha256": str, "problems": list, "hashes": dict, "fitted": dict}
+    is_whole = isinstance(result, dict) and all(isinstance(result.get(name), kind) for name, kind in fields.items())
+    return result if is_whole else None
+
+
+@contextlib.contextmanager
+def _ending_workers() -> Iterator[None]:
+    """After Ctrl-C or SIGTERM the processes end at once; what they had not finished is packed by the next run."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        for process in active_children():
+            process.terminate()
+        raise
 
 
 def check_space(recipe: Recipe, rows: int, folder: Path) -> None:
@@ -364,7 +447,10 @@ def check_space(recipe: Recipe, rows: int, folder: Path) -> None:
 def describe_sources(recipe: Recipe, plan: Plan, results: list[dict], work: Path) -> dict:
     """Names, sizes and SHA-256 of all source files. Those of big files are kept in `work`, in case of a new start."""
     kept = work / "hashes.json"
-    known = json.loads(kept.read_text()) if kept.exists() else {}
+    try:
+        known = read_json(kept)
+    except (OSError, ValueError):
+        known = {}
     files = [*recipe.features, *map(str, plan.annotation_files)]
     if recipe.segmentation is not None and os.path.isfile(recipe.segmentation):
         files.append(recipe.segmentation)
@@ -407,12 +493,15 @@ def provenance_of(
         counts["captions"] += sum(len(row.captions) for row in rows)
         counts["restval_images"] += sum(row.restval for row in rows)
     left_out = plan.left_out + [Problem(*problem) for result in results for problem in result["problems"]]
+    fitted = {name: sum(result["fitted"].get(name, 0) for result in results) for name in FITTED}
     return {
         "command": command,
         "dtype": recipe.dtype,
         "grid_size": recipe.grid_size,
         "grid_feature_size": recipe.grid_feature_size,
         "num_segmentation_classes": recipe.num_segmentation_classes if recipe.segmentation is not None else None,
+        "grid_fit": recipe.grid_fit,
+        "grids_of_another_size": fitted,
         "splits": splits,
         "skip_missing": recipe.skip_missing,
         "left_out": [problem._asdict() for problem in left_out],
@@ -437,7 +526,8 @@ def card_of(provenance: dict, parquet: bool) -> str:
     )
     sources = [*provenance["sources"]["features"], *provenance["sources"]["annotations"]]
     names = "".join(
-        f"* `{source['name']}`, {source['bytes']:,} bytes, SHA-256 `{source['sha256']}`\n" for source in sources
+        f"* `{printable(source['name'])}`, {source['bytes']:,} bytes, SHA-256 `{source['sha256']}`\n"
+        for source in sources
     )
     opened = "load_dataset(folder)" if parquet else "load_from_disk(folder)"
     return (
@@ -446,9 +536,23 @@ def card_of(provenance: dict, parquet: bool) -> str:
         f"`datasets.{opened}` opens it; `dataset_difnet.py` of DIFNet for Transformers makes batches of it. One row "
         f"an image; grid features as {provenance['dtype']}, segmentation packed by `encode_segmentation`.\n\n"
         f"| split | images | captions | images of restval |\n|---|---|---|---|\n{counts}\n"
-        f"Left out: {len(provenance['left_out'])} images.\n\nMade by `{provenance['command']}` from\n\n{names}\n"
+        f"{''.join(line + chr(10) for line in fitted_lines(provenance))}"
+        f"Left out: {len(provenance['left_out'])} images.\n\n"
+        f"Made by `{printable(provenance['command'], 2000)}` from\n\n{names}\n"
         "`provenance.json` says the rest: the hashes of all sources and shards, what was left out, versions.\n"
     )
+
+
+def fitted_lines(provenance: dict) -> list[str]:
+    """What became of grids of another size, one line for each kind."""
+    side = provenance["grid_size"]
+    said = {
+        "padded": f"had fewer than {side} x {side} cells and were padded with zeros at the end",
+        "pooled": f"were averaged to {side} x {side} cells (--pool)",
+        "cut": f"were cut to the first {side**2} cells (--cut)",
+    }
+    counts = provenance.get("grids_of_another_size", {})
+    return [f"{counts[name]:,} grids {what}." for name, what in said.items() if counts.get(name)]
 
 
 def write_dataset_files(recipe: Recipe, shards: list[Shard], results: list[dict], folder: Path) -> None:
@@ -479,15 +583,23 @@ def pack(recipe: Recipe, output: Path, num_proc: int, parquet: bool, shard_size:
     plan = make_plan(recipe)
     shards = shards_of(plan, parquet, shard_size)
     identity = identity_of(recipe, plan, parquet, shard_size)
-    if output.exists():
-        finished = output / "provenance.json"
-        if not finished.exists() or json.loads(finished.read_text()).get("identity") != identity:
+    if os.path.lexists(output):
+        try:
+            finished = read_provenance(output)
+        except PackingError:
+            finished = {}
+        if finished.get("identity") != identity:
             raise PackingError(
-                f"{output} exists and was not packed from this input; remove it or choose another --output"
+                f"{printable(output, 300)} exists and was not packed from this input; remove it or choose another "
+                "--output"
             )
         shutil.rmtree(work, ignore_errors=True)
-        print(f"{output} is complete already")
-        return json.loads(finished.read_text())
+        print(f"{printable(output, 300)} is complete already; --verify compares it with its sources")
+        return finished
+    if not shards:
+        raise_for(plan.left_out)
+        raise PackingError(f"{printable(recipe.annotations, 300)}: no image has features and captions")
+    check_grid_size(recipe, plan)
     work.mkdir(parents=True, exist_ok=True)
     with open(work / "lock", "w") as lock:
         try:
@@ -495,10 +607,11 @@ def pack(recipe: Recipe, output: Path, num_proc: int, parquet: bool, shard_size:
         except BlockingIOError:
             raise PackingError(f"{work}: another run is packing into it") from None
         identity_file = work / "identity"
-        if not identity_file.exists() or identity_file.read_text() != identity:
+        states = f"{identity} {states_of(recipe)}"
+        if not identity_file.exists() or identity_file.read_text() != states:
             for part in ("packed", "reports"):
                 shutil.rmtree(work / part, ignore_errors=True)
-            write_atomically(identity_file, identity)
+            write_atomically(identity_file, states)
         (work / "reports").mkdir(exist_ok=True)
         try:
             results = write_shards(recipe, plan, shards, work, num_proc)
@@ -507,9 +620,14 @@ def pack(recipe: Recipe, output: Path, num_proc: int, parquet: bool, shard_size:
             shutil.rmtree(work)
             raise
         except OSError as error:
-            raise PackingError(f"{work}: cannot write ({error}); the finished shards are kept") from None
+            raise PackingError(
+                f"{printable(work, 300)}: cannot write ({describe(error)}); the finished shards are kept"
+            ) from None
         command = command_of(recipe, output, parquet, shard_size)
         provenance = provenance_of(recipe, plan, shards, results, work, command)
+        if not any(counts["images"] for counts in provenance["splits"].values()):
+            shutil.rmtree(work)
+            raise_for([Problem(**problem) for problem in provenance["left_out"]])
         provenance["identity"] = identity
         if not parquet:
             write_dataset_files(recipe, shards, results, work / "packed")
@@ -524,6 +642,8 @@ def identity_of(recipe: Recipe, plan: Plan, parquet: bool, shard_size: int) -> s
     """A hash of all that decides about the shards: an interrupted run is continued only if it is the same."""
     # Images that are skipped are either not among the rows or broken, and a shard with a broken one is never finished.
     settings = {**dataclasses.asdict(recipe), "skip_missing": None}
+    if recipe.grid_fit == "refuse":
+        del settings["grid_fit"]  # folders that were packed before the choice existed keep their identity
     digest = hashlib.sha256(json.dumps([settings, parquet, shard_size]).encode())
     digest.update(f"{version('datasets')} {version('pyarrow')}".encode())
     states = [(path, os.stat(path)) for path in recipe.features]
@@ -537,7 +657,58 @@ def identity_of(recipe: Recipe, plan: Plan, parquet: bool, shard_size: int) -> s
     return digest.hexdigest()
 
 
+def states_of(recipe: Recipe) -> str:
+    """A hash of what the file system knows of each source beyond size and time, which copying tools preserve.
+
+    Two files whose names were swapped have other inodes, and a file that was written has another time of change. Both
+    differ on another disk as well, so they decide only about going on after an interruption.
+    """
+    digest = hashlib.sha256()
+    states = [os.stat(path) for path in (*recipe.features, recipe.annotations)]
+    if recipe.segmentation is not None:
+        states += SegmentationFiles(recipe.segmentation).states()
+    for status in states:
+        digest.update(f"{status.st_dev} {status.st_ino} {status.st_ctime_ns}".encode())
+    return digest.hexdigest()
+
+
 # Verification
+
+
+def read_provenance(output: Path) -> dict:
+    """What `provenance.json` of a packed folder says.
+
+    Raises:
+        PackingError: there is none, or its values are not what this program writes.
+    """
+    path = output / "provenance.json"
+    try:
+        content = read_json(path)
+    except (OSError, ValueError) as error:
+        raise PackingError(
+            f"{printable(output, 300)}: not a packed folder, provenance.json cannot be read ({describe(error)})"
+        ) from None
+    content = {"grid_fit": "cut", **content} if isinstance(content, dict) else {}
+    sizes = [content.get(name) for name in ("grid_size", "grid_feature_size")]
+    shards, splits, left_out = (content.get(name) for name in ("shards", "splits", "left_out"))
+    is_whole = (
+        content.get("dtype") in ("float16", "float32")
+        and content.get("grid_fit") in GRID_FITS
+        and all(isinstance(size, int) and 0 < size < 2**16 for size in sizes)
+        and isinstance(shards, dict)
+        and all(isinstance(shard, dict) and isinstance(shard.get("sha256"), str) for shard in shards.values())
+        and isinstance(splits, dict)
+        and all(isinstance(counts, dict) and {"images", "captions"} <= counts.keys() for counts in splits.values())
+        and isinstance(left_out, list)
+        and all(isinstance(problem, dict) and problem.keys() == set(Problem._fields) for problem in left_out)
+        and isinstance(content.get("skip_missing"), bool)
+        and "num_segmentation_classes" in content
+    )
+    if not is_whole:
+        raise PackingError(
+            f"{printable(path, 300)}: not a packed folder, or its provenance.json is damaged; pack again"
+        )
+    return content
 
 
 def verify(recipe: Recipe, output: Path) -> int:
@@ -545,14 +716,12 @@ def verify(recipe: Recipe, output: Path) -> int:
 
     Returns the number of images.
     """
-    try:
-        provenance = json.loads((output / "provenance.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise PackingError(f"{output}: not a packed folder, provenance.json cannot be read ({error})") from None
-    for path, shard in provenance["shards"].items():
-        if not (output / path).exists() or sha256_of(output / path) != shard["sha256"]:
-            raise PackingError(f"{output / path}: missing or changed since it was packed")
-    fields = ("dtype", "grid_size", "grid_feature_size", "skip_missing")
+    provenance = read_provenance(output)
+    for name, shard in provenance["shards"].items():
+        path = path_inside(output, name)
+        if not path.is_file() or sha256_of(path) != shard["sha256"]:
+            raise PackingError(f"{printable(path, 300)}: missing or changed since it was packed")
+    fields = ("dtype", "grid_size", "grid_feature_size", "skip_missing", "grid_fit")
     recipe = dataclasses.replace(recipe, **{field: provenance[field] for field in fields})
     if (recipe.segmentation is None) != (provenance["num_segmentation_classes"] is None):
         raise PackingError(
@@ -564,10 +733,11 @@ def verify(recipe: Recipe, output: Path) -> int:
             files = {split: str(output / "data" / f"{split}-*.parquet") for split in provenance["splits"]}
             packed = datasets.load_dataset("parquet", data_files=files, cache_dir=cache)
             return _verify_rows(recipe, plan, packed, provenance)
-    return _verify_rows(recipe, plan, datasets.load_from_disk(str(output)), provenance)
+    packed = {split: load_packed_split(output, split) for split in packed_splits(output)}
+    return _verify_rows(recipe, plan, packed, provenance)
 
 
-def _verify_rows(recipe: Recipe, plan: Plan, packed: datasets.DatasetDict, provenance: dict) -> int:
+def _verify_rows(recipe: Recipe, plan: Plan, packed: Mapping[str, datasets.Dataset], provenance: dict) -> int:
     left_out = {problem["image_id"] for problem in provenance["left_out"]}
     packer = Packer(recipe)
     differences = []
@@ -581,24 +751,35 @@ def _verify_rows(recipe: Recipe, plan: Plan, packed: datasets.DatasetDict, prove
         )
         for index, (row, places) in enumerate(tqdm(rows, unit=" images", desc=f"verifying {split}")):
             stored = dataset[index]
-            grid, cells, segmentation = packer.sources_of(row, places)
-            pairs = [(grid, stored["grid_features"])]
-            if segmentation is not None:
-                pairs.append((segmentation, decode_segmentation([stored["segmentation_features"]], np.float32)[0]))
+            try:
+                grid, cells, segmentation = packer.sources_of(row, places)
+                pairs = [(grid, stored["grid_features"])]
+                if segmentation is not None:
+                    packed_map = stored["segmentation_features"]
+                    pairs.append((segmentation, decode_segmentation([packed_map], np.float32)[0]))
+            except BrokenImage as broken:
+                differences.append(Problem(broken.source, broken.what, row.image_id))
+                continue
+            except ValueError as error:
+                differences.append(Problem(split, str(error), row.image_id))
+                continue
             bounds = [0 if recipe.dtype == "float32" else float16_bound(source) for source, _ in pairs]
             same_features = all(
                 (np.abs(value - source) <= bound).all() for (source, value), bound in zip(pairs, bounds, strict=True)
             )
+            # Folders of the first version hold names and captions as their sources wrote them.
             texts = (
-                stored["file_name"],
+                normalized_file_name(stored["file_name"]),
                 bool(stored["restval"]),
-                tuple(stored["captions"]),
+                tuple(map(normalized_caption, stored["captions"])),
                 int(stored["grid_cells"]),
             )
             if not same_features or texts != (row.file_name, row.restval, row.captions, cells):
                 differences.append(Problem(split, "differs from its sources", row.image_id))
             verified += 1
     raise_for(differences)
+    for line in fitted_lines({**provenance, "grids_of_another_size": packer.fitted}):
+        print(line)
     return verified
 
 
@@ -614,13 +795,16 @@ With the original's files:
 
 What is needed, and where it comes from:
   --features      coco_grid_feats2.hdf5 of DIFNet (49.5 GB): one dataset <image id>_features (49, 2048) an image.
-                  RSTNet's <image id>_grids, DLCT's file and unpooled (2048, H, W) maps are read as well; grids of
-                  another size are padded with zeros or cut to 49 cells, as the original does.
+                  RSTNet's <image id>_grids, DLCT's file and unpooled (2048, H, W) maps are read as well; maps of any
+                  height and width are averaged to 7 x 7 cells. A larger grid of cells is refused: --grid-size 12 keeps
+                  12 x 12 of them, --pool averages them to 7 x 7, --cut keeps the first 49 as the original does. Grids
+                  of fewer cells are padded with zeros. Both is counted in provenance.json.
   --segmentation  the folder with train2014/<image id>.npy and val2014/<image id>.npy, each (133, 7, 7); any folder
                   with <image id>.npy, or an HDF5 file; leave it out for the paper's baseline.
   --annotations   one of: the folder with coco_{train,dev,test,restval}_ids.npy, captions_train2014.json and
-                  captions_val2014.json (the original); Karpathy's dataset_coco.json; a folder with COCO caption
-                  files named for their splits, e.g. captions_train2017.json and captions_val2017.json.
+                  captions_val2014.json (the original); Karpathy's dataset_coco.json, or dataset_flickr8k.json and
+                  dataset_flickr30k.json, where imgid is the image id; a folder with COCO caption files named for
+                  their splits, e.g. captions_train2017.json and captions_val2017.json.
 
 The result is opened by datasets.load_from_disk(OUTPUT) and has the splits train (with restval), validation and test.
 A value kept as float16 is off by at most 1/2048 of itself (of a thousandth of the image's largest value where it
@@ -628,7 +812,8 @@ is smaller); where that does not hold the image is named, and --dtype float32 ke
 
 The program can be killed at any time: the same command goes on after the last finished shard (about 200 MB). Until it
 is done there is OUTPUT.partial and no OUTPUT. One process takes up to 600 MB of memory. Mistakes end it with one line
-and exit code 2."""
+and exit code 2. With --skip-missing broken images are left out, each named at the end; with --strict the exit code is
+then 2."""
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -647,10 +832,20 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--skip-missing", action="store_true", help="leave out missing or broken images, on the record"
     )
     parser.add_argument("--verify", action="store_true", help="read FOLDER against its sources instead of packing")
+    fit = parser.add_mutually_exclusive_group()
+    fit.add_argument("--pool", action="store_true", help="average square grids of another size to --grid-size")
+    fit.add_argument(
+        "--cut",
+        action="store_true",
+        help="keep the first cells of larger grids, as the original does, without the rest",
+    )
     parser.add_argument("--grid-size", type=int, default=7, metavar="N", help="cells along a side (default 7)")
     parser.add_argument("--grid-feature-size", type=int, default=2048, metavar="N", help="default: 2048")
     parser.add_argument("--num-segmentation-classes", type=int, default=133, metavar="N", help="default: 133")
+    add_strict_option(parser)
+    add_debug_option(parser)
     arguments = parser.parse_args(argv)
+    arguments.grid_fit = "pool" if arguments.pool else "cut" if arguments.cut else "refuse"
     for name in ("num_proc", "shard_size", "grid_size", "grid_feature_size", "num_segmentation_classes"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
@@ -664,32 +859,42 @@ def command_of(recipe: Recipe, output: Path, parquet: bool, shard_size: int) -> 
         words += ["--segmentation", recipe.segmentation]
     words += ["--annotations", recipe.annotations, "--output", output.name, "--dtype", recipe.dtype]
     words += ["--shard-size", str(shard_size)] + ["--parquet"] * parquet + ["--skip-missing"] * recipe.skip_missing
+    words += [f"--{recipe.grid_fit}"] * (recipe.grid_fit != "refuse")
     for name in ("grid_size", "grid_feature_size", "num_segmentation_classes"):
         if getattr(recipe, name) != getattr(Recipe, name):
             words += [f"--{name.replace('_', '-')}", str(getattr(recipe, name))]
     return shlex.join(words)
 
 
-def main(argv: list[str] | None = None) -> int:
-    arguments = parse_arguments(argv)
+def run(arguments: argparse.Namespace) -> int:
+    """What the arguments ask for; returns the exit code."""
     fields = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Recipe)}
     recipe = Recipe(**{**fields, "features": tuple(arguments.features)})
+    output = printable(arguments.output, 300)
     datasets.disable_progress_bars()
-    try:
-        if arguments.verify:
-            print(f"{arguments.output}: {verify(recipe, arguments.output)} images equal their sources")
-            return 0
-        provenance = pack(recipe, arguments.output, arguments.num_proc, arguments.parquet, arguments.shard_size)
-    except (ValueError, OSError, BrokenProcessPool) as error:
-        print(f"pack_coco.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("pack_coco.py: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+    if arguments.verify:
+        print(f"{output}: {verify(recipe, arguments.output)} images equal their sources")
+        return 0
+    provenance = pack(recipe, arguments.output, arguments.num_proc, arguments.parquet, arguments.shard_size)
     for split, counts in provenance["splits"].items():
         print(f"{split}: {counts['images']:,} images, {counts['captions']:,} captions")
-    print(f"packed into {arguments.output}; open it with datasets.load_from_disk or see {arguments.output}/README.md")
-    return 0
+    for line in fitted_lines(provenance):
+        print(line)
+    left_out = [Problem(**problem) for problem in provenance["left_out"]]
+    for problem in left_out[:LINES_OF_LEFT_OUT]:
+        print(f"left out: {problem.source}: {problem.what}: image {problem.image_id}")
+    if len(left_out) > LINES_OF_LEFT_OUT:
+        print(f"left out: {len(left_out) - LINES_OF_LEFT_OUT:,} more; see {output}/provenance.json")
+    opened = f"load_dataset({output!r})" if arguments.parquet else f"load_from_disk({output!r})"
+    print(f"packed into {output}; open it with datasets.{opened} or see {output}/README.md")
+    return 2 if arguments.strict and left_out else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    return run_command(
+        "pack_coco.py", lambda: run(arguments), arguments.debug, resume="the same command goes on from here"
+    )
 
 
 if __name__ == "__main__":

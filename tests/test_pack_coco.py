@@ -180,7 +180,7 @@ def small(tmp_path_factory):
         ("karpathy", "rstnet", "hdf5", ["--dtype", "float32"]),
         ("plain", "two files", "none", []),
         ("karpathy", "dlct", "none", ["--parquet"]),
-        ("plain", "other cells", "none", ["--dtype", "float32"]),
+        ("plain", "other cells", "none", ["--dtype", "float32", "--cut"]),
         ("karpathy", "unpooled", "none", ["--dtype", "float32"]),
     ],
 )
