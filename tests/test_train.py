@@ -34,7 +34,7 @@ SCRIPT = REPOSITORY / "scripts" / "train.py"
 sys.path.insert(0, str(SCRIPT.parent))
 import train  # noqa: E402
 import training_state  # noqa: E402
-from training_log import TrainingFailed  # noqa: E402
+from training_log import Log, TrainingFailed  # noqa: E402
 from training_options import RECIPES  # noqa: E402
 
 QUICK = {
@@ -844,6 +844,37 @@ class TestOptionsOfAResumedRun:
         assert train.reached(3, 3)
         assert not train.reached(3, 4)
         assert not train.reached(3, None)
+
+
+class TestSeveralProcesses:
+    def test_scst_batches_that_are_too_large_are_refused_before_the_run(self, data, tmp_path):
+        words = arguments(data, tmp_path / "run", xe_batch_size=5, scst_batch_size=30)
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(SCRIPT), *words]
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "MASTER_PORT": "0"}
+        result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+        assert result.returncode != 0
+        assert result.stderr.count("train.py: error: ") == 1
+        assert (
+            "has 40 items, too few for one batch of 30 on each of 2 processes. Lower --scst-batch-size"
+            in result.stderr
+        )
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+    def test_a_line_of_the_log_adds_up_over_the_processes_once(self, tmp_path):
+        class Counting(Accelerator):
+            reductions = 0
+
+            def reduce(self, tensor, reduction="mean", scale=1.0):
+                self.reductions += 1
+                return super().reduce(tensor, reduction, scale)
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator = Counting(cpu=True)
+        log = Log(accelerator, tmp_path / "log.jsonl", training_state.Progress("xe"))
+        log.add(loss=1.0, images=4)
+        log.steps = 1
+        assert log.train_line(0.1)["loss"] == 1.0
+        assert accelerator.reductions == 1
 
 
 class TestTheFolderOfARun:
