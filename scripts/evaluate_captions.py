@@ -25,10 +25,20 @@ from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from training_processes import all_or_none, raise_for_all
-from training_start import ROW_ERRORS, check_data, check_local_files, form_of, load_model, load_processor, usual_row
+from training_start import (
+    ROW_ERRORS,
+    check_data,
+    check_local_files,
+    form_of,
+    load_model,
+    load_processor,
+    open_split,
+    reason_of,
+    usual_row,
+)
 
 from caption_metrics import JavaMissing, check_java, score_captions
-from dataset_difnet import ReferenceBatches, load_packed_split
+from dataset_difnet import ReferenceBatches
 from difnet_transformers.command_line import LeftOut, add_debug_option, add_strict_option, describe, run_command
 from difnet_transformers.files import atomic_write, folder_lock, naming, printable
 from difnet_transformers.weights import check_finite_weights
@@ -214,7 +224,7 @@ def load_captioner(
     try:
         raise_for_other_vocabularies(names)
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{' '.join(names)}: a vocab.json cannot be read ({describe(error)})") from error
+        raise ValueError(f"{' '.join(names)}: a vocab.json cannot be read ({reason_of(error)})") from error
     processor = load_processor(names[0])
     models = [load_model(name).to(dtype) for name in names]
     for name, model in zip(names, models, strict=True):
@@ -242,7 +252,7 @@ def load(
         raise ValueError(str(error)) from error
     if options.update_card and not (Path(options.model[0]) / "README.md").is_file():
         raise ValueError(f"--update-card: {options.model[0]} is no folder with a README.md, the model card")
-    dataset = load_packed_split(options.dataset, options.split)
+    dataset = open_split(options.dataset, options.split)
     model, processor = load_captioner(options.model, DTYPES[options.dtype])
     check_data(model.config, dataset, options)
     return dataset, model, processor

@@ -48,6 +48,7 @@ from training_start import (  # noqa: E402
     load_model,
     make_accelerator,
     make_model,
+    open_split,
     options_as_json,
     prepare_output,
 )
@@ -65,7 +66,6 @@ from dataset_difnet import (  # noqa: E402
     CaptionPairBatches,
     ImageCaptionBatches,
     ReferenceBatches,
-    load_packed_split,
     split_fingerprint,
 )
 from difnet_transformers.command_line import run_command  # noqa: E402
@@ -287,12 +287,13 @@ class Run:
             notes = check_same_run(facts, resumed, options, self.accelerator)
             if not check_files(resumed, facts):
                 notes.append(f"{resumed} has no checksums (an older version wrote it): its files could not be checked")
-        self.train_images = load_packed_split(options.dataset, options.train_split)
-        self.validation_images = load_packed_split(options.dataset, options.validation_split)
+        self.train_images = open_split(options.dataset, options.train_split)
+        self.validation_images = open_split(options.dataset, options.validation_split)
         set_seed(options.seed)
         self.model, self.processor = make_model(options, resumed, self.train_images, self.validation_images)
         self.tokenizer = self.processor.tokenizer
-        check_data(self.model.config, self.train_images, options)
+        for images in (self.train_images, self.validation_images):
+            check_data(self.model.config, images, options)
         self.data = None
         if self.accelerator.is_main_process:
             splits = {"train": self.train_images, "validation": self.validation_images}
@@ -338,6 +339,7 @@ class Run:
         if self.progress.stage == "done":
             return
         self.stage_batches()
+        _ = self.validation_pairs  # a caption that the model does not take is found now, not after the first epoch
         if self.options.stage == "both":
             self.check_number(self.scst_batches, "scst")
 

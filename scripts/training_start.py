@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 from training_state import Progress, recover  # noqa: E402
 
 from convert_checkpoint import default_generation_config  # noqa: E402
-from dataset_difnet import PackedImages  # noqa: E402
+from dataset_difnet import PackedImages, load_packed_split  # noqa: E402
 from difnet_transformers.command_line import describe  # noqa: E402
 from difnet_transformers.files import check_regular_file, printable, read_json  # noqa: E402
 from difnet_transformers.weights import check_finite_weights  # noqa: E402
@@ -319,6 +319,25 @@ ROW_ERRORS = (ValueError, TypeError, LookupError, OverflowError)
 ROWS_LOOKED_AT = 16
 
 
+def reason_of(error: BaseException) -> str:
+    """What an error says, as a part of a line that says more."""
+    return " ".join(describe(error).removesuffix("(--debug shows where)").split())
+
+
+def open_split(folder: str | Path, split: str) -> Dataset:
+    """One split of a packed dataset, whose features can be read.
+
+    Raises:
+        ValueError: it is none, or damaged; the text names the folder.
+    """
+    dataset = load_packed_split(folder, split)
+    try:
+        PackedImages(dataset)
+    except ValueError as error:
+        raise ValueError(f"{printable(folder, 300)}: {error}") from error
+    return dataset
+
+
 def form_of(batch: dict[str, torch.Tensor]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape of an image and type of the features of a batch, by name."""
     return {
@@ -360,7 +379,7 @@ def load_processor(folder: str | Path) -> DifnetProcessor:
         processor = AutoProcessor.from_pretrained(folder)
     except Exception as error:  # the library lets through whatever a file of the wrong kind causes
         raise ValueError(
-            f"{folder}: the vocabulary or the processor's settings cannot be read ({describe(error)}). Take "
+            f"{folder}: the vocabulary or the processor's settings cannot be read ({reason_of(error)}). Take "
             "vocab.json, tokenizer_config.json and preprocessor_config.json from one checkpoint."
         ) from error
     # How the library found the files says nothing about the tokenizer, and would be saved with it.
@@ -402,13 +421,14 @@ def check_local_files(folder: Path) -> None:
         ValueError: a file is none, or `config.json` is no JSON object, or asks for more layers than the weights have
             tensors.
     """
-    for path in folder.glob("*.json"):
-        check_regular_file(path)
     if not (folder / "config.json").exists():
         return
+    for path in folder.glob("*.json"):
+        content = read_json(path)
+        # The library goes on without a generation_config.json that it cannot read.
+        if path.name in ("config.json", "generation_config.json") and not isinstance(content, dict):
+            raise ValueError(f"{path}: an object is expected, not {printable(content)}")
     fields = read_json(folder / "config.json")
-    if not isinstance(fields, dict):
-        raise ValueError(f"{folder / 'config.json'}: an object is expected, not {printable(fields)}")
     weights = folder / "model.safetensors"
     if not weights.exists():
         return
@@ -453,13 +473,23 @@ def read_config(path: Path | None) -> dict[str, Any]:
 
 def make_tokenizer(options: argparse.Namespace, train: Dataset, validation: Dataset) -> DifnetTokenizer:
     if options.vocab is not None:
-        return DifnetTokenizer(vocab_file=options.vocab)
+        return read_vocabulary(options.vocab)
     captions = [caption for images in (train, validation) for each in images["captions"] for caption in each]
     return DifnetTokenizer.from_captions(captions, min_count=options.min_word_count)
 
 
+def read_vocabulary(path: Path) -> DifnetTokenizer:
+    """The tokenizer of a vocab.json; ValueError, which names the file, if it is none."""
+    read_json(path)
+    try:
+        return DifnetTokenizer(vocab_file=path)
+    except Exception as error:  # of a content of any other kind
+        said = reason_of(error)
+        raise ValueError(said if str(path) in said else f"{path}: no vocabulary: {said}") from error
+
+
 def check_same_vocabulary(vocab: Path, tokenizer: DifnetTokenizer, source: Path) -> None:
-    given, own = (list(each.get_vocab()) for each in (DifnetTokenizer(vocab_file=vocab), tokenizer))
+    given, own = (list(each.get_vocab()) for each in (read_vocabulary(vocab), tokenizer))
     if given != own:
         raise ValueError(
             f"{vocab} does not fit {source}: {first_difference(given, own)}. Leave out --vocab, or add "
@@ -496,7 +526,10 @@ def check_data(config: DifnetConfig, images: Dataset, options: argparse.Namespac
             f"--max-new-tokens {options.max_new_tokens} is more than the model's position table has rows "
             f"(max_position_embeddings {config.max_position_embeddings}). Give a smaller number."
         )
-    batch = usual_row(PackedImages(images))
+    try:
+        batch = usual_row(PackedImages(images))
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
     if config.use_segmentation and "segmentation_features" not in batch:
         raise ValueError(
             f"{folder} has no segmentation features, which this model reads. Pack them with --segmentation."

@@ -428,7 +428,7 @@ def load_state(
             accelerator.scaler.load_state_dict(facts["gradient_scaler"])
     except (SafetensorError, FileNotFoundError, KeyError, TypeError, RuntimeError, OverflowError) as error:
         raise ValueError(
-            f"{path} is missing or damaged ({describe(error)}). Resume from another checkpoint."
+            f"{path} is missing or damaged ({printable(str(error))}). Resume from another checkpoint."
         ) from error
 
 

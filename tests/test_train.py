@@ -1082,6 +1082,14 @@ class TestMistakes:
     def test_other_mistakes(self, changes, message, data, tmp_path, capsys):
         assert message in self.said(capsys, *arguments(data, tmp_path / "run", **changes))
 
+    @pytest.mark.parametrize("content", ["", "3", "[3]", "{}", '{"a": "b"}', "[[[", "[]"])
+    def test_a_vocabulary_that_is_none(self, content, data, tmp_path, capsys):
+        path = tmp_path / "vocab.json"
+        path.write_text(content)
+        error = self.said(capsys, *arguments(data, tmp_path / "run", vocab=path))
+        assert str(path) in error
+        assert error.count("\n") == 1
+
     def test_a_configuration_that_is_none(self, data, tmp_path, capsys):
         for content, message in (("{", "malformed JSON"), ("[]", "not a list"), ('{"width": 3}', "has no width")):
             (tmp_path / "config.json").write_text(content)
@@ -1100,6 +1108,17 @@ class TestMistakes:
         words = arguments(data, tmp_path / "run", config=tmp_path / "config.json", max_new_tokens=5)
         error = self.said(capsys, *words)
         assert "image 100: a caption has 7 tokens, the model takes 6" in error
+
+    def test_a_validation_caption_longer_than_the_position_table(self, data, tmp_path, capsys):
+        """Found before the first epoch, not after it."""
+        packed = load_from_disk(data / "packed")
+        rows = packed["validation"].with_format(None).to_list()
+        rows[1]["captions"].append("a dog " * 20)
+        packed["validation"] = Dataset.from_list(rows, features=packed["validation"].features)
+        packed.save_to_disk(tmp_path / "packed")
+        error = self.said(capsys, *arguments(data, tmp_path / "run", dataset=tmp_path / "packed"))
+        assert f"image {rows[1]['image_id']}: a caption has 41 tokens, the model takes 12" in error
+        assert not (tmp_path / "run" / "log.jsonl").exists()
 
     def test_a_full_disk_while_saving(self, data, tmp_path):
         """A limit on the size of files stands for the full disk; the checkpoint of before is as it was."""
