@@ -37,6 +37,7 @@ from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTok
 
 CHECKPOINTS = ("last", "best", "best_xe")
 MOST_LAYERS = 1000
+LARGEST_SETTING = 10_000  # beams, captions and tokens of generation_config.json
 # Options that only say where, how often and how long; a resumed run may have others.
 MAY_CHANGE = frozenset(
     """dataset output resume report_to log_every save_every evaluation_batch_size xe_epochs scst_epochs xe_patience
@@ -285,6 +286,17 @@ def make_config(options: argparse.Namespace, tokenizer: DifnetTokenizer, train: 
     return config, cells
 
 
+def least_weights(config: DifnetConfig) -> int:
+    """The number of weights that a network of these sizes has at least; nothing is built."""
+    attention = 4 * config.d_model * config.head_dim
+    inputs = config.grid_feature_size + config.use_segmentation * config.num_segmentation_classes
+    embeddings = (1 if config.tie_word_embeddings else 2) * config.vocab_size + config.max_position_embeddings
+    encoder_layer = attention * config.encoder_attention_heads + 2 * config.d_model * config.encoder_ffn_dim
+    decoder_layer = 2 * attention * config.decoder_attention_heads + 2 * config.d_model * config.decoder_ffn_dim
+    layers = config.encoder_layers * encoder_layer + config.decoder_layers * decoder_layer
+    return (inputs + embeddings) * config.d_model + layers
+
+
 def check_size(config: DifnetConfig, source: object) -> None:
     """Refuses sizes that no machine could hold, before anything is built.
 
@@ -294,14 +306,7 @@ def check_size(config: DifnetConfig, source: object) -> None:
     for name in ("encoder_layers", "decoder_layers", "fusion_iterations"):
         if getattr(config, name) > MOST_LAYERS:
             raise ValueError(f"{source}: {name} is {getattr(config, name):,}; at most {MOST_LAYERS:,} are supported")
-    attention = 4 * config.d_model * config.head_dim
-    weights = (2 * config.vocab_size + config.grid_feature_size + config.max_position_embeddings) * config.d_model
-    weights += config.encoder_layers * (
-        attention * config.encoder_attention_heads + 2 * config.d_model * config.encoder_ffn_dim
-    )
-    weights += config.decoder_layers * (
-        2 * attention * config.decoder_attention_heads + 2 * config.d_model * config.decoder_ffn_dim
-    )
+    weights = least_weights(config)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**40
     if 4 * weights > memory:
         sizes = ("vocab_size", "grid_feature_size", "max_position_embeddings", "d_model", "head_dim")
@@ -411,6 +416,7 @@ def load_model(folder: str | Path) -> DifnetForConditionalGeneration:
         listed = "; ".join(f"{name.replace('_', ' ')} {_some(keys)}" for name, keys in wrong.items())
         raise ValueError(f"{folder}: the weights do not fit its config.json: {listed}. Take both from one checkpoint.")
     check_finite_weights(model, folder)
+    check_generation_settings(model, folder)
     return model
 
 
@@ -429,22 +435,60 @@ def check_local_files(folder: Path) -> None:
         if path.name in ("config.json", "generation_config.json") and not isinstance(content, dict):
             raise ValueError(f"{path}: an object is expected, not {printable(content)}")
     fields = read_json(folder / "config.json")
-    weights = folder / "model.safetensors"
-    if not weights.exists():
+    files = sorted(folder.glob("*.safetensors"))
+    num_tensors = 0
+    for path in files:
+        check_regular_file(path)
+        try:
+            with safe_open(path, "pt") as file:
+                num_tensors += len(list(file.keys()))
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path}: damaged ({printable(str(error))}); take the file from its source again"
+            ) from error
+    if not files:
         return
-    check_regular_file(weights)
-    try:
-        with safe_open(weights, "pt") as file:
-            num_tensors = len(list(file.keys()))
-    except SafetensorError as error:
-        raise ValueError(
-            f"{weights}: damaged ({printable(str(error))}); take the file from its source again"
-        ) from error
+    shown = folder / "config.json"
     for name in ("encoder_layers", "decoder_layers", "num_hidden_layers"):
         if isinstance(fields.get(name), int) and fields[name] > num_tensors:
             raise ValueError(
-                f"{folder / 'config.json'}: {name} is {fields[name]:,}, and model.safetensors has {num_tensors:,} "
-                "tensors. Take both from one checkpoint."
+                f"{shown}: {name} is {fields[name]:,}, and the weights beside it have {num_tensors:,} tensors. Take "
+                "both from one checkpoint."
+            )
+    if isinstance(fields.get("fusion_iterations"), int) and fields["fusion_iterations"] > MOST_LAYERS:
+        raise ValueError(
+            f"{shown}: fusion_iterations is {fields['fusion_iterations']:,}; at most {MOST_LAYERS:,} are supported"
+        )
+    try:
+        config = DifnetConfig.from_dict(fields)
+        least = least_weights(config)
+    except Exception:  # wrong types and values: loading says which
+        return
+    size = sum(path.stat().st_size for path in files)
+    if least > size:  # a weight takes a byte or more
+        raise ValueError(
+            f"{shown}: a network of its sizes has {least:,} weights, and the file of weights beside it has {size:,} "
+            "bytes. Take both from one checkpoint."
+        )
+
+
+def check_generation_settings(model: DifnetForConditionalGeneration, source: object) -> None:
+    """ValueError for settings in generation_config.json that `generate` would fail on, or not come back from."""
+    settings, vocab_size = model.generation_config, model.config.vocab_size
+    for name in ("bos_token_id", "pad_token_id", "eos_token_id", "decoder_start_token_id"):
+        value = getattr(settings, name, None)
+        for token in value if isinstance(value, list) else [value]:
+            if token is not None and (type(token) is not int or not 0 <= token < vocab_size):
+                raise ValueError(
+                    f"{source}: generation_config.json: {name} is {printable(value)}, no id of the {vocab_size:,} "
+                    "tokens"
+                )
+    for name in ("num_beams", "num_return_sequences", "max_length", "max_new_tokens", "min_length", "min_new_tokens"):
+        value = getattr(settings, name, None)
+        if value is not None and (type(value) is not int or not 0 <= value <= LARGEST_SETTING):
+            raise ValueError(
+                f"{source}: generation_config.json: {name} is {printable(value)}; a number up to "
+                f"{LARGEST_SETTING:,} is expected"
             )
 
 

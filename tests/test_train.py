@@ -756,7 +756,13 @@ class TestDamagedCheckpoints:
     @pytest.mark.parametrize(
         ("changes", "said"),
         [
-            ({"encoder_layers": 10**8}, "encoder_layers is 100,000,000, and model.safetensors has"),
+            ({"encoder_layers": 10**8}, "encoder_layers is 100,000,000, and the weights beside it have"),
+            ({"fusion_iterations": 10**8}, "fusion_iterations is 100,000,000; at most"),
+            ({"vocab_size": 10**8}, "a network of its sizes has 3,200,"),
+            ({"grid_feature_size": 10**8}, "a network of its sizes has 1,600,"),
+            ({"num_segmentation_classes": 10**8}, "a network of its sizes has 1,600,"),
+            ({"encoder_ffn_dim": 10**8}, "a network of its sizes has 6,400,"),
+            ({"max_position_embeddings": 10**10}, "a network of its sizes has 160,000,"),
             ({"d_model": "16"}, "d_model"),
             ({"d_model": None}, "d_model"),
             ({"dropout": [0]}, "dropout"),
@@ -774,6 +780,28 @@ class TestDamagedCheckpoints:
         assert str(folder) in error
         assert said in error
         assert error.count("\n") == 1
+
+    @pytest.mark.parametrize(
+        ("changes", "said"),
+        [
+            ({"eos_token_id": {}}, "eos_token_id is {}, no id of the 22 tokens"),
+            ({"pad_token_id": 10**20}, "pad_token_id is 1"),
+            ({"bos_token_id": [2, -1]}, "bos_token_id is [2, -1]"),
+            ({"num_beams": 10**8}, "num_beams is 100000000; a number up to 10,000"),
+            ({"max_length": "x"}, "max_length"),
+            ([], "an object is expected, not []"),
+        ],
+    )
+    def test_generation_settings_that_cannot_be(self, changes, said, data, finished_run, tmp_path, capsys):
+        folder = tmp_path / "copy"
+        training_state.copy_checkpoint(finished_run / "best", folder)
+        fields = json.loads((folder / "generation_config.json").read_text())
+        fields = {**fields, **changes} if isinstance(changes, dict) else changes
+        changed_file(folder / "generation_config.json", json.dumps(fields).encode())
+        assert run(*arguments(data, tmp_path / "run", config=None, model=folder)) == 2
+        error = capsys.readouterr().err
+        assert str(folder) in error
+        assert said in error
 
     def test_a_checkpoint_of_the_first_version_goes_on_bit_for_bit(self, data, finished_run, tmp_path, capsys):
         folder = old_checkpoint(finished_run / "best_xe", tmp_path / "old" / "last")
