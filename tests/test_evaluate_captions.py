@@ -320,12 +320,13 @@ BROKEN = {
 }
 
 
+@pytest.fixture(scope="module")
+def whole(captioner, packed) -> list[evaluate_captions.CaptionedImage]:
+    return captions_of(captioner, packed, "test")
+
+
 class TestBrokenRows:
     """They are named and left out; the others have the captions that they have without them."""
-
-    @pytest.fixture(scope="class")
-    def whole(self, captioner, packed) -> list[evaluate_captions.CaptionedImage]:
-        return captions_of(captioner, packed, "test")
 
     @pytest.mark.parametrize("name", list(BROKEN))
     @pytest.mark.parametrize(("row", "batch_size"), [(0, 1), (7, 5)])

@@ -25,7 +25,7 @@ def test_a_list_of_many_tensors_is_cut():
 
 def test_large_numbers_integers_sparse_and_empty_tensors_are_fine():
     largest = torch.full((9,), torch.finfo(torch.float64).max, dtype=torch.float64)  # whose sum is infinite
-    sparse = torch.sparse_coo_tensor([[10**9]], [1.0], (2 * 10**9,))
+    sparse = torch.sparse_coo_tensor([[10**9]], [1.0], (2 * 10**9,), check_invariants=True)
     check_finite_weights({"a": largest, "b": torch.arange(3), "c": torch.empty(0), "d": sparse, "e": "text"}, "a")
 
 
