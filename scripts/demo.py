@@ -13,12 +13,13 @@ import argparse
 import json
 import os
 import shlex
-import subprocess
+import signal
 import sys
 import time
 from pathlib import Path
 
 import torch
+from child_process import run_child
 from datasets import load_from_disk
 from demo_corpus import SIZES, Scene, draw, make_scenes, new_pairs_of, objects_of, write_corpus
 from demo_page import Shown, build_page, contact_sheet, curves_of_run
@@ -30,6 +31,8 @@ sys.path.insert(0, str(ROOT))
 
 from caption_metrics import score_captions  # noqa: E402
 from dataset_difnet import PackedImages  # noqa: E402
+from difnet_transformers.command_line import add_debug_option, run_command  # noqa: E402
+from difnet_transformers.files import folder_lock, naming, printable, read_json  # noqa: E402
 
 # A small network, on the original's features: 49 cells of 2048 values and 133 classes.
 NETWORK = {
@@ -125,7 +128,11 @@ class Demo:
         paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         # So small a network gains little from a second thread, and loses much where other programs run.
         environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": paths}
-        subprocess.run([sys.executable, *words], check=True, cwd=self.output, env=environment)
+        exit_code = run_child(words, cwd=self.output, env=environment)
+        if exit_code in (130, 143, -signal.SIGTERM, -signal.SIGINT):
+            raise KeyboardInterrupt
+        if exit_code != 0:
+            raise ValueError(f"the command above ended with exit code {exit_code}")
 
     def draw(self) -> list[Scene]:
         scenes = make_scenes(self.seed, self.sizes)
@@ -164,8 +171,8 @@ class Demo:
                 ROOT / "scripts/evaluate_captions.py",
                 *("--model", self.output / run / checkpoint, "--dataset", self.packed, "--output", folder),
             )
-            scores = json.loads((folder / "scores_test.json").read_text())["scores"]
-            captions = json.loads((folder / "captions_test_results.json").read_text())
+            scores = read_json(folder / "scores_test.json")["scores"]
+            captions = read_json(folder / "captions_test_results.json")
             results[checkpoint] = {"scores": scores, "captions": {row["image_id"]: row["caption"] for row in captions}}
         return results
 
@@ -173,7 +180,7 @@ class Demo:
         """Captions of the test scenes by the library's `generate`, in a fresh process."""
         file = self.output / "captions.json"
         self.command("-c", IN_A_FRESH_PROCESS, self.run / "best", self.packed, file)
-        return {row["image_id"]: row["caption"] for row in json.loads(file.read_text())}
+        return {row["image_id"]: row["caption"] for row in read_json(file)}
 
     def show(self, scenes: list[Scene], results: dict[str, dict], captions: dict[int, str], took: str) -> Path:
         """Write the page, the sheet and the curves; returns the page's path. `took`: how long all took, if known."""
@@ -265,13 +272,21 @@ def explain(folder: Path, test, by_id: dict[int, Scene], captions: dict[int, str
     return explained
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "demo_output", help="default: demo_output/")
     parser.add_argument("--seed", type=int, default=0, help="of the scenes and the training (default: 0)")
-    options = parser.parse_args()
-    started = time.monotonic()
-    try:
+    add_debug_option(parser)
+    options = parser.parse_args(argv)
+    return run_command("demo.py", lambda: run(options), options.debug, "the same command goes on from here")
+
+
+def run(options: argparse.Namespace) -> int:
+    """All steps, in the locked folder; returns the exit code."""
+    with naming(options.output):
+        options.output.mkdir(parents=True, exist_ok=True)
+    with folder_lock(options.output, "demo.py"):
+        started = time.monotonic()
         demo = Demo(options.output, options.seed)
         from_nothing = not demo.corpus.exists()
         print("1. Scenes, in the files that the original reads", flush=True)
@@ -288,21 +303,13 @@ def main() -> int:
         minutes = (time.monotonic() - started) / 60
         took = f" in {minutes:.1f} minutes on {os.cpu_count()} CPU cores" if from_nothing else ""
         page = demo.show(scenes, results, captions, took)
-    except (ValueError, OSError) as error:
-        print(f"demo.py: error: {error}", file=sys.stderr)
-        return 2
-    except subprocess.CalledProcessError as error:
-        print(f"demo.py: the command above ended with exit code {error.returncode}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("demo.py: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    seconds = time.monotonic() - started
-    scores = " -> ".join(f"{result['scores']['cider_d']:.3f}" for result in results.values())
-    print(f"CIDEr-D of the held-out scenes, cross-entropy -> SCST: {scores}")
-    print(
-        f"{seconds // 60:.0f} min {seconds % 60:.0f} s in total. Look at {page} (and {page.with_suffix('.png').name})"
-    )
+        seconds = time.monotonic() - started
+        scores = " -> ".join(f"{result['scores']['cider_d']:.3f}" for result in results.values())
+        print(f"CIDEr-D of the held-out scenes, cross-entropy -> SCST: {scores}")
+        print(
+            f"{seconds // 60:.0f} min {seconds % 60:.0f} s in total. Look at {printable(page, 300)} (and "
+            f"{page.with_suffix('.png').name})"
+        )
     return 0
 
 

@@ -11,23 +11,37 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
 from tqdm import tqdm
-from transformers import AutoProcessor
 from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from training_start import check_data, load_model
+from training_processes import all_or_none, raise_for_all
+from training_start import (
+    ROW_ERRORS,
+    check_data,
+    check_local_files,
+    form_of,
+    load_model,
+    load_processor,
+    open_split,
+    reason_of,
+    usual_row,
+)
 
 from caption_metrics import JavaMissing, check_java, score_captions
-from convert_checkpoint import written_at_once
-from dataset_difnet import ReferenceBatches, load_packed_split
+from dataset_difnet import ReferenceBatches
+from difnet_transformers.command_line import LeftOut, add_debug_option, add_strict_option, describe, run_command
+from difnet_transformers.files import atomic_write, folder_lock, naming, printable
+from difnet_transformers.weights import check_finite_weights
 from model_card import update_results
 from modeling_difnet import DifnetEnsemble, DifnetForConditionalGeneration, original_beam_search
 from modeling_difnet.ensemble_difnet import raise_for_other_vocabularies
@@ -56,6 +70,7 @@ def caption_split(
     original_decoding: bool = True,
     generation_options: Mapping[str, Any] = GENERATION_OPTIONS,
     description: str = "captioning",
+    left_out: LeftOut | None = None,
 ) -> list[CaptionedImage]:
     """Captions every image of a split exactly once, the work shared out over all processes.
 
@@ -70,45 +85,119 @@ def caption_split(
         original_decoding: the original's beam search; otherwise the library's, as `generation_options` say.
         generation_options: arguments of `generate`.
         description: what the progress bar says.
+        left_out: gets the images that cannot be read, which then have no entry; without it they are an error.
 
     Returns:
         One entry an image, in the order of the dataset. A caption is the decoded words joined by blanks, immediately
         repeated words collapsed, as the original scores them.
+
+    Raises:
+        ValueError: an image of any process cannot be read, and there is no `left_out`. Every process ends.
     """
     batches = ReferenceBatches(
         dataset,
         batch_size,
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
-        dtype=model.dtype,
         mask_padded_cells=mask_padded_cells,
     )
     custom_generate = {"custom_generate": original_beam_search} if original_decoding else {}
     processor = DifnetProcessor(DifnetFeatureExtractor(), tokenizer)
     captions: list[tuple[int, str]] = []  # the row of the dataset, and its caption
+    broken: list[tuple[int, str]] = []  # the row of the dataset, and what is wrong with it
+    problem: Exception | None = None
     was_training = model.training
     model.eval()
     bar = tqdm(total=len(dataset), unit=" images", desc=description, disable=not accelerator.is_main_process)
-    for number, batch in enumerate(batches):
-        image_ids = batch.pop("image_ids")
-        del batch["references"]
-        features = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
-        with accelerator.autocast():
-            sequences = model.generate(**features, **generation_options, **custom_generate)
-        first_row = (number * accelerator.num_processes + accelerator.process_index) * batch_size
-        captions += enumerate(processor.post_process_captions(sequences), start=first_row)
-        # The other processes are about as far.
-        bar.update(min(len(image_ids) * accelerator.num_processes, bar.total - bar.n))
+    # An error waits until the other processes are done: they would wait for this one for ever.
+    try:
+        usual = form_of(usual_row(batches.images))
+        for number in range(len(batches)):
+            first_row = (number * accelerator.num_processes + accelerator.process_index) * batch_size
+            rows = np.arange(first_row, min(first_row + batch_size, len(dataset)))
+            batch, rows, reasons = readable_batch(batches, rows, usual)
+            broken += reasons
+            if broken and left_out is None:
+                break
+            if batch is not None:
+                del batch["image_ids"], batch["references"]
+                features = {
+                    name: tensor.to(accelerator.device, model.dtype if tensor.is_floating_point() else None)
+                    for name, tensor in batch.items()
+                }
+                with accelerator.autocast():
+                    sequences = model.generate(**features, **generation_options, **custom_generate)
+                captions += zip(rows.tolist(), processor.post_process_captions(sequences), strict=True)
+            # The other processes are about as far.
+            bar.update(min((len(rows) + len(reasons)) * accelerator.num_processes, bar.total - bar.n))
+    except Exception as error:
+        problem = error
     bar.close()
     model.train(was_training)
+    raise_for_all(accelerator, problem)
 
-    captions = gather_object(captions)
+    captions, broken = gather_object(captions), sorted(gather_object(broken))
+    image_ids = dataset.select_columns(["image_id"]).with_format(None)
+    for row, reason in broken:
+        name = f"image {image_ids[row]['image_id']}"
+        if left_out is None:
+            raise_for_all(accelerator, ValueError(reason if reason.startswith(f"{name}:") else f"{name}: {reason}"))
+        elif accelerator.is_main_process:
+            left_out.add(name, reason)
     caption_of = dict(captions)
-    assert len(captions) == len(caption_of) == len(dataset), "an image was captioned twice, or not at all"
+    assert len(captions) == len(caption_of) == len(dataset) - len(broken), (
+        "an image was captioned twice, or not at all"
+    )
     rows = dataset.select_columns(["image_id", "captions"]).with_format(None)
     return [
-        CaptionedImage(row["image_id"], caption_of[position], row["captions"]) for position, row in enumerate(rows)
+        CaptionedImage(row["image_id"], caption_of[position], row["captions"])
+        for position, row in enumerate(rows)
+        if position in caption_of
     ]
+
+
+def readable_batch(
+    batches: ReferenceBatches, rows: np.ndarray, usual: dict[str, Any]
+) -> tuple[dict[str, Any] | None, np.ndarray, list[tuple[int, str]]]:
+    """The batch of those of some rows that can be read.
+
+    Args:
+        batches: what makes the batch.
+        rows: of the dataset.
+        usual: shapes and types of the split's features (`form_of`).
+
+    Returns:
+        The batch, or `None` if no row can be read; its rows; and the others, each with what is wrong with it.
+    """
+    try:
+        batch = batches.make_batch(rows)
+        if what_is_wrong(batch, usual) is None:
+            return batch, rows, []
+    except ROW_ERRORS:
+        pass  # looked at one by one below
+    reasons = []
+    for row in rows:
+        try:
+            reason = what_is_wrong(batches.make_batch(np.array([row])), usual)
+        except ROW_ERRORS as error:
+            reason = describe(error)
+        if reason is not None:
+            reasons.append((int(row), reason))
+    rows = np.setdiff1d(rows, [row for row, _ in reasons])
+    return (batches.make_batch(rows) if len(rows) else None), rows, reasons
+
+
+def what_is_wrong(batch: dict[str, Any], usual: dict[str, Any]) -> str | None:
+    """Why images of a batch cannot be captioned and scored."""
+    for name, form in form_of(batch).items():
+        if form != usual.get(name):
+            (shape, dtype), expected = form, usual.get(name)
+            return f"{name} has the shape {shape} and type {dtype}, where the split has {expected}; pack again"
+        if not torch.isfinite(batch[name]).all():
+            return f"{name} holds NaN or infinity; pack again from features that are numbers"
+    if not all(references and all(references) for references in batch["references"]):
+        return "it has no caption, or an empty one, to compare with; pack again"
+    return None
 
 
 def score_split(captioned: Sequence[CaptionedImage], with_meteor: bool = False, with_spice: bool = False) -> dict:
@@ -131,8 +220,12 @@ def load_captioner(
     for name in names:
         if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith(("/", "."))):
             raise ValueError(f"{name}: no such folder, and no name of a repository on the Hub")
-    raise_for_other_vocabularies(names)
-    processor = AutoProcessor.from_pretrained(names[0])
+        check_local_files(Path(name))
+    try:
+        raise_for_other_vocabularies(names)
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{' '.join(names)}: a vocab.json cannot be read ({reason_of(error)})") from error
+    processor = load_processor(names[0])
     models = [load_model(name).to(dtype) for name in names]
     for name, model in zip(names, models, strict=True):
         if len(processor.tokenizer) != model.config.vocab_size:
@@ -140,58 +233,87 @@ def load_captioner(
                 f"{name}: vocab.json has {len(processor.tokenizer):,} tokens and the model "
                 f"{model.config.vocab_size:,}; take both from one checkpoint"
             )
+        if dtype == torch.float16:  # which has no numbers above 65,504
+            check_finite_weights(model, f"{name} as float16")
     return (models[0] if len(models) == 1 else DifnetEnsemble(models)).eval(), processor
 
 
 def write_json(path: Path, content: Any) -> None:
-    with written_at_once(path) as unfinished:
-        unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    atomic_write(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def run(options: argparse.Namespace, accelerator: Accelerator) -> None:
+def load(
+    options: argparse.Namespace,
+) -> tuple[Dataset, DifnetForConditionalGeneration | DifnetEnsemble, DifnetProcessor]:
     """Everything that can be wrong is looked at before the first caption is made."""
-    check_java(options.meteor, options.spice)
+    try:
+        check_java(options.meteor, options.spice)
+    except JavaMissing as error:
+        raise ValueError(str(error)) from error
     if options.update_card and not (Path(options.model[0]) / "README.md").is_file():
         raise ValueError(f"--update-card: {options.model[0]} is no folder with a README.md, the model card")
-    dataset = load_packed_split(options.dataset, options.split)
+    dataset = open_split(options.dataset, options.split)
     model, processor = load_captioner(options.model, DTYPES[options.dtype])
     check_data(model.config, dataset, options)
-    generation = {"num_beams": options.num_beams, "max_new_tokens": options.max_new_tokens}
+    return dataset, model, processor
 
-    start = time.perf_counter()
-    captioned = caption_split(
-        model.to(accelerator.device),
-        processor.tokenizer,
-        dataset,
-        accelerator,
-        batch_size=options.batch_size,
-        mask_padded_cells=processor.feature_extractor.mask_padded_cells,
-        original_decoding=options.decoding == "original",
-        generation_options=generation,
-        description=options.split,
-    )
-    seconds = time.perf_counter() - start
-    if not accelerator.is_main_process:
-        return
 
+def run(options: argparse.Namespace, accelerator: Accelerator) -> int:
+    """Captions, scores and writes; returns the exit code."""
+    dataset, model, processor = all_or_none(accelerator, lambda: load(options))
+    with ExitStack() as held:
+
+        def take_folder() -> None:
+            if accelerator.is_main_process:
+                with naming(options.output):
+                    options.output.mkdir(parents=True, exist_ok=True)
+                held.enter_context(folder_lock(options.output, "evaluate_captions.py"))
+
+        all_or_none(accelerator, take_folder)
+        generation = {"num_beams": options.num_beams, "max_new_tokens": options.max_new_tokens}
+        left_out = LeftOut()
+        start = time.perf_counter()
+        captioned = caption_split(
+            model.to(accelerator.device),
+            processor.tokenizer,
+            dataset,
+            accelerator,
+            batch_size=options.batch_size,
+            mask_padded_cells=processor.feature_extractor.mask_padded_cells,
+            original_decoding=options.decoding == "original",
+            generation_options=generation,
+            description=options.split,
+            left_out=left_out,
+        )
+        report = {
+            "model": options.model,
+            "dataset": options.dataset_name,
+            "split": options.split,
+            "images": len(captioned),
+            "left_out": sorted(set(dataset["image_id"]) - {image.image_id for image in captioned}),
+            "decoding": options.decoding,
+            **generation,
+            "dtype": options.dtype,
+            "seconds": round(time.perf_counter() - start, 3),
+            "batch_size": options.batch_size,
+            "num_processes": accelerator.num_processes,
+            "device": accelerator.device.type,
+        }
+        return all_or_none(
+            accelerator, lambda: finish(options, captioned, report, left_out) if accelerator.is_main_process else 0
+        )
+
+
+def finish(
+    options: argparse.Namespace, captioned: Sequence[CaptionedImage], report: dict[str, Any], left_out: LeftOut
+) -> int:
+    """Writes captions, scores and, if asked to, the card; returns the exit code."""
+    exit_code = left_out.report(len(captioned), options.strict)
     captions_file = options.output / f"captions_{options.split}_results.json"
     write_json(captions_file, [{"image_id": image.image_id, "caption": image.caption} for image in captioned])
     scores = score_split(captioned, options.meteor, options.spice)
-    report = {
-        "model": options.model,
-        "dataset": options.dataset_name,
-        "split": options.split,
-        "images": len(captioned),
-        "decoding": options.decoding,
-        **generation,
-        "dtype": options.dtype,
-        "scores": scores,
-        "seconds": round(seconds, 3),
-        "images_per_second": round(len(captioned) / seconds, 2),
-        "batch_size": options.batch_size,
-        "num_processes": accelerator.num_processes,
-        "device": accelerator.device.type,
-    }
+    seconds = max(report["seconds"], 0.001)
+    report |= {"scores": scores, "images_per_second": round(len(captioned) / seconds, 2)}
     scores_file = options.output / f"scores_{options.split}.json"
     write_json(scores_file, report)
     if options.update_card:
@@ -200,9 +322,10 @@ def run(options: argparse.Namespace, accelerator: Accelerator) -> None:
     for name, score in scores.items():
         print(f"{name:<8} {score:8.4f}")
     print(f"{len(captioned):,} images in {seconds:.1f} s, {len(captioned) / seconds:.1f} images/s")
-    print(f"captions in {captions_file}, scores in {scores_file}")
+    print(f"captions in {printable(captions_file, 300)}, scores in {printable(scores_file, 300)}")
     if options.update_card:
-        print(f"results in {options.model[0]}/README.md")
+        print(f"results in {printable(options.model[0], 300)}/README.md")
+    return exit_code
 
 
 DESCRIPTION = """\
@@ -220,8 +343,9 @@ Several models are an ensemble: at each step the mean of their probabilities. Th
 the baseline without segmentation; they need one vocabulary.
 
 The scores of papers on COCO are those of the defaults on a converted checkpoint and the Karpathy test split, times
-100. Every process captions its share and each image is captioned once. Mistakes end the program with one line and exit
-code 2."""
+100. Every process captions its share and each image is captioned once. An image whose row is broken is named and left
+out; scores_SPLIT.json says how many images the scores are of, and which were left out. Mistakes end the program with
+one line and exit code 2."""
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -254,6 +378,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=int, default=50, metavar="N", help="images of one process at a time (default 50)")
     add("--dtype", choices=list(DTYPES), default="float32", help="of weights and features (default float32)")
     add("--cpu", action="store_true", help="even where there is a GPU")
+    add_strict_option(parser)
+    add_debug_option(parser)
     options = parser.parse_args(argv)
     for name in ("num_beams", "max_new_tokens", "batch_size"):
         if getattr(options, name) < 1:
@@ -268,19 +394,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse_arguments(argv)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    accelerator = Accelerator(cpu=options.cpu)
-    exit_code = 0
-    try:
-        run(options, accelerator)
-        accelerator.wait_for_everyone()  # for the scores, so that no process goes before its time
-    except (ValueError, OSError, ImportError, JavaMissing) as error:
-        if accelerator.is_main_process:
-            print(f"evaluate_captions.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        exit_code = 2
-    except KeyboardInterrupt:
-        return 130
-    accelerator.end_training()
-    return exit_code
+
+    def command() -> int:
+        accelerator = Accelerator(cpu=options.cpu)
+        exit_code = run(options, accelerator)
+        accelerator.end_training()
+        return exit_code
+
+    return run_command("evaluate_captions.py", command, options.debug)
 
 
 if __name__ == "__main__":

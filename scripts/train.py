@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import argparse
 import math
+import shutil
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -39,24 +40,36 @@ sys.path.insert(0, str(ROOT))
 from evaluate_captions import caption_split, score_split  # noqa: E402
 from training_log import Log, TrainingFailed  # noqa: E402
 from training_options import parse_arguments  # noqa: E402
+from training_processes import all_or_none, is_first_process  # noqa: E402
 from training_start import (  # noqa: E402
     check_data,
+    check_same_data,
     check_same_run,
     load_model,
     make_accelerator,
     make_model,
+    open_split,
     options_as_json,
     prepare_output,
 )
-from training_state import Progress, copy_checkpoint, load_state, read_checkpoint, save_checkpoint  # noqa: E402
+from training_state import (  # noqa: E402
+    Progress,
+    check_files,
+    copy_checkpoint,
+    load_state,
+    read_checkpoint,
+    save_checkpoint,
+)
 
 from caption_metrics import CiderReward  # noqa: E402
 from dataset_difnet import (  # noqa: E402
     CaptionPairBatches,
     ImageCaptionBatches,
     ReferenceBatches,
-    load_packed_split,
+    split_fingerprint,
 )
+from difnet_transformers.command_line import run_command  # noqa: E402
+from difnet_transformers.files import folder_lock, naming, printable  # noqa: E402
 from model_card import write_model_card  # noqa: E402
 from modeling_difnet import (  # noqa: E402
     DifnetConfig,
@@ -233,25 +246,67 @@ def make_optimizer(model: nn.Module, betas: tuple[float, float], learning_rate: 
 
 
 class Run:
-    """A model in training, with its data, its optimizer and its place in the recipe."""
+    """A model in training, with its data, its optimizer and its place in the recipe.
+
+    The run's folder is locked from the start until `close`.
+    """
 
     def __init__(self, options: argparse.Namespace, accelerator: Accelerator):
         self.options, self.accelerator = options, accelerator
         self.output: Path = options.output
+        self.held = ExitStack()
         resumed = None if options.resume is None else self.output / options.resume
         if options.resume is not None and options.resume not in ("last", "best"):
             resumed = Path(options.resume)
-        with accelerator.main_process_first():
-            if accelerator.is_main_process:
-                prepare_output(self.output, resumed)
-        facts = None if resumed is None else check_same_run(read_checkpoint(resumed), resumed, options, accelerator)
+        try:
+            all_or_none(accelerator, lambda: self.take_folder(resumed))
+            self.facts, self.notes = all_or_none(accelerator, lambda: self.load(resumed))
+            self.prepare(resumed)
+        except BaseException:
+            self.close()
+            raise
 
-        self.train_images = load_packed_split(options.dataset, options.train_split)
-        self.validation_images = load_packed_split(options.dataset, options.validation_split)
+    def take_folder(self, resumed: Path | None) -> None:
+        """Locks the run's folder; the main process does it for all."""
+        if not self.accelerator.is_main_process:
+            return
+        with naming(self.output):
+            self.output.mkdir(parents=True, exist_ok=True)
+        self.held.enter_context(folder_lock(self.output, "train.py"))
+        prepare_output(self.output, resumed)
+
+    def load(self, resumed: Path | None) -> tuple[dict[str, Any] | None, list[str]]:
+        """Opens the data and makes the model; everything that can be wrong with them is refused here.
+
+        Returns:
+            What the checkpoint says of the run, and what is not as it was there.
+        """
+        options, facts, notes = self.options, None, []
+        if resumed is not None:
+            facts = read_checkpoint(resumed)
+            notes = check_same_run(facts, resumed, options, self.accelerator)
+            if not check_files(resumed, facts):
+                notes.append(f"{resumed} has no checksums (an older version wrote it): its files could not be checked")
+        self.train_images = open_split(options.dataset, options.train_split)
+        self.validation_images = open_split(options.dataset, options.validation_split)
         set_seed(options.seed)
         self.model, self.processor = make_model(options, resumed, self.train_images, self.validation_images)
         self.tokenizer = self.processor.tokenizer
-        check_data(self.model.config, self.train_images, options)
+        for images in (self.train_images, self.validation_images):
+            check_data(self.model.config, images, options)
+        self.data = None
+        if self.accelerator.is_main_process:
+            splits = {"train": self.train_images, "validation": self.validation_images}
+            self.data = {name: split_fingerprint(images) for name, images in splits.items()}
+            if facts is not None and facts["data"] is not None:
+                check_same_data(facts["data"], self.data, resumed, options)
+            elif facts is not None:
+                notes.append(f"{resumed} has no fingerprints of its data (an older version wrote it): not compared")
+        return facts, notes
+
+    def prepare(self, resumed: Path | None) -> None:
+        """Shares the model out to the processes and puts everything where the run stands."""
+        options, accelerator, facts = self.options, self.accelerator, self.facts
         scorer = SequenceLogProbs(self.model)
         if options.compile:
             scorer.compile(dynamic=True)
@@ -262,10 +317,43 @@ class Run:
         self.progress = Progress(first_stage) if facts is None else facts["progress"]
         self.optimizer = self.stage_optimizer()
         if facts is not None:
-            load_state(accelerator, resumed, facts, self.model, self.optimizer)
+            all_or_none(accelerator, lambda: load_state(accelerator, resumed, facts, self.model, self.optimizer))
+        all_or_none(accelerator, self.check_batches)
+        for note in self.notes:
+            accelerator.print(f"resuming: {note}", file=sys.stderr)
+        if accelerator.is_main_process and resumed is not None:
+            self.take_log(resumed)
         self.log = Log(accelerator, self.output / "log.jsonl", self.progress)
         self.stop_requested = 0.0  # when
         self.background = ThreadPoolExecutor(1)  # one reward at a time
+
+    def take_log(self, resumed: Path) -> None:
+        """A run that goes on in another folder begins with the log of its first part."""
+        source, log = resumed.parent / "log.jsonl", self.output / "log.jsonl"
+        if source.is_file() and not log.exists():
+            with naming(log):
+                shutil.copyfile(source, log)
+
+    def check_batches(self) -> None:
+        """Every stage that is to come must have a batch for every process."""
+        if self.progress.stage == "done":
+            return
+        self.stage_batches()
+        _ = self.validation_pairs  # a caption that the model does not take is found now, not after the first epoch
+        if self.options.stage == "both":
+            self.check_number(self.scst_batches, "scst")
+
+    def check_number(self, batches: CaptionPairBatches | ImageCaptionBatches | ReferenceBatches, stage: str) -> None:
+        if len(batches) == 0:
+            raise ValueError(
+                f"{self.options.dataset}: the split {self.options.train_split} has {batches.num_items()} items, too "
+                f"few for one batch of {batches.batch_size} on each of {batches.num_processes} processes. Lower "
+                f"--{stage}-batch-size."
+            )
+
+    def close(self) -> None:
+        """Gives the run's folder free."""
+        self.held.close()
 
     def stage_optimizer(self) -> torch.optim.Optimizer:
         stage = "scst" if self.progress.stage == "scst" else "xe"
@@ -325,12 +413,14 @@ class Run:
         """The batches of the epoch that is under way, from where it stands."""
         progress = self.progress
         batches = self.scst_batches if progress.stage == "scst" else self.xe_batches
-        if len(batches) == 0:
-            raise ValueError(
-                f"{self.options.dataset}: the split {self.options.train_split} has {batches.num_items()} items, too "
-                f"few for one batch of {batches.batch_size} on each of {batches.num_processes} processes. Lower "
-                f"--{progress.stage}-batch-size."
-            )
+        self.check_number(batches, progress.stage)
+        if progress.batch and progress.batch >= len(batches):
+            if self.facts is None or not self.facts["resized"]:
+                raise ValueError(
+                    f"the checkpoint is damaged: it stands behind batch {progress.batch} of an epoch that has "
+                    f"{len(batches)}. Resume from another checkpoint."
+                )
+            progress.batch = len(batches)  # larger batches, of which the rest of the images makes none
         here = {"epoch": progress.epoch - 1, "next_batch": progress.batch}
         batches.load_state_dict({**batches.state_dict(), **here})
         return batches
@@ -372,12 +462,17 @@ class Run:
     def start_scst(self, is_best: bool) -> None:
         """From the best XE weights, with a fresh optimizer; they stay on disk as `best_xe`."""
         if not is_best:
-            if self.accelerator.is_main_process:
-                copy_checkpoint(self.output / "best", self.output / "best_xe")
-            self.accelerator.wait_for_everyone()
-            self.model.load_state_dict(load_model(self.output / "best_xe").state_dict())
+            all_or_none(self.accelerator, self.keep_best_xe)
+            best = all_or_none(self.accelerator, lambda: load_model(self.output / "best_xe"))
+            self.model.load_state_dict(best.state_dict())
         self.optimizer = self.stage_optimizer()
         self.save(("best", "best_xe") if is_best else ())
+
+    def keep_best_xe(self) -> None:
+        if self.accelerator.is_main_process:
+            best = self.output / "best"
+            check_files(best, read_checkpoint(best))
+            copy_checkpoint(best, self.output / "best_xe")
 
     def save(self, also_as: Sequence[str] = ()) -> None:
         """Writes the checkpoint `last`, and the same under other names."""
@@ -386,7 +481,7 @@ class Run:
             self.accelerator,
             self.output,
             self.progress,
-            options_as_json(self.options),
+            {"options": options_as_json(self.options), "data": self.data},
             self.model,
             self.optimizer,
             self.write_model,
@@ -533,7 +628,7 @@ def train_epoch(run: Run) -> bool:
     )
     iterator = iter(batches)
     with bar:
-        while progress.batch < len(batches) and progress.step != options.max_steps:
+        while progress.batch < len(batches) and not reached(progress.step, options.max_steps):
             if run.should_stop():
                 return False
             with run.log.timed("data"):
@@ -544,7 +639,7 @@ def train_epoch(run: Run) -> bool:
             progress.batch += len(group)
             progress.step += 1
             bar.update()
-            epoch_ends = progress.batch == len(batches) or progress.step == options.max_steps
+            epoch_ends = progress.batch == len(batches) or reached(progress.step, options.max_steps)
             if progress.step % options.log_every == 0 or epoch_ends:
                 bar.set_postfix(loss=f"{run.log.train_line(rate)['loss']:.4f}")
             if progress.step % options.save_every == 0 and not epoch_ends:
@@ -585,6 +680,11 @@ def validate(run: Run) -> dict[str, float]:
     return {"loss": loss, **score_split(captioned)}
 
 
+def reached(number: int, limit: int | None) -> bool:
+    """Whether a number is at its limit, or above it: a resumed run may have lower limits than it began with."""
+    return limit is not None and number >= limit
+
+
 def finish_epoch(run: Run) -> None:
     """Validates, keeps the best, and moves on: to the next epoch, to SCST, or to the end. As in the original:
 
@@ -600,10 +700,10 @@ def finish_epoch(run: Run) -> None:
     progress.total_epochs += 1
     stage = progress.stage
     stage_ends = (
-        progress.patience == getattr(options, f"{stage}_patience")
-        or progress.epoch == getattr(options, f"{stage}_epochs")
-        or progress.total_epochs == options.max_epochs
-        or progress.step == options.max_steps
+        reached(progress.patience, getattr(options, f"{stage}_patience"))
+        or reached(progress.epoch, getattr(options, f"{stage}_epochs"))
+        or reached(progress.total_epochs, options.max_epochs)
+        or reached(progress.step, options.max_steps)
     )
     progress.epoch, progress.batch = progress.epoch + 1, 0
     names = ("best",) if is_best else ()
@@ -640,45 +740,67 @@ def main(argv: list[str] | None = None) -> int:
     options = parse_arguments(argv)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    run = None
+    return run_command("train.py", lambda: train_command(options), options.debug, lambda: how_to_go_on(options.output))
+
+
+def train_command(options: argparse.Namespace) -> int:
+    """The program behind its error boundary; returns the exit code."""
     try:
         run = Run(options, make_accelerator(options))
-
-        def stop(number: int, frame: Any) -> None:
-            # A launcher passes the terminal's signal on to processes that have it already.
-            if run.stop_requested and time.monotonic() - run.stop_requested > 1:
-                raise KeyboardInterrupt
-            run.stop_requested = run.stop_requested or time.monotonic()
-            tqdm.write("stopping after this step; once more to stop at once", file=sys.stderr)
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, stop)
-        run.accelerator.init_trackers("difnet", {name: str(value) for name, value in vars(options).items()})
-        finished = train(run)
-        run.accelerator.end_training()
-    except (ValueError, OSError, ImportError, TrainingFailed) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        if isinstance(error, OSError) and (options.output / "last").exists():
+        try:
+            with stopping_after_this_step(run):
+                run.accelerator.init_trackers("difnet", {name: str(value) for name, value in vars(options).items()})
+                finished = train(run)
+                run.accelerator.end_training()
+        finally:
+            run.close()
+    except TrainingFailed as error:
+        raise ValueError(str(error)) from error
+    except OSError as error:
+        if is_first_process() and (options.output / "last").exists():
             print(f"{options.output / 'last'} is as it was: mend this, then --resume last goes on", file=sys.stderr)
-        return 2
+        raise error
     except torch.OutOfMemoryError as error:
-        print(
-            f"train.py: error: {str(error).splitlines()[0]} Lower --xe-batch-size or --scst-batch-size and raise "
-            "--gradient-accumulation-steps as much: the result is the same.",
-            file=sys.stderr,
-        )
-        return 2
-    except KeyboardInterrupt:
-        finished = False
+        raise ValueError(
+            f"{str(error).splitlines()[0]} Lower --xe-batch-size or --scst-batch-size and raise "
+            "--gradient-accumulation-steps as much: the result is the same, and --resume last takes it."
+        ) from error
+    if not finished and not is_first_process():
+        raise SystemExit(130)
     if not finished:
-        saved = (options.output / "last").exists()
-        onward = f"--resume last goes on from {options.output / 'last'}" if saved else "nothing was saved yet"
-        print(f"train.py: stopped; {onward}", file=sys.stderr)
-        return 130
+        raise KeyboardInterrupt
     run.accelerator.print(
-        f"done: best CIDEr-D on {options.validation_split} {run.progress.best_score:.4f}, {options.output / 'best'}"
+        f"done: best CIDEr-D on {options.validation_split} {run.progress.best_score:.4f}, "
+        f"{printable(options.output / 'best', 300)}"
     )
     return 0
+
+
+@contextmanager
+def stopping_after_this_step(run: Run) -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP let the run save and end after the step that is under way; twice, they end it."""
+
+    def stop(number: int, frame: Any) -> None:
+        # A launcher passes the terminal's signal on to processes that have it already.
+        if run.stop_requested and time.monotonic() - run.stop_requested > 1:
+            raise KeyboardInterrupt
+        run.stop_requested = run.stop_requested or time.monotonic()
+        tqdm.write("stopping after this step; once more to stop at once", file=sys.stderr)
+
+    previous = {}
+    try:
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            if hasattr(signal, name):
+                previous[name] = signal.signal(getattr(signal, name), stop)
+        yield
+    finally:
+        for name, handler in previous.items():
+            signal.signal(getattr(signal, name), handler)
+
+
+def how_to_go_on(output: Path) -> str:
+    saved = (output / "last").exists()
+    return f"--resume last goes on from {output / 'last'}" if saved else "nothing was saved yet"
 
 
 if __name__ == "__main__":

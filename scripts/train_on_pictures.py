@@ -14,7 +14,6 @@ import json
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,10 +21,21 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from caption import thumbnail
-from coco_sources import find_pictures
+from child_process import run_child
+from coco_sources import find_pictures, match_images, read_annotations
 
-from convert_checkpoint import written_at_once
 from dataset_difnet import load_packed_split
+from difnet_transformers.command_line import LeftOut, add_debug_option, add_strict_option, run_command
+from difnet_transformers.files import (
+    atomic_output,
+    atomic_write,
+    check_regular_file,
+    folder_lock,
+    naming,
+    printable,
+    read_file,
+    read_json,
+)
 from model_card import METRICS
 from processing_difnet import DifnetTokenizer
 
@@ -62,40 +72,48 @@ class StepFailed(ValueError):
 
     def __init__(self, name: str, exit_code: int):
         super().__init__(f"{name} ended with exit code {exit_code}; the same command goes on from here")
-        self.exit_code = exit_code
 
 
 # The steps
 
 
-def call(program: str, *arguments: object, accept: Sequence[int] = (0,)) -> int:
-    """Runs a program of this folder, its command printed first. Returns its exit code; StepFailed if not accepted."""
+def call(program: str, *arguments: object) -> None:
+    """Runs a program of this folder, its command printed first; it ends with this one.
+
+    Raises:
+        StepFailed: it ended with an error.
+        KeyboardInterrupt: it, or this program, was asked to stop.
+    """
     words = [str(argument) for argument in arguments]
-    print(f"\n$ python scripts/{program} {shlex.join(words)}", flush=True)
-    process = subprocess.Popen([sys.executable, str(SCRIPTS / program), *words])
-    previous = signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
-    try:
-        while True:
-            try:
-                exit_code = process.wait()
-                break
-            except KeyboardInterrupt:
-                continue  # it reached the program as well, which ends in good order
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-    if exit_code not in accept:
+    print(f"\n$ python scripts/{program} {printable(shlex.join(words), 4000)}", flush=True)
+    exit_code = run_child([SCRIPTS / program, *words])
+    if exit_code in (130, 143, -signal.SIGTERM, -signal.SIGINT):
+        raise KeyboardInterrupt
+    if exit_code != 0:
         raise StepFailed(program, exit_code)
-    return exit_code
 
 
 def copy_annotations(options: argparse.Namespace) -> Path:
-    """The caption files under the names that say their splits."""
+    """The caption files under the names that say their splits.
+
+    Raises:
+        ValueError: one of them holds no captions; the text names it.
+    """
     folder = options.output / "annotations"
+    sources = {}
     for split, source in zip(SPLITS, options.captions, strict=False):
-        if not source.is_file():
-            raise ValueError(f"{source}: no such file; --captions takes COCO caption files")
-        with written_at_once(folder / f"captions_{split}.json") as unfinished:
-            shutil.copyfile(source, unfinished)
+        if not source.exists():
+            raise ValueError(f"{printable(source, 300)}: no such file; --captions takes COCO caption files")
+        check_regular_file(source)
+        sources[folder / f"captions_{split}.json"] = source
+        atomic_write(folder / f"captions_{split}.json", read_file(source))
+    try:
+        read_annotations(str(folder))
+    except ValueError as error:
+        text = str(error)
+        for copy, source in sources.items():
+            text = text.replace(printable(copy), printable(source, 300))
+        raise ValueError(text) from error
     return folder
 
 
@@ -116,11 +134,10 @@ def annotated_segmentation(options: argparse.Namespace) -> bool:
 
 def make_features(options: argparse.Namespace, annotations: Path) -> None:
     captions = sorted(annotations.glob("*.json"))
-    # Exit code 1: pictures were left out. Packing asks whether that is meant.
     device = ["--device", "cpu"] if options.cpu else []
     where = ["--output", options.output / "features", *device]
     words = [*options.pictures, *feature_networks(options), "--coco-json", *captions, *where]
-    call("extract_features.py", *words, accept=(0, 1))
+    call("extract_features.py", *words)
 
 
 def segmentation_of(options: argparse.Namespace) -> list[object]:
@@ -128,11 +145,35 @@ def segmentation_of(options: argparse.Namespace) -> list[object]:
     return ["--segmentation", folder] if folder.is_dir() else []
 
 
+def most_are_there(options: argparse.Namespace, annotations: Path) -> bool:
+    """Whether at least half of every split has features: single broken pictures, not the wrong folder."""
+    read = read_annotations(str(annotations))
+    made = {image["id"] for image in read_json(options.output / "features" / "manifest.json")["images"]}
+    kept = {split: sum(row.image_id in made for row in rows) for split, rows in read.splits.items()}
+    return all(2 * kept[split] >= len(rows) for split, rows in read.splits.items())
+
+
 def pack(options: argparse.Namespace, annotations: Path) -> None:
     grids = options.output / "features" / "grid_features.hdf5"
     words = ["--features", grids, *segmentation_of(options), "--annotations", annotations]
-    words += ["--skip-missing"] if options.skip_missing else []
+    words += ["--skip-missing"] if options.skip_missing or most_are_there(options, annotations) else []
     call("pack_coco.py", *words, "--output", options.output / "packed")
+
+
+def what_was_left_out(options: argparse.Namespace) -> list[tuple[str, str]]:
+    """Images without a caption in the end, each with the reason: of the extraction, else of the packing."""
+    manifest = read_json(options.output / "features" / "manifest.json")
+    provenance = read_json(options.output / "packed" / "provenance.json")
+    reasons: dict[object, tuple[str, str]] = {}
+    for problem in manifest["problems"]:
+        if problem["kind"] == "left out":
+            image_id = problem["image_id"]
+            name = "picture" if image_id == "" else f"image {image_id}"  # a file that no image id belongs to
+            reasons[image_id if image_id != "" else problem["what"]] = (name, problem["what"])
+    for problem in provenance["left_out"]:
+        name, what = f"image {problem['image_id']}", f"{problem['source']}: {problem['what']}"
+        reasons.setdefault(problem["image_id"], (name, what))
+    return list(reasons.values())
 
 
 def make_vocabulary(options: argparse.Namespace, annotations: Path) -> Path:
@@ -140,21 +181,18 @@ def make_vocabulary(options: argparse.Namespace, annotations: Path) -> Path:
 
     No metric sees a word such as "..", so that self-critical training would append it to captions at will.
     """
-    content = [json.loads((annotations / f"captions_{split}.json").read_text("utf-8")) for split in SPLITS[:2]]
-    captions = [annotation["caption"] for file in content for annotation in file["annotations"]]
+    splits = read_annotations(str(annotations)).splits
+    captions = [caption for split in SPLITS[:2] for row in splits.get(split, ()) for caption in row.captions]
     tokens = DifnetTokenizer.from_captions(captions, options.min_word_count).get_vocab()
     path = options.output / "vocab.json"
-    with written_at_once(path) as unfinished:
-        unfinished.write_text(
-            json.dumps([token for token in tokens if any(map(str.isalnum, token))], ensure_ascii=False, indent=0)
-        )
+    words = [token for token in tokens if any(map(str.isalnum, token))]
+    atomic_write(path, json.dumps(words, ensure_ascii=False, indent=0))
     return path
 
 
 def train(options: argparse.Namespace, annotations: Path) -> None:
     run, config = options.output / "training", options.output / "config.json"
-    with written_at_once(config) as unfinished:
-        unfinished.write_text(json.dumps(SMALL_CONFIG, indent=1) + "\n")
+    atomic_write(config, json.dumps(SMALL_CONFIG, indent=1) + "\n")
     words: list[object] = ["--dataset", options.output / "packed", "--output", run, "--config", config]
     words += ["--vocab", make_vocabulary(options, annotations)]
     words += [word for option in SMALL_TRAINING.items() for word in option]
@@ -168,10 +206,9 @@ def train(options: argparse.Namespace, annotations: Path) -> None:
 def copy_model(options: argparse.Namespace) -> Path:
     """The best checkpoint without the state of its training."""
     model = options.output / "model"
-    with written_at_once(model) as unfinished:
-        shutil.copytree(
-            options.output / "training" / "best", unfinished, ignore=shutil.ignore_patterns("training_state")
-        )
+    with atomic_output(model, overwrite=True) as unfinished:
+        best = options.output / "training" / "best"
+        shutil.copytree(best, unfinished, ignore=shutil.ignore_patterns("training_state"))
     return model
 
 
@@ -183,7 +220,7 @@ def evaluate_splits(options: argparse.Namespace, model: Path) -> dict[str, dict[
         words += ["--split", split, "--output", options.output / "results"]
         words += (["--cpu"] if options.cpu else []) + (["--update-card"] if split != "train" else [])
         call("evaluate_captions.py", *words)
-        reports[split] = json.loads((options.output / "results" / f"scores_{split}.json").read_text())
+        reports[split] = read_json(options.output / "results" / f"scores_{split}.json")
     return reports
 
 
@@ -194,7 +231,7 @@ def caption_all(options: argparse.Namespace, model: Path) -> dict[int, str]:
     words = [*features, "--model", model, "--original-beam-search", "--json", results]
     words += ["--device", "cpu"] if options.cpu else []
     call("caption.py", *words)
-    return {entry["image_id"]: entry["caption"] for entry in json.loads(results.read_text())}
+    return {entry["image_id"]: entry["caption"] for entry in read_json(results)}
 
 
 # The sheet
@@ -234,7 +271,7 @@ def write_sheet(
     options: argparse.Namespace, captions: dict[int, str], reports: dict[str, dict[str, Any]], path: Path
 ) -> None:
     """One page: the scores, and every picture with its caption and those that people wrote."""
-    picture_of = {picture.name: picture for picture in find_pictures(options.pictures)}
+    pictures = find_pictures(options.pictures)
     warnings = []
     if options.untrained:
         features = "Grid features" if annotated_segmentation(options) else "Grid and segmentation features"
@@ -250,11 +287,14 @@ def write_sheet(
         cells = [split, f"{report['images']:,}", *(f"{score:.3f}" for score in report["scores"].values())]
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells))
         figures = []
-        for row in load_packed_split(options.output / "packed", split).select_columns(
-            ["image_id", "file_name", "captions"]
-        ):
+        packed = load_packed_split(options.output / "packed", split)
+        file_names = dict(zip(packed["image_id"], packed["file_name"], strict=True))
+        picture_of = match_images(pictures, file_names).paths
+        for row in packed.select_columns(["image_id", "captions"]):
+            if row["image_id"] not in captions or row["image_id"] not in picture_of:
+                continue  # moved away since, or left out by caption.py, which named it
             buffer = io.BytesIO()
-            thumbnail(picture_of[Path(row["file_name"]).name]).save(buffer, "JPEG", quality=85)
+            thumbnail(picture_of[row["image_id"]]).save(buffer, "JPEG", quality=85)
             data = base64.b64encode(buffer.getvalue()).decode()
             references = "".join(f"<br>{html.escape(reference)}" for reference in row["captions"])
             figures.append(
@@ -269,8 +309,7 @@ def write_sheet(
         table="\n".join(rows),
         sections="\n".join(sections),
     )
-    with written_at_once(path) as unfinished:
-        unfinished.write_text(page, encoding="utf-8")
+    atomic_write(path, page)
 
 
 # The command
@@ -290,8 +329,10 @@ The steps, each a program of its own, whose command is printed:
   evaluate_captions.py OUTPUT/results    captions and scores of every split
   caption.py           OUTPUT/captions.json and captions.html, the sheet with all pictures
 
-It can be killed at any time: the same command goes on where it was. Network and recipe are for a few hundred pictures
-on a CPU; options of train.py after two dashes replace them, for example by a configuration of your own:
+It can be killed at any time: the same command goes on where it was, and one at a time works in OUTPUT. Pictures that
+are broken are left out and named, again at the end; with --strict the exit code is 2 then. Network and recipe are for
+a few hundred pictures on a CPU; options of train.py after two dashes replace them, for example by a configuration of
+your own:
 
   python scripts/train_on_pictures.py .. --output mine -- --config larger.json --xe-learning-rate 5e-4"""
 
@@ -305,7 +346,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--captions", nargs="+", required=True, type=Path, metavar="JSON", help="training, validation[, test]")
     add("--output", type=Path, required=True, metavar="FOLDER", help="where everything goes")
     add("--name", metavar="NAME", help="what card and sheet call the data (default: the folder's name)")
-    add("--skip-missing", action="store_true", help="do without pictures that are missing or cannot be read")
+    add(
+        "--skip-missing",
+        action="store_true",
+        help="do without pictures that are missing or cannot be read even where that is more than half of a split",
+    )
 
     add = parser.add_argument_group("features; without segmentation the paper's baseline is trained").add_argument
     add("--grid-backbone", metavar="FOLDER", help="made by `convert_checkpoint.py grid-backbone` of X-101.pth")
@@ -331,6 +376,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--seed", type=int, default=0, metavar="N", help="default: 0")
     add("--cpu", action="store_true", help="even where there is a GPU")
+    add_strict_option(parser)
+    add_debug_option(parser)
     add("training", nargs="*", metavar="-- OPTION", help="options of train.py")
     options = parser.parse_args(argv)
     if not 2 <= len(options.captions) <= 3:
@@ -345,7 +392,16 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_arguments(argv)
-    try:
+    return run_command(
+        "train_on_pictures.py", lambda: run(options), options.debug, "the same command goes on from here"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """All steps, in the locked folder; returns the exit code."""
+    with naming(options.output):
+        options.output.mkdir(parents=True, exist_ok=True)
+    with folder_lock(options.output, "train_on_pictures.py"):
         annotations = copy_annotations(options)
         make_features(options, annotations)
         pack(options, annotations)
@@ -355,19 +411,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         captions = caption_all(options, model)
         sheet = options.output / "captions.html"
         write_sheet(options, captions, reports, sheet)
-    except StepFailed as error:
-        print(f"train_on_pictures.py: {error}", file=sys.stderr)
-        return 130 if error.exit_code in (130, -signal.SIGTERM, -signal.SIGINT) else 2
-    except (ValueError, OSError) as error:
-        print(f"train_on_pictures.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    print()
-    for split, report in reports.items():
-        print(f"{split}: {report['images']:,} images, CIDEr-D {report['scores']['cider_d']:.4f}")
-    print(f"model in {model}, captions in {options.output / 'captions.json'}, all pictures in {sheet}")
-    return 0
+        print()
+        for split, report in reports.items():
+            print(f"{split}: {report['images']:,} images, CIDEr-D {report['scores']['cider_d']:.4f}")
+        print(
+            f"model in {printable(model, 300)}, captions in {printable(options.output / 'captions.json', 300)}, all "
+            f"pictures in {printable(sheet, 300)}"
+        )
+        left_out = LeftOut("picture")
+        for name, reason in what_was_left_out(options):
+            left_out.add(name, reason)
+        return left_out.report(sum(report["images"] for report in reports.values()), options.strict)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from accelerate import Accelerator
 from tqdm import tqdm
 from training_state import Progress
 
+from difnet_transformers.files import naming
+
 
 class TrainingFailed(RuntimeError):
     """The numbers went wrong: not a user's mistake, but nothing to go on with either."""
@@ -31,6 +33,8 @@ class Log:
         self.accelerator, self.path, self.progress = accelerator, path, progress
         if accelerator.is_main_process:
             with path.open("ab") as file:
+                # Never made longer: that would fill it with NUL characters.
+                progress.log_bytes = min(progress.log_bytes, file.tell())
                 file.truncate(progress.log_bytes)
         self.reset()
 
@@ -62,8 +66,14 @@ class Log:
         sums = self.accelerator.reduce(sums, "sum")
         return dict(zip(names, sums.tolist(), strict=True))
 
-    def check_finite(self) -> None:
-        for name, value in self.totals().items():
+    def check_finite(self) -> dict[str, float]:
+        """`totals`, which are all numbers.
+
+        Raises:
+            TrainingFailed: one of them is not.
+        """
+        totals = self.totals()
+        for name, value in totals.items():
             if not math.isfinite(value):
                 progress, folder = self.progress, self.path.parent
                 raise TrainingFailed(
@@ -73,11 +83,11 @@ class Log:
                     "--mixed-precision bf16 where it was fp16; look for features that are not "
                     "numbers with pack_coco.py --verify."
                 )
+        return totals
 
     def train_line(self, learning_rate: float) -> dict[str, Any]:
         """Writes the line of the interval that ends here, and returns it."""
-        self.check_finite()
-        totals, processes = self.totals(), self.accelerator.num_processes
+        totals, processes = self.check_finite(), self.accelerator.num_processes
         elapsed = time.perf_counter() - self.started
         line = {
             "loss": totals["loss"] / self.steps,
@@ -97,8 +107,9 @@ class Log:
         progress = self.progress
         place = {"event": event, "stage": progress.stage, "epoch": progress.epoch, "step": progress.step}
         if self.accelerator.is_main_process:
-            with self.path.open("ab") as file:
+            with naming(self.path), self.path.open("ab") as file:
                 file.write(json.dumps({**place, **figures}).encode() + b"\n")
+                file.flush()
                 progress.log_bytes = file.tell()
             place = f"{progress.stage} epoch {progress.epoch} step {progress.step}"
             tqdm.write(f"{place} {event}: {readable(figures)}")

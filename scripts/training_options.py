@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from difnet_transformers.command_line import add_debug_option
 
 # The original's `train.py`, to the letter. Its XE stage has epochs 0 to 20, and at most 100 epochs are trained in all.
 RECIPES = {
@@ -39,6 +43,10 @@ OUTPUT holds the checkpoints `last` and `best` (by CIDEr-D on the validation spl
 `best_xe`: folders for from_pretrained, with the state of the training inside. log.jsonl and tensorboard/ have the
 figures.
 The program can be stopped or killed at any time: the same command with --resume last goes on as if nothing had been.
+A checkpoint is resumed with the data, the options and the number of processes of its run; its files and the data are
+compared with SHA-256 sums. What may change: where data and output lie, what is logged and saved when, the numbers of
+epochs and steps, and the patience; until SCST has begun all --scst options, later --scst-batch-size and
+--gradient-accumulation-steps; in the XE stage these two, if their product stays.
 Batch sizes are those of one process. On several machines OUTPUT must be on a disk that all of them see."""
 
 
@@ -102,6 +110,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--save-every", type=int, default=1000, metavar="N", help="optimizer steps, besides every epoch (default 1000)"
     )
     add("--report-to", nargs="+", default=["tensorboard"], metavar="NAME", help="trackers of Accelerate, or none")
+    add_debug_option(parser)
     options = parser.parse_args(argv)
 
     for name, value in RECIPES[options.recipe].items():

@@ -6,6 +6,7 @@ depends on. Unlike the original's `.pth`, nothing in it is a pickle:
     progress.json             stage, epoch, position in it, patience, best score, options of the run
     optimizer.safetensors     the optimizer's tensors, by the names of the parameters
     random_states.safetensors the states of torch's, CUDA's, numpy's and Python's random numbers of each process
+    SHA256SUMS                of these and of the model's files, as `sha256sum -c training_state/SHA256SUMS` reads it
 
 A checkpoint is written beside the one it replaces and renamed when it is complete. At any moment a complete one is on
 disk, as `NAME` or, between the two renames, as `NAME.previous`; `recover` puts that back.
@@ -14,12 +15,16 @@ disk, as `NAME` or, between the two renames, as `NAME.previous`; `recover` puts 
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
+import re
 import shutil
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -30,7 +35,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from difnet_transformers.command_line import describe
+from difnet_transformers.files import check_regular_file, naming, printable, read_file, read_json, sha256_of
+
 STATE_FOLDER = "training_state"
+CHECKSUMS = f"{STATE_FOLDER}/SHA256SUMS"
+PROGRESS = f"{STATE_FOLDER}/progress.json"
+# Version 1 has neither checksums nor fingerprints of the data.
+VERSION = 2
+STAGES = ("xe", "scst", "done")
+# What may change in a complete checkpoint: the card, which gets scores, and the code, which training does not run.
+UNCHECKED_SUFFIXES = (".md", ".py")
 
 
 @dataclass
@@ -86,18 +102,23 @@ def random_states() -> dict[str, torch.Tensor]:
 
 
 def set_random_states(states: dict[str, torch.Tensor]) -> None:
-    """The inverse of `random_states`."""
+    """The inverse of `random_states`; TypeError for states that are none."""
     torch.set_rng_state(states["torch"])
-    gauss = states["python_gauss"].tolist()
-    random.setstate((3, tuple(states["python"].tolist()), gauss[0] if gauss else None))
-    position, has_gauss = states["numpy_position"].tolist()
-    keys = states["numpy"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", keys, position, has_gauss, states["numpy_gauss"].item()))
+    try:
+        gauss = [float(value) for value in states["python_gauss"].tolist()]
+        random.setstate((3, tuple(states["python"].tolist()), gauss[0] if gauss else None))
+        position, has_gauss = states["numpy_position"].tolist()
+        keys = states["numpy"].numpy().astype(np.uint32)
+        np.random.set_state(("MT19937", keys, position, has_gauss, states["numpy_gauss"].item()))
+    except ValueError as error:
+        raise TypeError(str(error)) from error
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
 
 
 # The optimizer
+
+OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")  # Adam's, of each parameter
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:
@@ -112,19 +133,52 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
 
 
 def load_optimizer(
-    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, torch.Tensor], source: Path
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    tensors: dict[str, torch.Tensor],
+    source: Path,
+    may_be_fresh: bool = True,
 ) -> None:
-    """The inverse of `optimizer_tensors`; ValueError if the file belongs to another model."""
+    """The inverse of `optimizer_tensors`.
+
+    Args:
+        optimizer: of the parameters of `model`.
+        tensors: what `optimizer_tensors` gave.
+        source: the file that they come from, for messages.
+        may_be_fresh: whether the optimizer may be one that has not taken a step.
+
+    Raises:
+        ValueError: the tensors belong to another model, are not all there, or are no state of this optimizer.
+    """
     parameters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     state: dict[int, dict[str, torch.Tensor]] = {}
     index_of = {name: index for index, (name, _) in enumerate(parameters)}
     for key, tensor in tensors.items():
         name, _, what = key.rpartition("/")
-        if name not in index_of or (tensor.ndim and tensor.shape != parameters[index_of[name]][1].shape):
-            raise ValueError(f"{source} does not fit the model: {key} {tuple(tensor.shape)}. Resume from another one.")
+        expected = None
+        if name in index_of and what in OPTIMIZER_STATE:
+            expected = torch.Size() if what == "step" else parameters[index_of[name]][1].shape
+        if tensor.shape != expected:
+            raise ValueError(
+                f"{source} does not fit the model: {printable(key)} {tuple(tensor.shape)}. Resume from another one."
+            )
+        if (
+            not tensor.is_floating_point()
+            or not torch.isfinite(tensor).all()
+            or (what != "exp_avg" and (tensor < 0).any())
+        ):
+            raise ValueError(
+                f"{source} is damaged: {key} holds values that are none of Adam. Resume from another one."
+            )
         state.setdefault(index_of[name], {})[what] = tensor
-    if state and len(state) != len(parameters):
-        raise ValueError(f"{source} holds {len(state)} of {len(parameters)} parameters. Resume from another one.")
+    if not state and not may_be_fresh:
+        raise ValueError(
+            f"{source} is damaged: it holds no tensors, and the run has taken optimizer steps. Resume from another "
+            "one."
+        )
+    complete = sum(len(values) == len(OPTIMIZER_STATE) for values in state.values())
+    if state and complete != len(parameters):
+        raise ValueError(f"{source} holds {complete} of {len(parameters)} parameters. Resume from another one.")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -160,23 +214,93 @@ def copy_checkpoint(source: Path, folder: Path) -> None:
         try:
             os.link(original, copy)
         except OSError:
-            shutil.copy2(original, copy)
+            with naming(copy):
+                shutil.copy2(original, copy)
 
-    shutil.copytree(source, unfinished, copy_function=link)
+    try:
+        shutil.copytree(source, unfinished, copy_function=link)
+    except shutil.Error as error:  # holds a list of (source, copy, reason)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise OSError(f"{folder} could not be written: {error.args[0][0][2]}") from error
     replace_folder(unfinished, folder)
+
+
+def checked_files(folder: Path) -> list[str]:
+    """The files of a checkpoint that must not change, as relative paths; the progress last."""
+    names = [
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix not in UNCHECKED_SUFFIXES
+    ]
+    return [*sorted(set(names) - {CHECKSUMS, PROGRESS}), PROGRESS]
+
+
+def write_checksums(folder: Path) -> None:
+    """The SHA-256 of every file of a checkpoint, in the format of `sha256sum`."""
+    lines = [f"{sha256_of(folder / name)}  {name}\n" for name in checked_files(folder)]
+    (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def check_files(folder: Path, facts: dict[str, Any]) -> bool:
+    """Whether a checkpoint has checksums; those of the first version have none.
+
+    Args:
+        folder: the checkpoint.
+        facts: what `read_checkpoint` gave.
+
+    Raises:
+        ValueError: a file is missing, or is not what was written.
+    """
+    path = folder / CHECKSUMS
+    if facts["version"] == 1 and not path.exists():
+        return False
+    try:
+        lines = read_file(path).decode("utf-8").splitlines()
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing. Resume from another checkpoint.") from None
+    except UnicodeDecodeError:
+        lines = [""]
+    matches = [re.fullmatch(r"([0-9a-f]{64})  ([^/].*)", line) for line in lines]
+    sums = {match[2]: match[1] for match in matches if match}
+    if len(sums) < len(lines) or PROGRESS not in sums:
+        raise ValueError(f"{path} is damaged. Resume from another checkpoint.")
+    for name, expected in sums.items():
+        if ".." in Path(name).parts:
+            raise ValueError(f"{path} is damaged: {printable(name)}. Resume from another checkpoint.")
+        try:
+            found = sha256_of(folder / name)
+        except FileNotFoundError:
+            found = None
+        if found != expected:
+            what = "is missing" if found is None else "is not what training wrote (its SHA-256 differs)"
+            raise ValueError(
+                f"{printable(folder / name, 300)} is damaged or was changed: it {what}. Resume from another "
+                f"checkpoint, or start a new run from these weights: --model {folder}, another --output."
+            )
+    return True
 
 
 def save_checkpoint(
     accelerator: Accelerator,
     output: Path,
     progress: Progress,
-    options: dict[str, Any],
+    facts: dict[str, Any],
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     write_model: Callable[[Path], None],
     also_as: Sequence[str] = (),
 ) -> None:
     """Writes `last`, and the same checkpoint under the names `also_as`; every process calls it.
+
+    Args:
+        accelerator: of the run.
+        output: the run's folder.
+        progress: where the run stands.
+        facts: what a resumed run is compared with: `options` of the run, and `data`, fingerprints of its splits.
+        model: whose parameters the optimizer has.
+        optimizer: of the stage that is under way.
+        write_model: makes a folder for `from_pretrained`.
+        also_as: further names, such as "best".
 
     Raises:
         OSError: the folder cannot be written, for example because the disk is full; the checkpoints of before are
@@ -194,55 +318,120 @@ def save_checkpoint(
             save_file(optimizer_tensors(optimizer, model), folder / "optimizer.safetensors")
             named = {f"{process}/{key}": value for process, each in enumerate(states) for key, value in each.items()}
             save_file(named, folder / "random_states.safetensors")
-            facts = {
+            content = {
+                "version": VERSION,
                 "progress": asdict(progress),
-                "options": options,
+                **facts,
                 "num_processes": accelerator.num_processes,
                 "gradient_scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
             }
-            (folder / "progress.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+            (unfinished / PROGRESS).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            write_checksums(unfinished)
             for name in also_as:
                 copy_checkpoint(unfinished, output / name)
             replace_folder(unfinished, output / "last")
         except (OSError, SafetensorError) as error:
             shutil.rmtree(unfinished, ignore_errors=True)
-            problem = f"{output / 'last'} could not be saved: {error}"
+            reason = describe(error) if isinstance(error, OSError) else printable(str(error), 300)
+            problem = f"{printable(output / 'last', 300)} could not be saved: {reason}"
     (problem,) = broadcast_object_list([problem])
     if problem is not None:
         raise OSError(problem)
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any]:
-    """`progress`, `options`, `num_processes` and `gradient_scaler` of a checkpoint.
+    """`progress`, `options`, `num_processes`, `gradient_scaler`, `version` and `data` of a checkpoint.
+
+    `data` is `None` in checkpoints of the first version.
 
     Raises:
-        ValueError: the folder is no checkpoint of a training run.
+        ValueError: the folder is no checkpoint of a training run, or its numbers cannot be.
     """
-    path = folder / STATE_FOLDER / "progress.json"
+    path = folder / PROGRESS
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        return {**facts, "progress": Progress(**facts["progress"])}
-    except FileNotFoundError:
+        facts = read_json(path)
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
-            f"{folder} is no checkpoint of a training run: it has no {STATE_FOLDER}/progress.json. To start a new run "
+            f"{folder} is no checkpoint of a training run: it has no {PROGRESS}. To start a new run "
             f"from its weights, give --model {folder} instead of --resume."
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}). Resume from another checkpoint.") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}). Resume from another checkpoint.") from None
+    wrong = what_is_wrong(facts)
+    if wrong is not None:
+        raise ValueError(f"{path} is damaged: {wrong}. Resume from another checkpoint.")
+    return {"version": 1, "data": None, **facts, "progress": Progress(**facts["progress"])}
+
+
+def what_is_wrong(facts: Any) -> str | None:
+    """Why the content of `progress.json` cannot be what training wrote."""
+    types = {"progress": dict, "options": dict, "num_processes": int, "gradient_scaler": dict | NoneType}
+    types |= {"version": int} if isinstance(facts, dict) and "version" in facts else {}
+    types |= {"data": dict | NoneType} if isinstance(facts, dict) and "data" in facts else {}
+    if not isinstance(facts, dict):
+        return f"an object is expected, not {printable(facts)}"
+    for name, kind in types.items():
+        if name not in facts:
+            return f"it has no {name}"
+        if not isinstance(facts[name], kind) or isinstance(facts[name], bool):
+            return f"{name} is {printable(facts[name])}"
+    if facts.get("version", 1) not in range(1, VERSION + 1):
+        return f"version is {printable(facts['version'])}, this program knows up to {VERSION}; take a newer one"
+    if facts["num_processes"] < 1:
+        return f"num_processes is {facts['num_processes']}"
+    return what_is_wrong_in_progress(facts["progress"])
+
+
+def what_is_wrong_in_progress(progress: dict[str, Any]) -> str | None:
+    names = {field.name: field.type for field in fields(Progress)}
+    for name in progress:
+        if name not in names:
+            return f"progress has an unknown {printable(name)}"
+    if progress.get("stage") not in STAGES:
+        return f"stage is {printable(progress.get('stage'))}, not one of {', '.join(STAGES)}"
+    for name, value in progress.items():
+        kind = {"str": str, "int": int, "float": int | float}[names[name]]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            return f"{name} is {printable(value)}"
+        if kind is not str and not (0 <= value < 2**53 and math.isfinite(value)):
+            return f"{name} is {printable(value)}"
+    whole = Progress(**progress)
+    if whole.epoch < 1 or whole.epoch - 1 > whole.total_epochs:
+        return f"epoch is {whole.epoch} after {whole.total_epochs} whole epochs"
+    if whole.stage == "xe" and whole.epoch - 1 != whole.total_epochs:
+        return f"epoch is {whole.epoch} of the first stage after {whole.total_epochs} whole epochs"
+    if whole.batch > 0 and whole.step == 0:
+        return f"batch is {whole.batch} at step 0"
+    return None
 
 
 def load_state(
     accelerator: Accelerator, folder: Path, facts: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Puts the optimizer, the gradient scaler and this process's random numbers back."""
+    """Puts the optimizer, the gradient scaler and this process's random numbers back.
+
+    Raises:
+        ValueError: a file is missing, damaged, or of another run.
+    """
     path = folder / STATE_FOLDER / "optimizer.safetensors"
+    # With a gradient scaler the first steps may have been skipped.
+    may_be_fresh = facts["progress"].step == 0 or facts["gradient_scaler"] is not None
     try:
-        load_optimizer(optimizer, model, load_file(path), path)
+        load_optimizer(optimizer, model, read_tensors(path), path, may_be_fresh)
         path = folder / STATE_FOLDER / "random_states.safetensors"
         prefix = f"{accelerator.process_index}/"
-        states = {key.removeprefix(prefix): value for key, value in load_file(path).items() if key.startswith(prefix)}
+        tensors = read_tensors(path)
+        states = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         set_random_states(states)
-    except (SafetensorError, FileNotFoundError, KeyError) as error:
-        raise ValueError(f"{path} is missing or damaged ({error}). Resume from another checkpoint.") from error
-    if accelerator.scaler is not None and facts["gradient_scaler"] is not None:
-        accelerator.scaler.load_state_dict(facts["gradient_scaler"])
+        if accelerator.scaler is not None and facts["gradient_scaler"] is not None:
+            path = folder / PROGRESS
+            accelerator.scaler.load_state_dict(facts["gradient_scaler"])
+    except (SafetensorError, FileNotFoundError, KeyError, TypeError, RuntimeError, OverflowError) as error:
+        raise ValueError(
+            f"{path} is missing or damaged ({printable(str(error))}). Resume from another checkpoint."
+        ) from error
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    check_regular_file(path)
+    return load_file(path)

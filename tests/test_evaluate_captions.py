@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from caption_metrics import score_captions
 from dataset_difnet import decode_segmentation, encode_segmentation, packed_features
+from difnet_transformers.files import folder_lock
 from model_card import write_model_card
 from modeling_difnet import DifnetConfig, DifnetEnsemble, DifnetForConditionalGeneration
 from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer
@@ -197,7 +198,11 @@ class TestProgram:
         assert (report["dataset"], report["split"], report["images"]) == ("tiny", "test", 13)
         assert (report["decoding"], report["num_beams"], report["max_new_tokens"]) == ("original", 3, 6)
         assert report["images_per_second"] == pytest.approx(13 / report["seconds"], rel=0.05)
-        assert len(list((tmp_path / "results").iterdir())) == 2
+        assert sorted(path.name for path in (tmp_path / "results").iterdir()) == [
+            ".lock",
+            "captions_test_results.json",
+            "scores_test.json",
+        ]
         printed = capsys.readouterr().out
         assert f"cider_d  {report['scores']['cider_d']:8.4f}\n" in printed
         assert "13 images in" in printed
@@ -282,6 +287,105 @@ class TestProgram:
         assert (tmp_path / "scores_test.json").is_file()
 
 
+def broken_copy(packed: Path, folder: Path, split: str, changes: dict[int, dict]) -> Path:
+    """The dataset with other values in some rows of a split, as a damaged disk or another program leaves them."""
+    dataset = load_from_disk(packed)
+    rows = dataset[split].with_format(None).to_list()
+    for row, values in changes.items():
+        rows[row] |= values
+    dataset[split] = Dataset.from_list(rows, features=dataset[split].features)
+    dataset.save_to_disk(folder)
+    return folder
+
+
+SEGMENTATION = encode_segmentation(np.ones((5, 2, 2), np.float16))
+BROKEN = {
+    "no header": ({"segmentation_features": b""}, "header is missing"),
+    "cut": ({"segmentation_features": SEGMENTATION[:-3]}, "positions do not fit"),
+    "another shape": (
+        {"segmentation_features": encode_segmentation(np.ones((5, 1, 4), np.float16))},
+        "segmentation_features has the shape (5, 1, 4)",
+    ),
+    "another type": (
+        {"segmentation_features": encode_segmentation(np.ones((5, 2, 2), np.float32))},
+        "segmentation_features has the shape (5, 2, 2) and type torch.float32",
+    ),
+    "segmentation of NaN": (
+        {"segmentation_features": encode_segmentation(np.full((5, 2, 2), np.nan, np.float16))},
+        "segmentation_features holds NaN",
+    ),
+    "grid of infinity": ({"grid_features": np.full((4, 6), np.inf).tolist()}, "grid_features holds NaN or infinity"),
+    "no captions": ({"captions": []}, "no caption"),
+    "an empty caption": ({"captions": ["a dog", ""]}, "no caption"),
+}
+
+
+@pytest.fixture(scope="module")
+def whole(captioner, packed) -> list[evaluate_captions.CaptionedImage]:
+    return captions_of(captioner, packed, "test")
+
+
+class TestBrokenRows:
+    """They are named and left out; the others have the captions that they have without them."""
+
+    @pytest.mark.parametrize("name", list(BROKEN))
+    @pytest.mark.parametrize(("row", "batch_size"), [(0, 1), (7, 5)])
+    def test_one_of_each_kind(self, captioner, packed, whole, tmp_path, name, row, batch_size, capsys):
+        change, reason = BROKEN[name]
+        folder = broken_copy(packed, tmp_path / "broken", "test", {row: change})
+        left_out = evaluate_captions.LeftOut()
+        captioned = captions_of(captioner, folder, "test", batch_size=batch_size, left_out=left_out)
+        image_id = 3000 - 7 * row
+        (line,) = left_out.lines
+        assert line.startswith(f"image {image_id}: ")
+        assert reason in line
+        assert captioned == [image for image in whole if image.image_id != image_id]
+        capsys.readouterr()
+        with pytest.raises(ValueError, match=f"^image {image_id}: "):  # as the validation of a training run
+            captions_of(captioner, folder, "test", batch_size=batch_size)
+
+    @pytest.mark.parametrize(("flags", "exit_code"), [([], 0), (["--strict"], 2)])
+    def test_the_program_goes_on_and_says_so(self, captioner, packed, tmp_path, flags, exit_code, capsys):
+        changes = {row: change for row, (change, _) in zip((0, 2, 3, 8, 12), BROKEN.values(), strict=False)}
+        folder = broken_copy(packed, tmp_path / "broken", "test", changes)
+        words = ["--model", captioner, "--dataset", folder, "--output", tmp_path / "results", "--cpu", *flags]
+        assert evaluate_captions.main([str(word) for word in words]) == exit_code
+        said = capsys.readouterr()
+        ids = [3000 - 7 * row for row in changes]
+        for lines in (said.out, said.err):
+            named = [line for line in lines.splitlines() if line.startswith("left out: ")]
+            assert [line.split(":")[1] for line in named] == [f" image {image_id}" for image_id in ids]
+        assert "8 of 13 images done, 5 left out" in said.out
+        report = json.loads((tmp_path / "results" / "scores_test.json").read_text())
+        assert report["images"] == 8
+        assert report["left_out"] == sorted(ids)
+        assert len(json.loads((tmp_path / "results" / "captions_test_results.json").read_text())) == 8
+
+    def test_nothing_that_can_be_read(self, captioner, packed, tmp_path, capsys):
+        folder = broken_copy(packed, tmp_path / "broken", "one", {0: {"segmentation_features": b""}})
+        words = [
+            "--model",
+            captioner,
+            "--dataset",
+            folder,
+            "--split",
+            "one",
+            "--output",
+            tmp_path / "results",
+            "--cpu",
+        ]
+        assert evaluate_captions.main([str(word) for word in words]) == 2
+        assert "no image of the split can be read; the first: image 4000: " in capsys.readouterr().err
+
+    def test_a_row_in_another_processs_share(self, captioner, packed, tmp_path):
+        folder = broken_copy(packed, tmp_path / "broken", "test", {4: {"segmentation_features": b"x"}})
+        words = ["--model", captioner, "--dataset", folder, "--output", tmp_path / "results", "--batch-size", 3]
+        done = in_two_processes(evaluate_captions.__file__, *words)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("left out: image 2972: ") == 1
+        assert json.loads((tmp_path / "results" / "scores_test.json").read_text())["images"] == 12
+
+
 class TestMistakes:
     """One line on stderr, exit code 2, no files."""
 
@@ -345,6 +449,46 @@ class TestMistakes:
         del weights["lm_head.weight"]
         save_file(weights, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
         assert "lm_head.weight" in mistake("--model", tmp_path / "other")
+
+    @pytest.mark.parametrize("value", ["nan", "inf"])
+    def test_weights_that_are_no_numbers(self, mistake, captioner, tmp_path, value):
+        shutil.copytree(captioner, tmp_path / "other")
+        weights = load_file(tmp_path / "other" / "model.safetensors")
+        weights["lm_head.weight"][1, 1] = float(value)
+        save_file(weights, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
+        said = mistake("--model", captioner, tmp_path / "other")
+        assert f"{tmp_path / 'other'}: NaN or infinity among the weights: lm_head.weight (1 of" in said
+
+    def test_weights_that_float16_does_not_hold(self, mistake, captioner, tmp_path):
+        shutil.copytree(captioner, tmp_path / "other")
+        weights = load_file(tmp_path / "other" / "model.safetensors")
+        weights["lm_head.weight"][1, 1] = 1e5
+        save_file(weights, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
+        assert "other as float16: NaN or infinity" in mistake("--model", tmp_path / "other", "--dtype", "float16")
+
+    @pytest.mark.parametrize(
+        "name", ["config.json", "vocab.json", "tokenizer_config.json", "processor_config.json", "model.safetensors"]
+    )
+    @pytest.mark.parametrize("content", [b"", b"null", b"[[", b"[" * 3000, b"\xff\xfe", b'{"a": ', None])
+    def test_a_file_of_the_model_that_is_none(self, mistake, captioner, tmp_path, name, content):
+        """Whatever it holds: one line that names the folder; a pipe (None) is not waited for."""
+        shutil.copytree(captioner, tmp_path / "other")
+        path = tmp_path / "other" / name
+        path.unlink()
+        if content is None:
+            os.mkfifo(path)
+        else:
+            path.write_bytes(content)
+        said = mistake("--model", tmp_path / "other")
+        assert str(tmp_path / "other") in said
+        assert "--debug" not in said or "cannot be read" in said or "no model" in said
+
+    def test_an_output_that_another_evaluation_writes(self, captioner, packed, tmp_path, capsys):
+        words = ["--model", captioner, "--dataset", packed, "--output", tmp_path, "--cpu"]
+        with folder_lock(tmp_path, "evaluate_captions.py"):
+            assert evaluate_captions.main([str(word) for word in words]) == 2
+        assert "another evaluate_captions.py is writing this folder" in capsys.readouterr().err
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
     @pytest.mark.parametrize("metric", ["--meteor", "--spice"])
     def test_no_java(self, mistake, monkeypatch, metric):

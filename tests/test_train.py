@@ -13,9 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import GOLDEN, GoldenCase, golden_case, reference_weights
-from safetensors.torch import load_file
+from datasets import Dataset, load_from_disk
+from safetensors.torch import load_file, save_file
 from tiny_packed import write_config, write_packed
 from torch import nn
 from transformers import AutoModel, AutoProcessor
@@ -23,6 +25,7 @@ from transformers import AutoModel, AutoProcessor
 from caption_metrics import CiderReward
 from convert_checkpoint import key_pairs
 from dataset_difnet import CaptionPairBatches, ImageCaptionBatches, load_packed_split
+from difnet_transformers.files import folder_lock
 from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration
 from processing_difnet import DifnetTokenizer
 
@@ -31,7 +34,7 @@ SCRIPT = REPOSITORY / "scripts" / "train.py"
 sys.path.insert(0, str(SCRIPT.parent))
 import train  # noqa: E402
 import training_state  # noqa: E402
-from training_log import TrainingFailed  # noqa: E402
+from training_log import Log, TrainingFailed  # noqa: E402
 from training_options import RECIPES  # noqa: E402
 
 QUICK = {
@@ -475,6 +478,7 @@ class TestResuming:
         for name in ("last", "best", "best_xe"):
             assert same_weights(tmp_path / "killed" / name, finished_run / name), name
         assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == [
+            ".lock",
             "best",
             "best_xe",
             "last",
@@ -537,6 +541,412 @@ class TestResuming:
         assert drawn == [(torch.rand(3).tolist(), np.random.rand(3).tolist(), random.gauss(0, 1)) for _ in range(2)]
 
 
+def old_checkpoint(source: Path, folder: Path, **changes) -> Path:
+    """A checkpoint as the first version wrote it: without checksums and fingerprints of the data."""
+    training_state.copy_checkpoint(source, folder)
+    (folder / "training_state" / "SHA256SUMS").unlink()
+    path = folder / "training_state" / "progress.json"
+    facts = json.loads(path.read_text())
+    del facts["version"], facts["data"]
+    facts["progress"] |= changes
+    path.unlink()
+    path.write_text(json.dumps(facts))
+    return folder
+
+
+def changed_file(path: Path, content: bytes) -> None:
+    """Another file in the place of a hard link."""
+    path.unlink()
+    path.write_bytes(content)
+
+
+# Of the first epoch of SCST, which has four batches.
+IN_SCST = {"stage": "scst", "epoch": 1, "batch": 3, "step": 3, "total_epochs": 2}
+
+
+class TestOtherDataThanTheRunHas:
+    def rewritten(self, data: Path, folder: Path, change) -> Path:
+        """The dataset with a change in its training split."""
+        packed = load_from_disk(data / "packed")
+        rows = packed["train"].with_format(None).to_list()
+        change(rows)
+        packed["train"] = Dataset.from_list(rows, features=packed["train"].features)
+        packed.save_to_disk(folder)
+        return folder
+
+    def resume(self, data: Path, finished_run: Path, output: Path, dataset: Path) -> int:
+        words = arguments(data, output, save_every=3, dataset=dataset)
+        return run(*words, "--resume", str(finished_run / "last"))
+
+    def test_the_same_data_may_lie_elsewhere(self, data, finished_run, tmp_path):
+        moved = self.rewritten(data, tmp_path / "moved", lambda rows: None)
+        assert self.resume(data, finished_run, tmp_path / "run", moved) == 0
+
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            (lambda rows: rows.pop(), "images 40, now 39"),
+            (lambda rows: rows[3]["captions"].append("a dog"), "captions 120, now 121"),
+            (lambda rows: rows[3]["captions"].__setitem__(0, "A pink dog."), "sha256"),
+            (lambda rows: rows[3]["grid_features"][0].__setitem__(0, 9.0), "sha256"),
+            (lambda rows: rows[3].__setitem__("segmentation_features", rows[4]["segmentation_features"]), "sha256"),
+            (lambda rows: rows.reverse(), "sha256"),
+        ],
+        ids=["fewer images", "more captions", "a caption", "a feature", "a segmentation", "another order"],
+    )
+    def test_other_data_is_refused(self, change, said, data, finished_run, tmp_path, capsys):
+        other = self.rewritten(data, tmp_path / "other", change)
+        assert self.resume(data, finished_run, tmp_path / "run", other) == 2
+        error = capsys.readouterr().err
+        assert f"{other}: the split 'train' is not the one that the run of {finished_run / 'last'} began with" in error
+        assert said in error
+        assert not (tmp_path / "run" / "last").exists()
+
+
+class TestDamagedCheckpoints:
+    """Nothing goes on silently from what training did not write."""
+
+    def said(self, capsys, data: Path, folder: Path, output: Path) -> str:
+        assert run(*arguments(data, output, save_every=3), "--resume", str(folder)) == 2
+        error = capsys.readouterr().err
+        assert "Traceback" not in error
+        assert not (output / "last").exists()
+        return error
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "model.safetensors",
+            "config.json",
+            "generation_config.json",
+            "vocab.json",
+            "tokenizer_config.json",
+            "training_state/optimizer.safetensors",
+            "training_state/random_states.safetensors",
+            "training_state/progress.json",
+            "training_state/SHA256SUMS",
+        ],
+    )
+    @pytest.mark.parametrize("damage", ["one bit", "missing"])
+    def test_a_file_that_is_not_what_was_written(self, name, damage, data, finished_run, tmp_path, capsys):
+        folder = tmp_path / "copy"
+        training_state.copy_checkpoint(finished_run / "last", folder)
+        path = folder / name
+        content = bytearray(path.read_bytes())
+        content[-9] ^= 1
+        if damage == "missing":
+            path.unlink()
+        else:
+            changed_file(path, bytes(content))
+        error = self.said(capsys, data, folder, tmp_path / "run")
+        assert str(folder) in error
+        assert Path(name).name in error or "SHA-256" in error
+        assert "Resume from another" in error or "give --model" in error
+
+    def test_the_card_may_change(self, data, finished_run, tmp_path):
+        folder = tmp_path / "copy"
+        training_state.copy_checkpoint(finished_run / "last", folder)
+        changed_file(folder / "README.md", b"scores")
+        assert run(*arguments(data, tmp_path / "run", save_every=3), "--resume", str(folder)) == 0
+
+    @pytest.mark.parametrize(
+        ("changes", "said"),
+        [
+            ({"batch": 99}, "it stands behind batch 99 of an epoch that has 4"),
+            ({"batch": 4}, "it stands behind batch 4 of an epoch that has 4"),
+            ({"epoch": 99}, "epoch is 99 after 2 whole epochs"),
+            ({"epoch": 0}, "epoch is 0"),
+            ({"step": -1}, "step is -1"),
+            ({"step": "3"}, "step is 3"),
+            ({"step": 2.5}, "step is 2.5"),
+            ({"step": 0}, "batch is 3 at step 0"),
+            ({"patience": True}, "patience is True"),
+            ({"best_score": float("nan")}, "best_score is nan"),
+            ({"best_score": float("inf")}, "best_score is inf"),
+            ({"best_score": None}, "best_score is None"),
+            ({"reward_average": -1.0}, "reward_average is -1.0"),
+            ({"log_bytes": 10**30}, "log_bytes is 10000"),
+            ({"stage": "pretraining"}, "stage is pretraining, not one of xe, scst, done"),
+            ({"stage": []}, "stage is []"),
+            ({"stage": "xe"}, "epoch is 1 of the first stage after 2 whole epochs"),
+            ({"colour": 1}, "unknown colour"),
+        ],
+    )
+    def test_numbers_that_cannot_be(self, changes, said, data, finished_run, tmp_path, capsys):
+        folder = old_checkpoint(finished_run / "last", tmp_path / "old", **{**IN_SCST, **changes})
+        error = self.said(capsys, data, folder, tmp_path / "run")
+        assert said in error
+        assert "damaged" in error
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            b"",
+            b"[]",
+            b"null",
+            b"[" * 3000,
+            b'{"progress": 3, "options": {}, "num_processes": 1, "gradient_scaler": null}',
+            b'{"progress": {}, "options": {}, "num_processes": 1, "gradient_scaler": null}',
+            b'{"progress": {"stage": "xe"}, "options": [], "num_processes": 1, "gradient_scaler": null}',
+            b'{"progress": {"stage": "xe"}, "options": {}, "num_processes": 0, "gradient_scaler": null}',
+            b'{"progress": {"stage": "xe"}, "options": {}, "num_processes": 1}',
+            b'{"version": 9, "progress": {"stage": "xe"}, "options": {}, "num_processes": 1, "gradient_scaler": null}',
+        ],
+    )
+    def test_a_state_of_wrong_types(self, content, data, finished_run, tmp_path, capsys):
+        folder = old_checkpoint(finished_run / "last", tmp_path / "old")
+        path = folder / "training_state" / "progress.json"
+        path.write_bytes(content)
+        error = self.said(capsys, data, folder, tmp_path / "run")
+        assert f"{path} is damaged" in error
+        assert error.count("\n") == 1
+
+    @pytest.mark.parametrize("name", ["progress.json", "optimizer.safetensors"])
+    def test_a_pipe_is_not_waited_for(self, name, data, finished_run, tmp_path, capsys):
+        folder = old_checkpoint(finished_run / "last", tmp_path / "old")
+        (folder / "training_state" / name).unlink()
+        os.mkfifo(folder / "training_state" / name)
+        assert "not a regular file" in self.said(capsys, data, folder, tmp_path / "run")
+
+    def test_an_optimizer_without_tensors(self, data, finished_run, tmp_path, capsys):
+        folder = old_checkpoint(finished_run / "last", tmp_path / "old", **IN_SCST)
+        path = folder / "training_state" / "optimizer.safetensors"
+        path.unlink()
+        save_file({}, path)
+        assert f"{path} is damaged: it holds no tensors" in self.said(capsys, data, folder, tmp_path / "run")
+
+    @pytest.mark.parametrize("what", ["step", "exp_avg", "exp_avg_sq"])
+    @pytest.mark.parametrize("damage", ["nan", "missing", "shape"])
+    def test_an_optimizer_of_other_tensors(self, what, damage, data, finished_run, tmp_path, capsys):
+        folder = old_checkpoint(finished_run / "last", tmp_path / "old")
+        path = folder / "training_state" / "optimizer.safetensors"
+        tensors = load_file(path)
+        name = next(name for name in tensors if name.endswith(f"/{what}"))
+        tensor = tensors.pop(name)
+        if damage != "missing":
+            tensors[name] = torch.full_like(tensor, float("nan")) if damage == "nan" else tensor.new_ones(3, 2, 1)
+        path.unlink()
+        save_file(tensors, path)
+        assert str(path) in self.said(capsys, data, folder, tmp_path / "run")
+
+    @pytest.mark.parametrize("name", ["torch", "python", "python_gauss", "numpy", "numpy_position"])
+    def test_random_states_that_are_none(self, name, data, finished_run, tmp_path, capsys):
+        folder = old_checkpoint(finished_run / "last", tmp_path / "old")
+        path = folder / "training_state" / "random_states.safetensors"
+        tensors = load_file(path)
+        tensors[f"0/{name}"] = torch.tensor([[-7]])
+        path.unlink()
+        save_file(tensors, path)
+        states = training_state.random_states()
+        assert str(path) in self.said(capsys, data, folder, tmp_path / "run")
+        training_state.set_random_states(states)
+
+    @pytest.mark.parametrize("option", ["--model", "--resume"])
+    def test_weights_that_are_no_numbers(self, option, data, finished_run, tmp_path, capsys):
+        folder = old_checkpoint(finished_run / "last", tmp_path / "old")
+        weights = load_file(folder / "model.safetensors")
+        weights["lm_head.weight"][2, 3] = float("nan")
+        (folder / "model.safetensors").unlink()
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        config = None if option == "--model" else data / "config.json"
+        assert run(*arguments(data, tmp_path / "run", save_every=3, config=config), option, str(folder)) == 2
+        error = capsys.readouterr().err
+        assert f"{folder}: NaN or infinity among the weights: lm_head.weight (1 of" in error
+
+    @pytest.mark.parametrize(
+        ("changes", "said"),
+        [
+            ({"encoder_layers": 10**8}, "encoder_layers is 100,000,000, and the weights beside it have"),
+            ({"fusion_iterations": 10**8}, "fusion_iterations is 100,000,000; at most"),
+            ({"vocab_size": 10**8}, "a network of its sizes has 3,200,"),
+            ({"grid_feature_size": 10**8}, "a network of its sizes has 1,600,"),
+            ({"num_segmentation_classes": 10**8}, "a network of its sizes has 1,600,"),
+            ({"encoder_ffn_dim": 10**8}, "a network of its sizes has 6,400,"),
+            ({"max_position_embeddings": 10**10}, "a network of its sizes has 160,000,"),
+            ({"d_model": "16"}, "d_model"),
+            ({"d_model": None}, "d_model"),
+            ({"dropout": [0]}, "dropout"),
+            ([], "an object is expected, not []"),
+        ],
+    )
+    def test_a_model_with_an_absurd_configuration(self, changes, said, data, finished_run, tmp_path, capsys):
+        folder = tmp_path / "copy"
+        training_state.copy_checkpoint(finished_run / "best", folder)
+        fields = json.loads((folder / "config.json").read_text())
+        fields = {**fields, **changes} if isinstance(changes, dict) else changes
+        changed_file(folder / "config.json", json.dumps(fields).encode())
+        assert run(*arguments(data, tmp_path / "run", config=None, model=folder)) == 2
+        error = capsys.readouterr().err
+        assert str(folder) in error
+        assert said in error
+        assert error.count("\n") == 1
+
+    @pytest.mark.parametrize(
+        ("changes", "said"),
+        [
+            ({"eos_token_id": {}}, "eos_token_id is {}, no id of the 22 tokens"),
+            ({"pad_token_id": 10**20}, "pad_token_id is 1"),
+            ({"bos_token_id": [2, -1]}, "bos_token_id is [2, -1]"),
+            ({"num_beams": 10**8}, "num_beams is 100000000; a number up to 10,000"),
+            ({"max_length": "x"}, "max_length"),
+            ([], "an object is expected, not []"),
+        ],
+    )
+    def test_generation_settings_that_cannot_be(self, changes, said, data, finished_run, tmp_path, capsys):
+        folder = tmp_path / "copy"
+        training_state.copy_checkpoint(finished_run / "best", folder)
+        fields = json.loads((folder / "generation_config.json").read_text())
+        fields = {**fields, **changes} if isinstance(changes, dict) else changes
+        changed_file(folder / "generation_config.json", json.dumps(fields).encode())
+        assert run(*arguments(data, tmp_path / "run", config=None, model=folder)) == 2
+        error = capsys.readouterr().err
+        assert str(folder) in error
+        assert said in error
+
+    def test_a_checkpoint_of_the_first_version_goes_on_bit_for_bit(self, data, finished_run, tmp_path, capsys):
+        folder = old_checkpoint(finished_run / "best_xe", tmp_path / "old" / "last")
+        output = tmp_path / "run"
+        assert run(*arguments(data, output, save_every=3), "--resume", str(folder)) == 0
+        assert same_weights(output / "last", finished_run / "last")
+        said = [line for line in capsys.readouterr().err.splitlines() if "older version" in line]
+        assert len(said) == 2
+        assert training_state.read_checkpoint(output / "last")["version"] == 2
+
+
+class TestOptionsOfAResumedRun:
+    def facts(self, stage: str, step: int, **changes) -> dict:
+        words = ["--dataset", "d", "--output", "o", "--scst-batch-size", "12"]
+        before = train.options_as_json(train.parse_arguments(words)) | changes
+        progress = training_state.Progress(stage, batch=step, step=step)
+        return {"options": before, "progress": progress, "num_processes": 1}
+
+    def check(self, facts: dict, *flags: str) -> list[str]:
+        options = train.parse_arguments(["--dataset", "d", "--output", "o", "--scst-batch-size", "12", *flags])
+        return train.check_same_run(facts, Path("o/last"), options, Accelerator(cpu=True))
+
+    @pytest.mark.parametrize(
+        ("stage", "step", "flags"),
+        [
+            ("xe", 7, ["--scst-batch-size", "5", "--scst-learning-rate", "1e-6", "--eos-in-reward"]),
+            ("xe", 7, ["--xe-batch-size", "25", "--gradient-accumulation-steps", "2"]),
+            ("scst", 0, ["--scst-num-captions", "3"]),
+            ("scst", 7, ["--scst-batch-size", "6"]),
+            ("scst", 7, ["--scst-batch-size", "6", "--gradient-accumulation-steps", "2"]),
+            ("xe", 7, ["--xe-epochs", "3", "--log-every", "7", "--debug"]),
+        ],
+    )
+    def test_what_may_change(self, stage, step, flags):
+        self.check(self.facts(stage, step), *flags)
+
+    @pytest.mark.parametrize(
+        ("stage", "step", "flags"),
+        [
+            ("xe", 7, ["--xe-batch-size", "25"]),
+            ("xe", 7, ["--gradient-accumulation-steps", "2"]),
+            ("xe", 7, ["--xe-learning-rate", "1"]),
+            ("scst", 7, ["--scst-learning-rate", "1"]),
+            ("scst", 7, ["--xe-batch-size", "25"]),
+            ("done", 7, ["--scst-batch-size", "5"]),
+            ("xe", 7, ["--seed", "5"]),
+        ],
+    )
+    def test_what_may_not(self, stage, step, flags):
+        with pytest.raises(ValueError, match=f"this command says {flags[0]}"):
+            self.check(self.facts(stage, step), *flags)
+
+    def test_other_batches_go_on_at_the_same_image(self):
+        facts = self.facts("scst", 7)
+        notes = self.check(facts, "--scst-batch-size", "6")
+        assert notes == ["--scst-batch-size 6, where the run had --scst-batch-size 12"]
+        assert facts["progress"].batch == 14
+
+    def test_a_run_whose_scst_takes_too_much_memory_goes_on_with_smaller_batches(self, data, finished_run, tmp_path):
+        folder = old_checkpoint(finished_run / "last", tmp_path / "old", **IN_SCST)
+        words = arguments(data, tmp_path / "run", save_every=3, scst_batch_size=5, gradient_accumulation_steps=2)
+        assert run(*words, "--resume", str(folder)) == 0
+        (line,) = read_log(tmp_path / "run", "train")
+        assert (line["stage"], line["step"]) == ("scst", 4)
+
+    def test_a_lower_number_of_epochs_ends_the_stage(self):
+        assert train.reached(3, 1)
+        assert train.reached(3, 3)
+        assert not train.reached(3, 4)
+        assert not train.reached(3, None)
+
+
+class TestSeveralProcesses:
+    def test_scst_batches_that_are_too_large_are_refused_before_the_run(self, data, tmp_path):
+        words = arguments(data, tmp_path / "run", xe_batch_size=5, scst_batch_size=30)
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(SCRIPT), *words]
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "MASTER_PORT": "0"}
+        result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+        assert result.returncode != 0
+        assert result.stderr.count("train.py: error: ") == 1
+        assert (
+            "has 40 items, too few for one batch of 30 on each of 2 processes. Lower --scst-batch-size"
+            in result.stderr
+        )
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+    def test_a_line_of_the_log_adds_up_over_the_processes_once(self, tmp_path):
+        class Counting(Accelerator):
+            reductions = 0
+
+            def reduce(self, tensor, reduction="mean", scale=1.0):
+                self.reductions += 1
+                return super().reduce(tensor, reduction, scale)
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator = Counting(cpu=True)
+        log = Log(accelerator, tmp_path / "log.jsonl", training_state.Progress("xe"))
+        log.add(loss=1.0, images=4)
+        log.steps = 1
+        assert log.train_line(0.1)["loss"] == 1.0
+        assert accelerator.reductions == 1
+
+
+class TestTheFolderOfARun:
+    def test_a_second_run_is_refused(self, data, tmp_path, capsys):
+        with folder_lock(tmp_path, "train.py"):
+            assert run(*arguments(data, tmp_path)) == 2
+        assert "another train.py is writing this folder" in capsys.readouterr().err
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".lock"]
+
+    def test_the_folder_is_free_after_a_mistake(self, data, tmp_path):
+        assert run(*arguments(data, tmp_path, max_new_tokens=20)) == 2
+        with folder_lock(tmp_path, "train.py"):
+            pass
+
+    def test_another_runs_checkpoint_does_not_replace_this_ones(self, data, finished_run, tmp_path, capsys):
+        own = tmp_path / "own"
+        own.mkdir()
+        training_state.copy_checkpoint(finished_run / "best_xe", own / "best")
+        before = (own / "best" / "model.safetensors").read_bytes()
+        assert run(*arguments(data, own, save_every=3), "--resume", str(finished_run / "last")) == 2
+        error = capsys.readouterr().err
+        assert f"{own} holds a run already, whose checkpoints `{finished_run / 'last'}` would replace" in error
+        assert (own / "best" / "model.safetensors").read_bytes() == before
+        assert not (own / "last").exists()
+
+    def test_a_run_that_goes_on_elsewhere_takes_its_log_along(self, data, finished_run, tmp_path):
+        output = tmp_path / "run"
+        words = arguments(data, output, save_every=3)
+        assert run(*words, "--resume", str(finished_run / "best_xe")) == 0
+        assert [line["step"] for line in read_log(output)] == [line["step"] for line in read_log(finished_run)]
+
+    def test_a_log_that_is_gone_is_not_filled_up(self, data, finished_run, tmp_path):
+        training_state.copy_checkpoint(finished_run / "best_xe", tmp_path / "alone")
+        output = tmp_path / "run"
+        assert run(*arguments(data, output, save_every=3), "--resume", str(tmp_path / "alone")) == 0
+        assert [line["stage"] for line in read_log(output, "validation")] == ["scst"]
+
+    def test_the_tokenizer_is_saved_as_it_was(self, data, finished_run, tmp_path):
+        output = tmp_path / "run"
+        assert run(*arguments(data, output, save_every=3), "--resume", str(finished_run / "best_xe")) == 0
+        for name in ("tokenizer_config.json", "vocab.json", "config.json"):
+            assert (output / "last" / name).read_text() == (finished_run / "last" / name).read_text(), name
+
+
 class TestFineTuning:
     def test_from_the_weights_of_a_run(self, data, finished_run, tmp_path):
         output = tmp_path / "run"
@@ -571,6 +981,57 @@ class TestFineTuning:
         )
         assert isinstance(renewed.lm_head, nn.Linear)
         assert renewed.config.vocab_size == 7
+
+
+class TestConfigurationFile:
+    """Fields of --config are honoured or refused, never overwritten."""
+
+    def config(self, data: Path, tmp_path: Path, **fields) -> Path:
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(json.loads((data / "config.json").read_text()) | fields))
+        return path
+
+    def test_the_baseline(self, data, tmp_path):
+        words = arguments(data, tmp_path / "run", config=self.config(data, tmp_path, use_segmentation=False))
+        assert run(*words, "--max-steps", "1") == 0
+        assert not json.loads((tmp_path / "run" / "best" / "config.json").read_text())["use_segmentation"]
+
+    @pytest.mark.parametrize(
+        ("fields", "said"),
+        [
+            ({"vocab_size": 10201}, "vocab_size is 10201, and the vocabulary has 22 tokens; leave the field out"),
+            ({"pad_token_id": 0}, "pad_token_id is 0, and the vocabulary has <pad> at 1; leave the field out"),
+            ({"bos_token_id": 9}, "bos_token_id is 9, and the vocabulary has <bos> at 2"),
+            ({"decoder_start_token_id": 3}, "decoder_start_token_id is 3, and captions begin with <bos>, which is 2"),
+            ({"grid_feature_size": 2048}, "grid_feature_size is 2048, and the dataset has 6 values a cell"),
+            ({"num_segmentation_classes": 133}, "num_segmentation_classes is 133, and the dataset has 5 classes"),
+            ({"model_type": "bert"}, "model_type is bert, and this program trains a difnet"),
+            ({"d_model": "16"}, "d_model"),
+            ({"d_model": 15}, "`d_model` must be even"),
+            ({"encoder_layers": 10**8}, "encoder_layers"),
+            ({"d_model": 2 * 10**9}, "d_model"),
+            ({"max_position_embeddings": 10**12}, "max_position_embeddings"),
+        ],
+    )
+    def test_what_contradicts_the_data_or_makes_no_network(self, fields, said, data, tmp_path, capsys):
+        path = self.config(data, tmp_path, **fields)
+        assert run(*arguments(data, tmp_path / "run", config=path)) == 2
+        error = capsys.readouterr().err
+        assert str(path) in error
+        assert said in error
+
+    def test_what_agrees_with_the_data(self, data, tmp_path):
+        fields = {"grid_feature_size": 6, "num_segmentation_classes": 5, "use_segmentation": True, "pad_token_id": 1}
+        words = arguments(data, tmp_path / "run", config=self.config(data, tmp_path, **fields))
+        assert run(*words, "--max-steps", "1", "--stage", "xe") == 0
+
+    def test_segmentation_that_the_data_lack_or_the_command_refuses(self, data, tmp_path, capsys):
+        path = self.config(data, tmp_path, use_segmentation=True)
+        write_packed(tmp_path / "grids", {"train": 12, "validation": 4}, with_segmentation=False)
+        assert run(*arguments(data, tmp_path / "run", config=path, dataset=tmp_path / "grids")) == 2
+        assert f"{path}: use_segmentation is true, and {tmp_path / 'grids'} has no" in capsys.readouterr().err
+        assert run(*arguments(data, tmp_path / "run", "--no-segmentation", config=path)) == 2
+        assert "the command says --no-segmentation" in capsys.readouterr().err
 
 
 class TestMistakes:
@@ -649,8 +1110,16 @@ class TestMistakes:
     def test_other_mistakes(self, changes, message, data, tmp_path, capsys):
         assert message in self.said(capsys, *arguments(data, tmp_path / "run", **changes))
 
+    @pytest.mark.parametrize("content", ["", "3", "[3]", "{}", '{"a": "b"}', "[[[", "[]"])
+    def test_a_vocabulary_that_is_none(self, content, data, tmp_path, capsys):
+        path = tmp_path / "vocab.json"
+        path.write_text(content)
+        error = self.said(capsys, *arguments(data, tmp_path / "run", vocab=path))
+        assert str(path) in error
+        assert error.count("\n") == 1
+
     def test_a_configuration_that_is_none(self, data, tmp_path, capsys):
-        for content, message in (("{", "is not JSON"), ("[]", "not a list"), ('{"width": 3}', "has no width")):
+        for content, message in (("{", "malformed JSON"), ("[]", "not a list"), ('{"width": 3}', "has no width")):
             (tmp_path / "config.json").write_text(content)
             error = self.said(capsys, *arguments(data, tmp_path / "run", config=tmp_path / "config.json"))
             assert message in error
@@ -668,6 +1137,17 @@ class TestMistakes:
         error = self.said(capsys, *words)
         assert "image 100: a caption has 7 tokens, the model takes 6" in error
 
+    def test_a_validation_caption_longer_than_the_position_table(self, data, tmp_path, capsys):
+        """Found before the first epoch, not after it."""
+        packed = load_from_disk(data / "packed")
+        rows = packed["validation"].with_format(None).to_list()
+        rows[1]["captions"].append("a dog " * 20)
+        packed["validation"] = Dataset.from_list(rows, features=packed["validation"].features)
+        packed.save_to_disk(tmp_path / "packed")
+        error = self.said(capsys, *arguments(data, tmp_path / "run", dataset=tmp_path / "packed"))
+        assert f"image {rows[1]['image_id']}: a caption has 41 tokens, the model takes 12" in error
+        assert not (tmp_path / "run" / "log.jsonl").exists()
+
     def test_a_full_disk_while_saving(self, data, tmp_path):
         """A limit on the size of files stands for the full disk; the checkpoint of before is as it was."""
         output = tmp_path / "run"
@@ -682,6 +1162,7 @@ class TestMistakes:
         path = output / "last" / "training_state" / "progress.json"
         path.unlink()
         path.write_text(json.dumps(progress))
+        training_state.write_checksums(output / "last")
         command = [sys.executable, "-c", limit, str(SCRIPT.parent), "20000", *words, "--stage", "xe", "--cpu"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         result = subprocess.run([*command, "--resume", "last"], capture_output=True, text=True, env=environment)

@@ -16,7 +16,27 @@ REPOSITORY = Path(__file__).parent.parent
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 import train_on_pictures  # noqa: E402
 
+from difnet_transformers.files import folder_lock  # noqa: E402
+
 COLOURS = {"red": (230, 20, 20), "blue": (20, 20, 230), "green": (20, 200, 20)}
+
+
+def a_picture(folder: Path) -> bytes:
+    return next(folder.glob("red*.png")).read_bytes()
+
+
+# By image id: the file's name, its caption, and its content, if there is a file.
+BROKEN = {
+    "train": {
+        91: ("cut.png", "a dog", lambda folder: a_picture(folder)[:200]),
+        92: ("empty.jpg", "a dog", lambda folder: b""),
+    },
+    "val": {
+        93: ("text.jpg", "a dog", lambda folder: b"<html>not found</html>"),
+        94: ("missing.png", "a dog", None),
+        95: ("uncaptioned.png", None, a_picture),
+    },
+}
 CONFIG = {
     "d_model": 32,
     "encoder_layers": 2,
@@ -33,7 +53,7 @@ TRAINING += ["--scst-epochs", 1, "--dropout", 0]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Six pictures, each of one colour with a dog (a square of instances) or without, in two splits."""
+    """Six pictures, each of one colour with a dog (a square of instances), in two splits, and five that are broken."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "config.json").write_text(json.dumps(CONFIG))
     random = np.random.default_rng(0)
@@ -52,6 +72,11 @@ def data(tmp_path_factory) -> Path:
                 captions.append({"id": len(captions), "image_id": 40 + number, "caption": text})
             square = {"segmentation": [[0, 0, 40, 0, 40, 40, 0, 40]], "iscrowd": 0, "area": 1600}
             instances.append({"id": number, "image_id": 40 + number, "category_id": 18, **square})
+        for image_id, (name, caption, content) in BROKEN[split].items():
+            images.append({"id": image_id, "file_name": name, "width": 80, "height": 64})
+            captions.append({"id": len(captions), "image_id": image_id, "caption": caption})
+            if content is not None:
+                (folder / "pictures" / split / name).write_bytes(content((folder / "pictures" / split / name).parent))
         categories = [{"id": 18, "name": "dog"}]
         (folder / f"captions_{split}.json").write_text(json.dumps({"images": images, "annotations": captions}))
         (folder / f"instances_{split}.json").write_text(
@@ -92,9 +117,13 @@ def test_from_pictures_to_captions(data, tmp_path):
         *("scripts/extract_features.py", "scripts/pack_coco.py", "scripts/train.py"),
         *("scripts/evaluate_captions.py", "scripts/evaluate_captions.py", "scripts/caption.py"),
     ]
+    report = done.stdout[done.stdout.rindex("$ python") :].splitlines()
+    named = [line for line in report if line.startswith("left out: ")]
+    assert sorted(line.split(":")[1] for line in named) == [f" image {number}" for number in (91, 92, 93, 94, 95)]
+    assert "6 of 11 pictures done, 5 left out (listed above)" in report
     # Every picture has a caption, by its image id, and the one that the evaluation scored.
     captions = {entry["image_id"]: entry["caption"] for entry in json.loads((output / "captions.json").read_text())}
-    assert sorted(captions) == list(range(41, 47))
+    assert sorted(captions) == [*range(41, 47), 95]  # also what nobody had described
     for split in ("train", "validation"):
         for entry in json.loads((output / "results" / f"captions_{split}_results.json").read_text()):
             assert captions[entry["image_id"]] == entry["caption"]
@@ -183,3 +212,29 @@ class TestMistakes:
             train_on_pictures.main(["--pictures", "p", "--output", "o", *arguments])
         assert stopped.value.code == 2
         assert message in capsys.readouterr().err
+
+    def test_an_output_that_another_run_writes(self, data, tmp_path, capsys):
+        (tmp_path / "mine").mkdir()
+        with folder_lock(tmp_path / "mine", "train_on_pictures.py"):
+            assert train_on_pictures.main(command(data, tmp_path / "mine")[2:]) == 2
+        assert "another train_on_pictures.py is writing this folder" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (b"[]", "expected a COCO captions file"),
+            (b"{", "malformed JSON"),
+            (b"[" * 3000, "nested too deeply"),
+            (b'{"images": [], "annotations": []}', "no image with a split"),
+            (None, "not a regular file"),
+        ],
+    )
+    def test_a_caption_file_that_is_none(self, data, tmp_path, capsys, content, message):
+        path = tmp_path / "mine.json"
+        os.mkfifo(path) if content is None else path.write_bytes(content)
+        words = command(data, tmp_path / "mine")[2:]
+        words[words.index("--captions") + 1] = words[words.index("--captions") + 2] = str(path)
+        assert train_on_pictures.main(words) == 2
+        said = capsys.readouterr().err
+        assert message in said
+        assert said.count("\n") == 1
