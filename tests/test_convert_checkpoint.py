@@ -387,10 +387,10 @@ def test_folders_that_are_no_whole_captioner(tmp_path: Path, tiny_config: Difnet
     weights = tmp_path / "truncated" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     for name, message in {
-        "absent": "absent is no checkpoint folder",
+        "absent": "absent: no such folder",
         "base": r"base is no complete captioner: 1 weights are missing or have .* \(`lm_head.weight`\)",
         "other_sizes": r"other_sizes is no complete captioner: 2 weights .* `model.decoder.embed_tokens.weight`\)",
-        "truncated": "truncated: a safetensors file is truncated or damaged",
+        "truncated": r"truncated/model\.safetensors: truncated or damaged",
     }.items():
         with pytest.raises(ValueError, match=message):
             convert_back(tmp_path / name, tmp_path / "back.pth")
@@ -422,4 +422,4 @@ def test_the_command_line_says_one_line_and_2(tmp_path: Path) -> None:
         text=True,
     )
     assert process.returncode == 2
-    assert process.stderr == "convert_checkpoint.py: absent.pth: no such file.\n"
+    assert process.stderr == "convert_checkpoint.py: error: absent.pth: no such file.\n"
