@@ -60,41 +60,37 @@ UNSUPPORTED_TENSORS = {
 
 # Classes of things that training scripts keep beside the weights. Their content is not looked at.
 HARMLESS_CLASSES = {
-    "argparse": {"Namespace"},
-    "builtins": {"bytearray", "complex", "frozenset", "object", "range", "set", "slice"},
-    "collections": {"deque"},
-    "datetime": {"date", "datetime", "time", "timedelta", "timezone"},
-    "decimal": {"Decimal"},
-    "fractions": {"Fraction"},
-    "numpy": {
-        "bool_",
-        "float16",
-        "float32",
-        "float64",
-        "int16",
-        "int32",
-        "int64",
-        "int8",
-        "uint32",
-        "uint64",
-        "uint8",
-    },
-    "numpy.random._mt19937": {"MT19937"},
-    "numpy.random._pcg64": {"PCG64", "PCG64DXSM"},
-    "numpy.random._philox": {"Philox"},
-    "numpy.random._sfc64": {"SFC64"},
-    "numpy.random._generator": {"Generator"},
-    "numpy.random.mtrand": {"RandomState"},
-    "pathlib": {"Path", "PosixPath", "PurePath", "PurePosixPath", "PureWindowsPath", "WindowsPath"},
-    "pathlib._local": {"Path", "PosixPath", "PurePath", "PurePosixPath", "PureWindowsPath", "WindowsPath"},
-    "random": {"Random"},
-    "types": {"SimpleNamespace"},
-    "uuid": {"UUID"},
+    module: frozenset(names.split())
+    for module, names in {
+        "argparse": "Namespace",
+        "builtins": "bool bytearray bytes complex dict float frozenset int list object range set slice str tuple",
+        "collections": "deque",
+        "datetime": "date datetime time timedelta timezone",
+        "decimal": "Decimal",
+        "fractions": "Fraction",
+        "numpy": "bool bool_ float16 float32 float64 int16 int32 int64 int8 uint16 uint32 uint64 uint8 ndarray",
+        "numpy.random._generator": "Generator",
+        "numpy.random._mt19937": "MT19937",
+        "numpy.random._pcg64": "PCG64 PCG64DXSM",
+        "numpy.random._philox": "Philox",
+        "numpy.random._sfc64": "SFC64",
+        "numpy.random.bit_generator": "SeedSequence",
+        "numpy.random.mtrand": "RandomState",
+        "pathlib": "Path PosixPath PurePath PurePosixPath PureWindowsPath WindowsPath",
+        "pathlib._local": "Path PosixPath PurePath PurePosixPath PureWindowsPath WindowsPath",
+        "random": "Random",
+        "torch": "Tensor channels_last contiguous_format per_channel_affine per_channel_affine_float_qparams "
+        "per_tensor_affine per_tensor_symmetric preserve_format sparse_coo sparse_csr strided",
+        "torch.nn.parameter": "Buffer Parameter",
+        "types": "SimpleNamespace",
+        "uuid": "UUID",
+    }.items()
 }
 # Functions that restore such things.
 HARMLESS_FUNCTIONS = {
     "copyreg": {"_reconstructor"},
     "numpy.random._pickle": {"__bit_generator_ctor", "__generator_ctor", "__randomstate_ctor"},
+    "numpy.random.bit_generator": {"__pyx_unpickle_SeedSequence"},
     "torch": {"device"},
     "torch.serialization": {"_get_layout"},
 }
@@ -284,8 +280,6 @@ class CheckpointUnpickler(pickle._Unpickler):
             return Function(lambda sizes=(): tuple(sizes))
         if (module, name) == ("torch._tensor", "_rebuild_from_type_v2"):
             return Function(lambda function, kind, args, state: function(*args))
-        if module in ("torch.nn.parameter", "torch") and name in ("Parameter", "Tensor", "Buffer"):
-            return type(name, (Inert,), {})
         if module == "torch._utils":
             if name in UNSUPPORTED_TENSORS:
                 return Function(lambda *args: TensorEntry(unsupported=UNSUPPORTED_TENSORS[name]))
@@ -306,7 +300,7 @@ class CheckpointUnpickler(pickle._Unpickler):
             return Function(lambda content, dtype, shape, order: ArrayEntry(dtype, content, shape, order))
         if module == "numpy" and name == "dtype":
             return type(name, (ArrayType,), {})
-        if (module == "numpy" and name == "ndarray") or module == "numpy.dtypes":
+        if module == "numpy.dtypes":
             return type(name, (Inert,), {})
         raise NotAPlainCheckpoint(f"{module}.{name}")
 
