@@ -1,7 +1,7 @@
 """Converts checkpoints of the original DIFNet to folders for `from_pretrained`, and back, number for number.
 
-    python convert_checkpoint.py --checkpoint DIFNet_lrp.pth --vocab vocab.pkl --output difnet/
-    python convert_checkpoint.py --to-original --checkpoint difnet/ --output back.pth
+    python convert_checkpoint.py --checkpoint DIFNet_lrp.pth --vocab vocab.pkl --output ./difnet
+    python convert_checkpoint.py --to-original --checkpoint ./difnet --output back.pth
     python convert_checkpoint.py grid-backbone X-101.pth --output x101/
 
 Original files: `train.py` writes the checkpoint (a dict with `state_dict`, optimizer and random states) and

@@ -92,17 +92,27 @@ def add_license_option(parser: argparse.ArgumentParser) -> None:
     """The option `--license` of programs that write model cards."""
     parser.add_argument(
         "--license",
+        type=_license_argument,
         metavar="NAME",
         help="licence of the weights for the model card, as the Hub abbreviates it, e.g. apache-2.0 or cc-by-nc-4.0 "
         "(default: the card makes no claim)",
     )
 
 
+def _license_argument(license: str) -> str:
+    """Found wrong before the work begins, not when the card is written."""
+    try:
+        check_license(license)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return license
+
+
 def check_license(license: str | None) -> None:
     """ValueError for a licence that is no abbreviation as the Hub has them."""
     if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]{0,63}", license):
         raise ValueError(
-            f"--license {printable(license)}: give it as the Hub abbreviates it, in lower case without blanks, e.g. "
+            f"{printable(license)} is no licence as the Hub abbreviates it: lower case without blanks, e.g. "
             "apache-2.0, mit, cc-by-nc-4.0 or other"
         )
 

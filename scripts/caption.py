@@ -277,7 +277,7 @@ def write_explanation(
 DESCRIPTION = """\
 Caption pictures.
 
-  python scripts/caption.py picture.jpg folder/ --model difnet --grid-backbone x101 \\
+  python scripts/caption.py picture.jpg folder/ --model ./difnet --grid-backbone x101 \\
       --segmentation-model facebook/mask2former-swin-large-coco-panoptic --contact-sheet captions.html
 
   --model               a converted DIFNet checkpoint (convert_checkpoint.py)
@@ -287,7 +287,7 @@ Caption pictures.
 
 or features that were made before, by extract_features.py or by others:
 
-  python scripts/caption.py --features grid_features.hdf5 --segmentation segmentations --model difnet
+  python scripts/caption.py --features grid_features.hdf5 --segmentation segmentations --model ./difnet
 
 Captions are printed, one line a picture. A picture that cannot be read gets one line and the others go on; the exit
 code is then 1, and 2 for mistakes. Image ids come from COCO's file names; other pictures are numbered in order."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from model_card import add_license_option
+
 # The original's `train.py`, to the letter. Its XE stage has epochs 0 to 20, and at most 100 epochs are trained in all.
 RECIPES = {
     "original": {
@@ -54,6 +56,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--train-split", default="train", metavar="NAME", help="default: train")
     add("--validation-split", default="validation", metavar="NAME", help="default: validation")
     add("--seed", type=int, default=0, help="default: 0")
+    add_license_option(parser)
 
     add = parser.add_argument_group("the model").add_argument
     add("--model", metavar="FOLDER", help="start from these weights; default: from scratch")

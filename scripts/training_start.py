@@ -34,7 +34,7 @@ CHECKPOINTS = ("last", "best", "best_xe")
 # Options that only say where, how often and how long; a resumed run may have others.
 MAY_CHANGE = frozenset(
     """dataset output resume report_to log_every save_every evaluation_batch_size xe_epochs scst_epochs xe_patience
-    scst_patience max_epochs max_steps""".split()  # noqa: SIM905
+    scst_patience max_epochs max_steps license""".split()  # noqa: SIM905
 )
 
 

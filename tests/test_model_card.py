@@ -88,7 +88,7 @@ def test_the_licence_is_the_writers_choice(tmp_path, license):
 
 @pytest.mark.parametrize("license", ["Apache 2.0", "", "mit\nlicense: other", "x" * 100])
 def test_a_licence_that_the_hub_does_not_know_how_to_read(tmp_path, license):
-    with pytest.raises(ValueError, match=r"give it as the Hub abbreviates it"):
+    with pytest.raises(ValueError, match=r"no licence as the Hub abbreviates it"):
         written(tmp_path, license=license)
 
 
