@@ -16,6 +16,7 @@ are not in the file: the number of heads, the paper's Lf (`--fusion-layers`) and
 """
 
 import argparse
+import io
 import os
 import pickle
 import sys
@@ -613,7 +614,10 @@ def convert_back(
     model = load_model(checkpoint)
     state_dict = to_original_state_dict(model, mode)
     with atomic_output(output, overwrite) as unfinished:
-        torch.save({"state_dict": state_dict}, unfinished)
+        # By way of memory: an error of PyTorch's own writer does not tell a full disk from a mistake.
+        content = io.BytesIO()
+        torch.save({"state_dict": state_dict}, content)
+        unfinished.write_bytes(content.getbuffer())
     return state_dict
 
 

@@ -794,3 +794,30 @@ def test_weights_that_are_no_numbers_do_not_go_back(tiny: dict, tmp_path: Path) 
     with pytest.raises(ValueError, match=r"NaN or infinity among the weights: lm_head.weight \(1 of 160 values\)"):
         convert_back(tmp_path / "out", tmp_path / "back.pth")
     assert not (tmp_path / "back.pth").exists()
+
+
+@pytest.mark.parametrize(
+    ("back", "size"), [(False, 500_000), (False, 4000), (True, 500_000)], ids=["weights", "code", "file"]
+)
+def test_a_full_disk_is_one_line_that_names_the_output(
+    back: bool, size: int, tiny: dict, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A limit of the size of files stands for the end of the disk: writing fails in the same place."""
+    resource = pytest.importorskip("resource")
+    large = {name: torch.zeros(20_000, 8) for name in ("decoder.word_emb.weight", "decoder.fc.weight")}
+    checkpoint, output = saved({**tiny, **large}, tmp_path / "x.pth"), tmp_path / "out"
+    if back:
+        checkpoint = tmp_path / "folder"
+        convert(tmp_path / "x.pth", checkpoint, num_heads=2)
+    numbers = ["--to-original"] if back else ["--num-heads", "2"]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        exit_code = main(["--checkpoint", str(checkpoint), "--output", str(output), *numbers])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert exit_code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"convert_checkpoint.py: error: {output}")
+    assert error.endswith("File too large")
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith((".", "out"))]
