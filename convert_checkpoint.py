@@ -589,6 +589,11 @@ def convert_grid_backbone(
     checkpoint, output = Path(checkpoint), Path(output)
     refuse_to_replace(output, overwrite)
     state_dict, file_keys, wrappers = without_wrappers(load_original_checkpoint(checkpoint, "model"), str(checkpoint))
+    if depths is not None and not 4 <= sum(depths) <= len(state_dict):  # before a network of that many is built
+        raise ValueError(
+            f"--depth {' '.join(map(printable, depths))}: {printable(checkpoint, 300)} has {len(state_dict)} weights, "
+            "which is no network of that many blocks."
+        )
     conversion = convert_detectron2_state_dict(state_dict, depths, str(checkpoint))
     conversion.mapped = {file_keys[key]: ours for key, ours in conversion.mapped.items()}
     conversion.dropped = {file_keys[key]: reason for key, reason in conversion.dropped.items()}

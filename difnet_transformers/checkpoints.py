@@ -28,6 +28,8 @@ PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokeniz
 FLOATING_POINT = {"F64", "F32", "F16", "BF16"}
 SETTINGS_SIZE_LIMIT = 2**26  # bytes of a JSON file beside the weights
 COPY_AGAIN = "Copy or download the checkpoint again"
+# What `config.json` may choose among; any other name is a kernel that the library would download and run.
+ATTENTION = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -177,6 +179,12 @@ def read_config(folder: str | os.PathLike) -> DifnetConfig:
             f"{printable(path, 300)}: `model_type` is {printable(model_type)}, where {DifnetConfig.model_type!r} is "
             "expected: the folder holds another model"
         )
+    for key in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal"):
+        if content.get(key) not in ATTENTION:
+            raise ValueError(
+                f"{printable(path, 300)}: `{key}` is {printable(content[key])}; remove it, or choose one of "
+                f"{', '.join(ATTENTION[1:])}"
+            )
     try:
         return DifnetConfig.from_dict(content)
     except Exception as error:  # the library looks at fields of its own, and each has its own way to fail
@@ -254,8 +262,11 @@ def check_weights_fit(
             f"{source} is no complete captioner: config.json asks for {config.encoder_layers:,} encoder and "
             f"{config.decoder_layers:,} decoder layers, and there are {len(entries)} weights. {COPY_AGAIN}"
         )
-    with torch.device("meta"):
-        model = DifnetForConditionalGeneration(config)
+    try:
+        with torch.device("meta"):
+            model = DifnetForConditionalGeneration(config)
+    except Exception as error:  # whatever a wrong value of the library's own fields leads to
+        raise ValueError(f"{source}: config.json makes no network ({_one_line(error)}). {COPY_AGAIN}") from error
     expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     tied = set(model._tied_weights_keys or ()) if config.tie_word_embeddings else set()
     missing = [key for key in expected if key not in entries and key not in tied]

@@ -154,6 +154,8 @@ def test_settings_that_are_damaged(kind: str, folder: Path) -> None:
         ({"model_type": "blip"}, r"config\.json: `model_type` is blip"),
         ({"id2label": 3}, r"config\.json: "),
         ({"dtype": "float99"}, r"difnet"),
+        ({"attn_implementation": "somebody/kernel"}, r"`attn_implementation` is somebody/kernel; remove it"),
+        ({"attn_implementation": 5}, r"`attn_implementation` is 5; remove it"),
     ],
 )
 def test_configurations_that_fit_no_weights(changes: dict, message: str, folder: Path) -> None:

@@ -821,3 +821,9 @@ def test_a_full_disk_is_one_line_that_names_the_output(
     assert error.startswith(f"convert_checkpoint.py: error: {output}")
     assert error.endswith("File too large")
     assert not [path for path in tmp_path.iterdir() if path.name.startswith((".", "out"))]
+
+
+def test_a_backbone_of_a_billion_blocks_is_not_built(tiny: dict, tmp_path: Path) -> None:
+    path = saved({"model": tiny}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"--depth 3 4 1000000000 3: .*x.pth has \d+ weights"):
+        convert_checkpoint.convert_grid_backbone(path, tmp_path / "out", [3, 4, 10**9, 3])
