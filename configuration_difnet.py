@@ -6,8 +6,49 @@ Here one configuration describes all of them: `use_segmentation=False` is the pa
 `base_lrp`), `use_segmentation=True` is DIFNet (modes `difnet`, `difnet_lrp`).
 """
 
+import functools
+from collections.abc import Callable
+
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
+
+# Far above any network of this kind. A damaged file asks for what no machine can build, which shows after minutes.
+LARGEST = {
+    "vocab_size": 10_000_000,
+    "grid_feature_size": 1_000_000,
+    "num_segmentation_classes": 1_000_000,
+    "d_model": 100_000,
+    "encoder_layers": 1000,
+    "decoder_layers": 1000,
+    "encoder_attention_heads": 1000,
+    "decoder_attention_heads": 1000,
+    "head_dim": 100_000,
+    "encoder_ffn_dim": 1_000_000,
+    "decoder_ffn_dim": 1_000_000,
+    "max_position_embeddings": 1_000_000,
+}
+
+
+def raises_value_error(method: Callable) -> Callable:
+    """`method`, with the library's errors of validation, which are no `ValueError`, as one in a line of its own."""
+
+    @functools.wraps(method)
+    def wrapped(self, *args, **kwargs):
+        try:
+            return method(self, *args, **kwargs)
+        except StrictDataclassError as error:
+            said = " ".join(str(error.__cause__ or error).split()).removeprefix("DifnetConfig: ")
+            if len(said) > 300:  # it quotes the whole value
+                said = f"{said[:200]} .. {said[-50:]}"
+            raise ValueError(f"DifnetConfig: {said}") from error
+
+    return wrapped
+
+
+def shown(number: int) -> str:
+    """A number for a message; one of many digits, which Python does not even print beyond some length, as its size."""
+    return str(number) if abs(number) < 10**20 else f"a number of {number.bit_length()} bits"
 
 
 def custom_pipelines() -> dict:
@@ -42,8 +83,8 @@ class DifnetConfig(PreTrainedConfig):
         tie_word_embeddings (`bool`, defaults to `False`): whether the output projection is the embedding matrix.
 
     Raises:
-        ValueError: a size is not positive, `fusion_layers` does not leave a layer for the fused stream, or a special
-            token lies outside the vocabulary.
+        ValueError: a value is of another type, a size is not positive or beyond any network, `fusion_layers` does not
+            leave a layer for the fused stream, or a special token lies outside the vocabulary.
 
     ```python
     >>> from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration
@@ -112,37 +153,30 @@ class DifnetConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Sizes that make a network."""
-        for name in (
-            "vocab_size",
-            "grid_feature_size",
-            "num_segmentation_classes",
-            "d_model",
-            "encoder_layers",
-            "decoder_layers",
-            "encoder_attention_heads",
-            "decoder_attention_heads",
-            "head_dim",
-            "encoder_ffn_dim",
-            "decoder_ffn_dim",
-            "max_position_embeddings",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"DifnetConfig: `{name}` must be at least 1, got {getattr(self, name)}.")
+        for name, largest in LARGEST.items():
+            value = getattr(self, name)
+            if not 1 <= value <= largest:
+                raise ValueError(
+                    f"DifnetConfig: `{name}` must be at least 1 and at most {largest:,}, got {shown(value)}."
+                )
         if self.d_model % 2:
             raise ValueError(f"DifnetConfig: `d_model` must be even (sine and cosine pairs), got {self.d_model}.")
+        if not 0 < self.layer_norm_eps < 1:
+            raise ValueError(f"DifnetConfig: `layer_norm_eps` must be in (0, 1), got {self.layer_norm_eps}.")
         for name in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"DifnetConfig: `{name}` must be in [0, 1), got {getattr(self, name)}.")
         if self.use_segmentation:
             if not 1 <= self.fusion_layers < self.encoder_layers:
                 raise ValueError(
-                    f"DifnetConfig: `fusion_layers` ({self.fusion_layers}) must be at least 1 and smaller than "
+                    f"DifnetConfig: `fusion_layers` ({shown(self.fusion_layers)}) must be at least 1 and smaller than "
                     f"`encoder_layers` ({self.encoder_layers}): the layers after the fusion read the sum of the two "
                     "flows. Lower `fusion_layers`, raise `encoder_layers`, or set `use_segmentation=False`."
                 )
-            if self.fusion_iterations < 1:
+            if not 1 <= self.fusion_iterations <= 1000:
                 raise ValueError(
-                    f"DifnetConfig: `fusion_iterations` must be at least 1, got {self.fusion_iterations}."
+                    "DifnetConfig: `fusion_iterations` must be at least 1 and at most 1000, got "
+                    f"{shown(self.fusion_iterations)}."
                 )
 
     def validate_token_ids(self):
@@ -152,11 +186,14 @@ class DifnetConfig(PreTrainedConfig):
             for token_id in value if isinstance(value, list) else [value]:
                 if token_id is not None and not 0 <= token_id < self.vocab_size:
                     raise ValueError(
-                        f"DifnetConfig: `{name}` is {token_id}, but the vocabulary has the ids 0 to "
+                        f"DifnetConfig: `{name}` is {shown(token_id)}, but the vocabulary has the ids 0 to "
                         f"{self.vocab_size - 1} (`vocab_size={self.vocab_size}`)."
                     )
 
 
+# After `@strict`, which puts its own methods into the class.
+DifnetConfig.__setattr__ = raises_value_error(DifnetConfig.__setattr__)
+DifnetConfig.validate = raises_value_error(DifnetConfig.validate)
 DifnetConfig.register_for_auto_class()
 
 __all__ = ["DifnetConfig"]

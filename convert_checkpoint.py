@@ -1,13 +1,12 @@
 """Converts checkpoints of the original DIFNet to folders for `from_pretrained`, and back, number for number.
 
-    python convert_checkpoint.py --checkpoint DIFNet_lrp.pth --vocab vocab.pkl --output difnet/
-    python convert_checkpoint.py --to-original --checkpoint difnet/ --output back.pth
+    python convert_checkpoint.py --checkpoint DIFNet_lrp.pth --vocab vocab.pkl --output ./difnet
+    python convert_checkpoint.py --to-original --checkpoint ./difnet --output back.pth
     python convert_checkpoint.py grid-backbone X-101.pth --output x101/
 
 Original files: `train.py` writes the checkpoint (a dict with `state_dict`, optimizer and random states) and
-`data/vocab.py` the vocabulary, both as pickles. No pickle is executed here: `torch.load(weights_only=True)` is allowed
-exactly the numpy names of the random states, and `vocab.pkl` goes through a reader that knows its four names and
-nothing else.
+`data/vocab.py` the vocabulary, both as pickles. No pickle is executed here: both go through readers that turn the
+names on a list into stand-ins that do nothing, and refuse a file that asks for any other name.
 
 Every key of the file is accounted for: it is mapped, or dropped for a stated reason, or the conversion stops. The four
 original modes (`base`, `base_lrp`, `difnet`, `difnet_lrp`) and all sizes are read from keys and shapes. Three numbers
@@ -17,28 +16,35 @@ are not in the file: the number of heads, the paper's Lf (`--fusion-layers`) and
 """
 
 import argparse
-import contextlib
-import hashlib
 import io
+import os
 import pickle
-import shutil
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from transformers import GenerationConfig
 
-from model_card import write_model_card
+from difnet_transformers.checkpoints import load_model
+from difnet_transformers.command_line import add_debug_option, run_command
+from difnet_transformers.files import atomic_output, check_regular_file, printable, read_json, sha256_of
+from difnet_transformers.torch_files import ArrayEntry, NotAPlainCheckpoint, TensorEntry, TorchFile
+from model_card import add_license_option, check_license, write_model_card
 from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration
 from modeling_difnet.grid_backbone_difnet import GridBackboneConversion, convert_detectron2_state_dict
 from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer
 
 MODES = ("base", "base_lrp", "difnet", "difnet_lrp")
 SPECIAL_TOKENS = {"unk_token_id": "<unk>", "pad_token_id": "<pad>", "bos_token_id": "<bos>", "eos_token_id": "<eos>"}
+
+# Parts of keys: what (Distributed)DataParallel, torch.compile, FSDP and activation checkpointing put there.
+WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+VOCABULARY_SIZE_LIMIT = 2**28  # bytes; the published one has 0.5 MB
 
 
 @dataclass
@@ -51,6 +57,7 @@ class Conversion:
         mapped: original key to our key.
         dropped: original key to the reason why it has no counterpart.
         shapes: original key to its shape, in the order of the file.
+        wrappers: parts that were left out of keys, such as `module`; the keys above have them.
     """
 
     config: DifnetConfig
@@ -58,6 +65,7 @@ class Conversion:
     mapped: dict[str, str]
     dropped: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
+    wrappers: tuple[str, ...] = ()
 
     def model(self) -> DifnetForConditionalGeneration:
         """The captioner with the converted weights, in eval mode."""
@@ -75,6 +83,9 @@ def key_report(conversion: Conversion | GridBackboneConversion) -> str:
         here = conversion.mapped.get(key) or f"dropped, {conversion.dropped[key]}"
         lines.append(f"{key:<{width}}  {'x'.join(map(str, shape)):<13}  {here}")
     lines.append(f"{len(conversion.mapped)} keys mapped, {len(conversion.dropped)} dropped.")
+    if conversion.wrappers:
+        names = ", ".join(f"`{wrapper}.`" for wrapper in conversion.wrappers)
+        lines.append(f"Left out of keys: {names}, which DataParallel, torch.compile or the like put there.")
     return "\n".join(lines)
 
 
@@ -194,6 +205,7 @@ def convert_state_dict(
     Raises:
         ValueError: a key is missing, unknown, of the wrong shape or not finite, or the numbers do not fit.
     """
+    original, file_keys, wrappers = without_wrappers(original, name)
     config = original_config(original, num_heads, fusion_layers, fusion_iterations, name)
     mode = original_mode(original)
     mapped, unused = key_pairs(config), unused_keys(config, mode)
@@ -219,14 +231,45 @@ def convert_state_dict(
                 f"{name}: `{original_key}` has the shape {tuple(tensor.shape)}, but the other keys ask for "
                 f"{tuple(shapes[key])}. The file is damaged or belongs to a changed network."
             )
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
+        if not tensor.is_floating_point():
+            raise ValueError(
+                f"{name}: `{original_key}` holds values that are no floating point numbers but {tensor.dtype}."
+            )
+        if not tensor.isfinite().all():
             raise ValueError(
                 f"{name}: `{original_key}` holds values that are not finite numbers; training had diverged."
             )
         state_dict[key] = tensor.detach().clone()
-    dropped = {key: reason for key, (reason, _) in unused.items() if key in original}
-    shapes = {key: tuple(tensor.shape) for key, tensor in original.items()}
-    return Conversion(config, state_dict, mapped, dropped, shapes)
+    return Conversion(
+        config,
+        state_dict,
+        mapped={file_keys[key]: ours for key, ours in mapped.items()},
+        dropped={file_keys[key]: reason for key, (reason, _) in unused.items() if key in original},
+        shapes={file_keys[key]: tuple(tensor.shape) for key, tensor in original.items()},
+        wrappers=wrappers,
+    )
+
+
+def without_wrappers(
+    original: Mapping[str, torch.Tensor], name: str
+) -> tuple[dict[str, torch.Tensor], dict[str, str], tuple[str, ...]]:
+    """A state dict under the keys of the network that was wrapped, wherever in a key the wrapper left its name.
+
+    Returns:
+        The state dict; its keys to those of the file; the wrappers that were found.
+    """
+    state_dict, file_keys, wrappers = {}, {}, {}
+    for file_key, tensor in original.items():
+        parts = file_key.split(".")
+        key = ".".join(part for part in parts if part not in WRAPPERS)
+        wrappers |= dict.fromkeys(part for part in parts if part in WRAPPERS)
+        if key in state_dict:
+            raise ValueError(
+                f"{name}: `{printable(file_keys[key])}` and `{printable(file_key)}` are the same weight, wrapped and "
+                "not. Save the state dict of one model."
+            )
+        state_dict[key], file_keys[key] = tensor, file_key
+    return state_dict, file_keys, tuple(wrappers)
 
 
 def original_mode(original: Mapping[str, torch.Tensor]) -> str:
@@ -250,10 +293,16 @@ def original_config(
         return original[key].shape[dimension]
 
     def number_of_layers(prefix: str) -> int:
-        return 1 + max(
-            (int(key.split(".")[2]) for key in original if key.startswith(prefix) and key.split(".")[2].isdigit()),
-            default=-1,
-        )
+        keys = [key for key in original if key.startswith(prefix)]
+        indices = {key.split(".")[2]: key for key in keys}
+        # Counted, not read: a number in a key may be any.
+        for index, key in indices.items():
+            if index not in map(str, range(len(indices))):
+                raise ValueError(
+                    f"{name} is not a checkpoint of DIFNet or of its baseline: `{printable(key)}` belongs to a layer "
+                    f"that does not follow on the others ({len(indices)} layers under `{prefix}`)."
+                )
+        return len(indices)
 
     heads_width = size("encoder.layers.0.mhatt.attention.fc_q.weight", 0)
     if num_heads < 1 or heads_width % num_heads:
@@ -285,7 +334,8 @@ def listing(keys: list[str], count: int = 3) -> str:
     """The first few of many keys, for an error message."""
     if not keys:
         return ""
-    return " (" + ", ".join(f"`{key}`" for key in keys[:count]) + (", .." if len(keys) > count else "") + ")"
+    named = [f"`{printable(key)}`" for key in keys[:count]] + [".."] * (len(keys) > count)
+    return f" ({', '.join(named)})"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -326,63 +376,57 @@ def to_original_state_dict(model: DifnetForConditionalGeneration, mode: str | No
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def allowed_numpy_names() -> list:
-    """What checkpoints hold besides tensors: numpy's arrays, random state and scores, under old and new names."""
-    reconstruct, scalar = np._core.multiarray._reconstruct, np._core.multiarray.scalar
-    return [
-        (reconstruct, "numpy.core.multiarray._reconstruct"),
-        (reconstruct, "numpy._core.multiarray._reconstruct"),
-        (scalar, "numpy.core.multiarray.scalar"),
-        (scalar, "numpy._core.multiarray.scalar"),
-        np.ndarray,
-        np.dtype,
-        *(type(np.dtype(name)) for name in ("uint32", "float32", "float64")),
-    ]
-
-
 def load_original_checkpoint(path: str | Path, entry: str = "state_dict") -> dict[str, torch.Tensor]:
     """The state dict in an original `.pth`, under the key `entry` or as a whole. Executes nothing.
 
     Raises:
-        ValueError: no such file, a truncated file, a pickle that asks for anything but tensors and numpy's arrays and
-            random state, a file without a state dict.
+        ValueError: no such file, a truncated file, a wrong checksum, a pickle that asks for anything but tensors and
+            plain values, a file without a state dict, a weight that is no plain array of numbers.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file.")
+    shown = printable(path, 300)
     try:
-        with torch.serialization.safe_globals(allowed_numpy_names()):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line), "")
+        file = TorchFile(path)
+    except FileNotFoundError:
+        raise ValueError(f"{shown}: no such file.") from None
+    except NotAPlainCheckpoint as error:
         raise ValueError(
-            f"{path} was refused: it is not a plain checkpoint of tensors. It may be damaged, or it is a pickle that "
-            f"would run code when loaded. {reason.strip()}".strip()
+            f"{shown} was refused: {error}, which is no part of a plain checkpoint of tensors; loading "
+            "it the usual way could run code. If you trust where it comes from, load it there and save its state_dict "
+            "alone."
         ) from error
-    except Exception as error:
-        raise ValueError(
-            f"{path} cannot be read: the file is truncated or is no checkpoint of PyTorch ({error})."
-        ) from error
+    except ValueError as error:
+        if str(error).startswith(printable(path)):
+            raise
+        raise ValueError(f"{shown} cannot be read: {error}.") from error
 
-    state_dict = checkpoint.get(entry, checkpoint) if isinstance(checkpoint, dict) else checkpoint
-    if isinstance(state_dict, dict):
-        state_dict = {  # detectron2 writes some weights as numpy's arrays
-            key: torch.from_numpy(value) if isinstance(value, np.ndarray) and value.dtype == np.float32 else value
-            for key, value in state_dict.items()
-        }
-    if (
-        not isinstance(state_dict, dict)
-        or not state_dict
-        or not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state_dict.items())
-    ):
-        raise ValueError(f"{path} holds no state dict: neither under the key `{entry}` nor as a whole.")
+    content = file.content
+    if isinstance(content, dict) and isinstance(content.get(entry), (dict, TensorEntry)):
+        content = content[entry]
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"{shown} holds no state dict: neither under the key `{entry}` nor as a whole.")
+    state_dict = {}
+    for key, value in content.items():
+        if isinstance(value, ArrayEntry):  # detectron2 writes some weights as numpy's arrays
+            array = value.array()
+            value = None if array is None else torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))
+        if not isinstance(key, str) or not isinstance(value, (TensorEntry, torch.Tensor)):
+            raise ValueError(
+                f"{shown} holds no state dict: neither under the key `{entry}` nor as a whole (the "
+                f"entry `{printable(key)}` is no tensor)."
+            )
+        try:
+            state_dict[key] = value if isinstance(value, torch.Tensor) else file.tensor(value)
+        except ValueError as error:
+            raise ValueError(f"{shown}: `{printable(key)}` {error}.") from error
     return state_dict
 
 
-class VocabularyReader(pickle.Unpickler):
+# Python's own implementation: the one in C reserves memory for whatever number a file gives to an object.
+class VocabularyReader(pickle._Unpickler):
     """Reads the original's `vocab.pkl` into inert stand-ins for its four names; any other name is refused."""
 
-    def __init__(self, file: io.BufferedIOBase, path: Path) -> None:
+    def __init__(self, file: BinaryIO, path: Path) -> None:
         super().__init__(file)
         self.path = path
         # Made anew for each file, so that nothing a file does to them outlives it.
@@ -395,9 +439,10 @@ class VocabularyReader(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> type:
         if (module, name) not in self.stand_ins:
+            asked_for = printable(f"{module}.{name}")
             raise ValueError(
-                f"{self.path} was refused: it is a pickle that asks for `{module}.{name}`, which the original's "
-                "vocabulary does not. Loading it the usual way could run code."
+                f"{self.path} was refused: it is a pickle that asks for `{asked_for}`, which "
+                "the original's vocabulary does not. Loading it the usual way could run code."
             )
         return self.stand_ins[module, name]
 
@@ -406,28 +451,45 @@ class VocabularyReader(pickle.Unpickler):
 
 
 def read_vocabulary(path: str | Path) -> list[str]:
-    """The tokens of an original `vocab.pkl`, or of a `vocab.json` (a list, or token to id), in the order of their ids.
+    """The tokens of an original `vocab.pkl`, or of a `vocab.json`, in the order of their ids.
+
+    A `vocab.json` is a list, an object of token to id, or an object whose `itos` is the list (as GRIT writes it).
 
     Raises:
         ValueError: no such file, a pickle that asks for other names, a damaged file, ids with gaps or duplicates.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file.")
+    shown = printable(path, 300)
+    try:
+        size = check_regular_file(path).st_size
+    except FileNotFoundError:
+        raise ValueError(f"{shown}: no such file.") from None
+    if size > VOCABULARY_SIZE_LIMIT:
+        raise ValueError(f"{shown}: {size:,} bytes, which no vocabulary has.")
     if path.suffix == ".json":
-        vocabulary = DifnetTokenizer(vocab_file=str(path)).get_vocab()
+        tokens = read_json(path)
+        if isinstance(tokens, dict) and isinstance(tokens.get("itos"), list):
+            tokens = tokens["itos"]
+        if not isinstance(tokens, (dict, list)):
+            raise ValueError(
+                f"{shown} is no vocabulary: a list of tokens in the order of their ids, an object of token to id, or "
+                "an object with such a list as `itos`."
+            )
+        try:
+            vocabulary = DifnetTokenizer(vocab=tokens).get_vocab()
+        except ValueError as error:
+            raise ValueError(f"{shown}: {printable(str(error).removeprefix('vocab: '), 300)}") from error
         return sorted(vocabulary, key=vocabulary.get)
     try:
         with path.open("rb") as file:
             tokens = getattr(VocabularyReader(file, path).load(), "itos", None)
-    except ValueError as error:
+    except Exception as error:
         if str(error).startswith(str(path)):
             raise
-        raise ValueError(f"{path} cannot be read: the file is damaged or is no `vocab.pkl` ({error}).") from error
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read: the file is damaged or is no `vocab.pkl` ({error}).") from error
+        said = printable(" ".join(str(error).split()), 160)
+        raise ValueError(f"{shown} cannot be read: the file is damaged or is no `vocab.pkl` ({said}).") from error
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-        raise ValueError(f"{path} holds no list of tokens (`itos`).")
+        raise ValueError(f"{shown} holds no list of tokens (`itos`).")
     return tokens
 
 
@@ -454,6 +516,7 @@ def convert(
     fusion_layers: int = 1,
     fusion_iterations: int = 2,
     overwrite: bool = False,
+    license: str | None = None,
 ) -> Conversion:
     """Makes a folder for `from_pretrained` of an original checkpoint: model, generation, processor, code, card.
 
@@ -463,12 +526,14 @@ def convert(
         vocab: the original's `vocab.pkl`, or a `vocab.json`. Without it the folder has no processor.
         num_heads, fusion_layers, fusion_iterations: as in `convert_state_dict`.
         overwrite: whether a folder that exists may be replaced.
+        license: of the weights, as the Hub abbreviates it, for the model card; it says nothing by default.
 
     Raises:
         ValueError: as `load_original_checkpoint`, `read_vocabulary` and `convert_state_dict`; a vocabulary of another
             size than the embedding; an output that exists.
     """
     output = Path(output)
+    check_license(license)
     refuse_to_replace(output, overwrite)
     conversion = convert_state_dict(
         load_original_checkpoint(checkpoint), num_heads, fusion_layers, fusion_iterations, name=str(checkpoint)
@@ -482,8 +547,11 @@ def convert(
                 "together. Give the vocabulary that the model was trained with."
             )
         for name, token in SPECIAL_TOKENS.items():
-            if token not in tokens:
-                raise ValueError(f"{vocab} has no token `{token}`, so it is no vocabulary of DIFNet.")
+            if tokens.count(token) != 1:
+                raise ValueError(
+                    f"{vocab} has {'no token' if token not in tokens else 'several tokens'} `{token}`, so it is no "
+                    "vocabulary of DIFNet."
+                )
             setattr(config, name, tokens.index(token))
         config.decoder_start_token_id = config.bos_token_id
         processor = DifnetProcessor(
@@ -496,12 +564,15 @@ def convert(
     model = conversion.model()
     model.generation_config = default_generation_config(config)
 
-    with written_at_once(output) as unfinished:
+    with atomic_output(output, overwrite) as unfinished:
         model.save_pretrained(unfinished)
         if processor is not None:
             processor.save_pretrained(unfinished)
         write_model_card(
-            unfinished, config, f"Converted from `{Path(checkpoint).name}`, a checkpoint of the original code."
+            unfinished,
+            config,
+            f"Converted from `{printable(Path(checkpoint).name)}`, a checkpoint of the original code.",
+            license=license,
         )
     return conversion
 
@@ -518,10 +589,20 @@ def convert_grid_backbone(
     """
     checkpoint, output = Path(checkpoint), Path(output)
     refuse_to_replace(output, overwrite)
-    conversion = convert_detectron2_state_dict(load_original_checkpoint(checkpoint, "model"), depths, str(checkpoint))
+    state_dict, file_keys, wrappers = without_wrappers(load_original_checkpoint(checkpoint, "model"), str(checkpoint))
+    if depths is not None and not 4 <= sum(depths) <= len(state_dict):  # before a network of that many is built
+        raise ValueError(
+            f"--depth {' '.join(map(printable, depths))}: {printable(checkpoint, 300)} has {len(state_dict)} weights, "
+            "which is no network of that many blocks."
+        )
+    conversion = convert_detectron2_state_dict(state_dict, depths, str(checkpoint))
+    conversion.mapped = {file_keys[key]: ours for key, ours in conversion.mapped.items()}
+    conversion.dropped = {file_keys[key]: reason for key, reason in conversion.dropped.items()}
+    conversion.shapes = {file_keys[key]: shape for key, shape in conversion.shapes.items()}
+    conversion.wrappers = wrappers
     conversion.config.weights_source = checkpoint.name
-    conversion.config.weights_sha256 = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
-    with written_at_once(output) as unfinished:
+    conversion.config.weights_sha256 = sha256_of(checkpoint)
+    with atomic_output(output, overwrite) as unfinished:
         conversion.model().save_pretrained(unfinished)
     return conversion
 
@@ -536,39 +617,25 @@ def convert_back(
     """
     output = Path(output)
     refuse_to_replace(output, overwrite)
-    if not Path(checkpoint, "config.json").is_file():
-        raise ValueError(f"{checkpoint} is no checkpoint folder: it has no config.json.")
-    model, loading = DifnetForConditionalGeneration.from_pretrained(
-        checkpoint, output_loading_info=True, ignore_mismatched_sizes=True
-    )
-    # The library goes on with random numbers in the place of these.
-    lost = sorted(loading["missing_keys"] | {key for key, *_ in loading["mismatched_keys"]})
-    if lost:
-        raise ValueError(
-            f"{checkpoint} is no complete captioner: {len(lost)} weights are missing or have other shapes than its "
-            f"config.json says{listing(lost)}."
-        )
+    model = load_model(checkpoint)
     state_dict = to_original_state_dict(model, mode)
-    with written_at_once(output) as unfinished:
-        torch.save({"state_dict": state_dict}, unfinished)
+    with atomic_output(output, overwrite) as unfinished:
+        # By way of memory: an error of PyTorch's own writer does not tell a full disk from a mistake.
+        content = io.BytesIO()
+        torch.save({"state_dict": state_dict}, content)
+        unfinished.write_bytes(content.getbuffer())
     return state_dict
 
 
-@contextlib.contextmanager
-def written_at_once(output: Path) -> Iterator[Path]:
-    """A path to write a file or a folder to, which becomes `output` when all is written, and nothing otherwise."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:
-        unfinished = Path(temporary, output.name)
-        yield unfinished
-        if unfinished.is_dir() and output.exists():
-            shutil.rmtree(output)
-        unfinished.replace(output)
+def written_at_once(output: Path) -> AbstractContextManager[Path]:
+    """`atomic_output` that replaces what is there, under the name that scripts know."""
+    return atomic_output(output, overwrite=True)
 
 
 def refuse_to_replace(output: Path, overwrite: bool) -> None:
-    if output.exists() and not overwrite and not (output.is_dir() and not any(output.iterdir())):
-        raise ValueError(f"{output} exists: nothing is replaced without `--overwrite`.")
+    """ValueError before the work begins, where `atomic_output` would refuse in the end."""
+    if os.path.lexists(output) and not overwrite and not (output.is_dir() and not any(output.iterdir())):
+        raise ValueError(f"{printable(output, 300)} exists: nothing is replaced without `--overwrite`.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -598,10 +665,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--mode", choices=MODES, help="with --to-original: whose keys to write (default: difnet_lrp, base)"
     )
+    add_license_option(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
+    add_debug_option(parser)
     options = parser.parse_args(arguments)
 
-    try:
+    def command() -> int:
         if options.to_original:
             state_dict = convert_back(options.checkpoint, options.output, options.mode, options.overwrite)
             print(f"Wrote {len(state_dict)} keys to {options.output}")
@@ -614,19 +683,19 @@ def main(arguments: list[str] | None = None) -> int:
             options.fusion_layers,
             options.fusion_iterations,
             options.overwrite,
+            options.license,
         )
-    except (ValueError, OSError) as error:
-        print(f"convert_checkpoint.py: {error}", file=sys.stderr)
-        return 2
-    config = conversion.config
-    print(key_report(conversion))
-    print(
-        f"{'DIFNet' if config.use_segmentation else 'Baseline'} with {config.vocab_size} tokens, "
-        f"{config.encoder_layers} + {config.decoder_layers} layers, {config.encoder_attention_heads} heads"
-        + (f", Lf={config.fusion_layers}, T={config.fusion_iterations}" if config.use_segmentation else "")
-    )
-    print(f"Wrote {options.output}" + ("" if options.vocab else " (without a processor: no --vocab was given)"))
-    return 0
+        config = conversion.config
+        print(key_report(conversion))
+        print(
+            f"{'DIFNet' if config.use_segmentation else 'Baseline'} with {config.vocab_size} tokens, "
+            f"{config.encoder_layers} + {config.decoder_layers} layers, {config.encoder_attention_heads} heads"
+            + (f", Lf={config.fusion_layers}, T={config.fusion_iterations}" if config.use_segmentation else "")
+        )
+        print(f"Wrote {options.output}" + ("" if options.vocab else " (without a processor: no --vocab was given)"))
+        return 0
+
+    return run_command("convert_checkpoint.py", command, options.debug)
 
 
 def grid_backbone_main(arguments: list[str]) -> int:
@@ -641,17 +710,18 @@ def grid_backbone_main(arguments: list[str]) -> int:
         "--depth", nargs=4, type=int, metavar="BLOCKS", help="blocks of the stages, for another network than these"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
+    add_debug_option(parser)
     options = parser.parse_args(arguments)
-    try:
+
+    def command() -> int:
         conversion = convert_grid_backbone(options.checkpoint, options.output, options.depth, options.overwrite)
-    except (ValueError, OSError) as error:
-        print(f"convert_checkpoint.py: {error}", file=sys.stderr)
-        return 2
-    config = conversion.config
-    print(key_report(conversion))
-    print(f"Grid feature backbone, {config.depths} blocks, {config.groups} groups, deviation {config.image_std}")
-    print(f"Wrote {options.output} from {config.weights_source}, SHA-256 {config.weights_sha256}")
-    return 0
+        config = conversion.config
+        print(key_report(conversion))
+        print(f"Grid feature backbone, {config.depths} blocks, {config.groups} groups, deviation {config.image_std}")
+        print(f"Wrote {options.output} from {config.weights_source}, SHA-256 {config.weights_sha256}")
+        return 0
+
+    return run_command("convert_checkpoint.py", command, options.debug)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -279,13 +280,23 @@ def glob_escape(name: str) -> str:
 
 @contextmanager
 def naming(path: str | os.PathLike) -> Iterator[None]:
-    """Gives an OSError that names no file (a full disk, mostly) the name of the output that was being written."""
+    """Gives an OSError that names no file (a full disk, mostly) the name of the output that was being written.
+
+    So it does for errors of libraries in Rust, such as safetensors, which have the system's number in their text only.
+    """
     try:
         yield
     except OSError as error:
-        if error.filename is None and error.errno is not None:
+        # A copy that ends in a full disk names the file that was copied.
+        names_another = error.filename is None or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if names_another and error.errno is not None:
             raise type(error)(error.errno, error.strerror, os.fspath(path)) from error
         raise
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), os.fspath(path)) from error
 
 
 @contextmanager

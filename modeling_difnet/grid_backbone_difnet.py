@@ -398,6 +398,7 @@ class GridBackboneConversion:
         mapped: the file's key to our key.
         dropped: the file's key to the reason why it has no counterpart.
         shapes: the file's key to its shape, in the order of the file.
+        wrappers: parts that were left out of keys, such as `module`; the keys above have them.
     """
 
     config: GridFeatureBackboneConfig
@@ -405,6 +406,7 @@ class GridBackboneConversion:
     mapped: dict[str, str]
     dropped: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
+    wrappers: tuple[str, ...] = ()
 
     def model(self) -> GridFeatureBackbone:
         """The backbone with the converted weights, in eval mode."""

@@ -312,7 +312,7 @@ def write_explanation(
 DESCRIPTION = """\
 Caption pictures.
 
-  python scripts/caption.py picture.jpg folder/ --model difnet --grid-backbone x101 \\
+  python scripts/caption.py picture.jpg folder/ --model ./difnet --grid-backbone x101 \\
       --segmentation-model facebook/mask2former-swin-large-coco-panoptic --contact-sheet captions.html
 
   --model               a converted DIFNet checkpoint (convert_checkpoint.py)
@@ -322,7 +322,7 @@ Caption pictures.
 
 or features that were made before, by extract_features.py or by others:
 
-  python scripts/caption.py --features grid_features.hdf5 --segmentation segmentations --model difnet
+  python scripts/caption.py --features grid_features.hdf5 --segmentation segmentations --model ./difnet
 
 Captions are printed, one line a picture. A picture or an image's features that cannot be used get one line, and the
 others go on: the exit code is 0, with --strict 2. It is 2 also for mistakes, and if nothing could be captioned. What

@@ -331,7 +331,7 @@ def finish(
 DESCRIPTION = """\
 Caption every image of a split and score the captions.
 
-  python scripts/evaluate_captions.py --model difnet --dataset coco_packed --output results
+  python scripts/evaluate_captions.py --model ./difnet --dataset coco_packed --output results
   python scripts/evaluate_captions.py --model seed1 seed2 seed3 --dataset coco_packed --output results/ensemble
   accelerate launch scripts/evaluate_captions.py ..   or   torchrun --nproc_per_node 8 scripts/evaluate_captions.py ..
 

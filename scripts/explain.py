@@ -309,14 +309,14 @@ Show why a model chose its words.
 
 of pictures, which are captioned first, unless --caption gives the words:
 
-  python scripts/explain.py picture.jpg --model difnet --grid-backbone x101 \\
+  python scripts/explain.py picture.jpg --model ./difnet --grid-backbone x101 \\
       --segmentation-model facebook/mask2former-swin-large-coco-panoptic --output why
 
   writes why/index.html (point at a word and its cells light up), one PNG of panels a picture, and relevance.npz
 
 of a packed split (scripts/pack_coco.py), with one curve for each model:
 
-  python scripts/explain.py --dataset coco_packed --split test --images 500 --model difnet baseline --output why
+  python scripts/explain.py --dataset coco_packed --split test --images 500 --model ./difnet ./baseline --output why
 
   writes why/contribution.png (the paper's figure: what the picture contributes to the words at each position, and over
   how many cells it spreads), curves.npz, and page and panels of the first --show images

@@ -515,6 +515,7 @@ def card_texts(run: Run) -> dict[str, str]:
         "source": f"Trained {start} on {dataset} by `scripts/train.py`.",
         "training": training,
         "dataset": dataset,
+        "license": options.license,
     }
 
 

@@ -36,7 +36,7 @@ from difnet_transformers.files import (
     read_file,
     read_json,
 )
-from model_card import METRICS
+from model_card import METRICS, add_license_option
 from processing_difnet import DifnetTokenizer
 
 SCRIPTS = Path(__file__).resolve().parent
@@ -197,6 +197,7 @@ def train(options: argparse.Namespace, annotations: Path) -> None:
     words += ["--vocab", make_vocabulary(options, annotations)]
     words += [word for option in SMALL_TRAINING.items() for word in option]
     words += ["--validation-split", options.choose_by, "--seed", options.seed]
+    words += ["--license", options.license] if options.license else []
     words += ["--report-to", "none"] + (["--cpu"] if options.cpu else []) + options.training
     if any((run / name).exists() for name in ("last", "last.previous")):
         words += ["--resume", "last"]
@@ -374,6 +375,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="how often the captions must have a word (default 1)",
     )
+    add_license_option(parser)
     add("--seed", type=int, default=0, metavar="N", help="default: 0")
     add("--cpu", action="store_true", help="even where there is a GPU")
     add_strict_option(parser)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from difnet_transformers.command_line import add_debug_option
+from model_card import add_license_option
 
 # The original's `train.py`, to the letter. Its XE stage has epochs 0 to 20, and at most 100 epochs are trained in all.
 RECIPES = {
@@ -62,6 +63,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--train-split", default="train", metavar="NAME", help="default: train")
     add("--validation-split", default="validation", metavar="NAME", help="default: validation")
     add("--seed", type=int, default=0, help="default: 0")
+    add_license_option(parser)
 
     add = parser.add_argument_group("the model").add_argument
     add("--model", metavar="FOLDER", help="start from these weights; default: from scratch")

@@ -41,7 +41,7 @@ LARGEST_SETTING = 10_000  # beams, captions and tokens of generation_config.json
 # Options that only say where, how often and how long; a resumed run may have others.
 MAY_CHANGE = frozenset(
     """dataset output resume report_to log_every save_every evaluation_batch_size xe_epochs scst_epochs xe_patience
-    scst_patience max_epochs max_steps debug""".split()  # noqa: SIM905
+    scst_patience max_epochs max_steps debug license""".split()  # noqa: SIM905
 )
 # What a field of --config is called in the message when the data says something else, and what to do about it.
 LEAVE_OUT = "leave the field out of the file"

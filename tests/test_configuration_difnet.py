@@ -75,3 +75,25 @@ def test_a_mistake_made_later_is_found_when_saving(tiny_config: DifnetConfig, tm
 def test_a_wrong_type_is_refused() -> None:
     with pytest.raises(Exception, match="'d_model' expected int"):
         DifnetConfig(d_model="512")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"encoder_layers": 10**8}, "`encoder_layers` must be at least 1 and at most 1,000, got 100000000"),
+        ({"d_model": 10**5000}, "`d_model` must be .* got a number of 16610 bits"),
+        ({"fusion_iterations": 10**9}, "`fusion_iterations` must be .* at most 1000"),
+        ({"layer_norm_eps": float("nan")}, r"`layer_norm_eps` must be in \(0, 1\), got nan"),
+        ({"dropout": float("nan")}, "`dropout` must be"),
+        ({"d_model": None}, "'d_model' expected int, got NoneType"),
+        ({"use_segmentation": "false"}, "'use_segmentation' expected bool, got str"),
+        ({"decoder_layers": True}, "'decoder_layers' expected int, got bool"),
+        ({"vocab_size": ["word"] * 10_000}, "'vocab_size' expected int, got list"),
+        ({"eos_token_id": "3"}, "eos_token_id"),
+    ],
+)
+def test_absurd_values_are_one_value_error(tiny_config: DifnetConfig, changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        dataclasses.replace(tiny_config, **changes)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 400

@@ -1,0 +1,365 @@
+"""Loading a captioner from a folder or from the Hub, with everything about it checked.
+
+`from_pretrained` fills weights that a file lacks with random numbers, takes NaN for a weight, builds whatever sizes
+`config.json` asks for, and answers a mistyped folder with the Hub's connection error. Here every file is looked at
+before anything is built, and what is wrong with it is one line that names the file and the remedy.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from configuration_difnet import DifnetConfig
+from modeling_difnet import DifnetForConditionalGeneration
+from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer
+
+from .files import check_regular_file, path_inside, printable, read_json
+from .weights import check_finite_weights
+
+WEIGHTS_NAME, WEIGHTS_INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "vocab.json")
+FLOATING_POINT = {"F64", "F32", "F16", "BF16"}
+SETTINGS_SIZE_LIMIT = 2**26  # bytes of a JSON file beside the weights
+COPY_AGAIN = "Copy or download the checkpoint again"
+# What `config.json` may choose among; any other name is a kernel that the library would download and run.
+ATTENTION = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def load_captioner(
+    name: str | os.PathLike, dtype: torch.dtype | None = None, revision: str | None = None
+) -> tuple[DifnetForConditionalGeneration, DifnetProcessor]:
+    """The model of a checkpoint, in eval mode, and its processor.
+
+    Args:
+        name: a folder, or the name of a repository on the Hub (`user/name`).
+        dtype: of the weights; by default as in the checkpoint's `config.json`.
+        revision: branch, tag or commit of the repository.
+
+    Raises:
+        ValueError: a file is missing, damaged or does not fit the others; the text names it and says what to do.
+    """
+    folder = checkpoint_folder(name, revision)
+    model = load_model(folder, dtype, source=name)
+    processor = load_processor(folder, source=name)
+    check_processor_fits(model.config, processor, name)
+    return model, processor
+
+
+def checkpoint_folder(name: str | os.PathLike, revision: str | None = None) -> Path:
+    """The folder that `name` is, or the copy of the Hub's repository of this name.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    path = Path(name)
+    text = os.fspath(name)
+    try:
+        is_folder, exists = path.is_dir(), path.exists()
+    except (ValueError, OSError):  # a NUL character, or far too long
+        raise ValueError(f"{printable(text)}: not a folder name") from None
+    if is_folder:
+        return path
+    if exists:
+        raise ValueError(
+            f"{printable(text)}: a file, where a checkpoint folder is expected; convert_checkpoint.py makes one of "
+            "the original's .pth"
+        )
+    if not HUB_NAME.fullmatch(text):
+        raise ValueError(
+            f"{printable(text)}: no such folder. A local checkpoint is a folder that convert_checkpoint.py or "
+            "train.py wrote, as in ./difnet; one on the Hub has a name of the form user/name"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+    # What the Hub's own errors mean when a folder was meant: the name was taken for a repository.
+    meant_a_folder = f"a local checkpoint needs ./ in front of it: ./{text}"
+    try:
+        return Path(snapshot_download(text, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+    except (RepositoryNotFoundError, HFValidationError):
+        reason = "no such folder, and no such repository on the Hub (or it is private: hf auth login)"
+    except RevisionNotFoundError:
+        reason = f"the repository has no revision {printable(revision)}"
+    except Exception as error:  # connection errors of several libraries
+        said = printable(" ".join(str(error).split()), 160)
+        reason = f"no such folder, and the Hub cannot be asked for it ({type(error).__name__}: {said})"
+    raise ValueError(f"{text}: {reason}; {meant_a_folder}")
+
+
+def load_model(
+    name: str | os.PathLike,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    *,
+    config: DifnetConfig | None = None,
+    source: str | os.PathLike | None = None,
+) -> DifnetForConditionalGeneration:
+    """The model of a checkpoint alone, in eval mode; as `load_captioner`.
+
+    Args:
+        name, dtype, revision: as in `load_captioner`.
+        config: in place of the one in the checkpoint.
+        source: what messages call the checkpoint; by default `name`.
+
+    Raises:
+        ValueError: as `load_captioner`.
+    """
+    folder, shown = checkpoint_folder(name, revision), printable(source or name, 300)
+    config = read_config(folder) if config is None else config
+    _check_settings(folder, "generation_config.json")
+    check_weights_fit(config, weight_entries(folder), shown)
+    try:
+        model, report = DifnetForConditionalGeneration.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype if dtype is not None else "auto",
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # whatever a wrong value in the settings leads to
+        raise ValueError(f"{shown}: the model cannot be loaded ({_one_line(error)}). {COPY_AGAIN}") from error
+    lost = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
+    if lost:
+        raise ValueError(_incomplete(shown, lost))
+    check_finite_weights(model, shown)
+    return model.eval()
+
+
+def load_processor(
+    name: str | os.PathLike, revision: str | None = None, *, source: str | os.PathLike | None = None
+) -> DifnetProcessor:
+    """The processor of a checkpoint alone; the arguments are those of `load_model`.
+
+    Raises:
+        ValueError: as `load_captioner`.
+    """
+    folder, shown = checkpoint_folder(name, revision), printable(source or name, 300)
+    found = [file for file in PROCESSOR_FILES if (folder / file).exists()]
+    if not found:
+        raise ValueError(
+            f"{shown} has no processor (processor_config.json, tokenizer_config.json, vocab.json). Convert the "
+            "checkpoint again with --vocab"
+        )
+    for file in found:
+        _check_settings(folder, file, list if file == "vocab.json" else dict)
+    try:
+        return DifnetProcessor.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever a wrong value in the settings leads to
+        file = _file_at_fault(folder)
+        said = _one_line(error)
+        named = "" if file in said else f"{file}: "
+        raise ValueError(f"{shown}: {named}the processor cannot be loaded ({said}). {COPY_AGAIN}") from error
+
+
+def read_config(folder: str | os.PathLike) -> DifnetConfig:
+    """The configuration in a checkpoint folder.
+
+    Raises:
+        ValueError: there is none, it is no JSON object, is of another model, or makes no network.
+    """
+    path = Path(folder, "config.json")
+    if not os.path.lexists(path):
+        raise ValueError(
+            f"{printable(folder, 300)} is no checkpoint folder: it has no config.json. Give a folder that "
+            "convert_checkpoint.py or train.py wrote"
+        )
+    content = _check_settings(Path(folder), path.name)
+    model_type = content.get("model_type")
+    if model_type != DifnetConfig.model_type:
+        raise ValueError(
+            f"{printable(path, 300)}: `model_type` is {printable(model_type)}, where {DifnetConfig.model_type!r} is "
+            "expected: the folder holds another model"
+        )
+    for key in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal"):
+        if content.get(key) not in ATTENTION:
+            raise ValueError(
+                f"{printable(path, 300)}: `{key}` is {printable(content[key])}; remove it, or choose one of "
+                f"{', '.join(ATTENTION[1:])}"
+            )
+    try:
+        return DifnetConfig.from_dict(content)
+    except Exception as error:  # the library looks at fields of its own, and each has its own way to fail
+        raise ValueError(f"{printable(path, 300)}: {_one_line(error)}") from error
+
+
+def weight_entries(folder: str | os.PathLike) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Names of the weights in a checkpoint folder to their type and shape, read from the files' headers.
+
+    Raises:
+        ValueError: there is no weights file, or one is no whole safetensors file.
+    """
+    folder = Path(folder)
+    if os.path.lexists(folder / WEIGHTS_NAME):
+        files = {WEIGHTS_NAME: None}
+    elif os.path.lexists(folder / WEIGHTS_INDEX_NAME):
+        index = _check_settings(folder, WEIGHTS_INDEX_NAME).get("weight_map")
+        if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
+            raise ValueError(f"{printable(folder / WEIGHTS_INDEX_NAME, 300)}: no table of weights (`weight_map`)")
+        files = {name: {key for key in index if index[key] == name} for name in sorted(set(index.values()))}
+    else:
+        raise ValueError(
+            f"{printable(folder, 300)} has no weights: no {WEIGHTS_NAME} or {WEIGHTS_INDEX_NAME}. {COPY_AGAIN}, or "
+            "convert the original's .pth with convert_checkpoint.py"
+        )
+    entries: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, expected in files.items():
+        path = path_inside(folder.resolve(), name) if expected is not None else folder / name
+        found = safetensors_entries(path)
+        if expected is not None and set(found) != expected:
+            raise ValueError(
+                f"{printable(path, 300)}: holds other weights than {WEIGHTS_INDEX_NAME} says"
+                f"{listing(sorted(set(found) ^ expected))}. {COPY_AGAIN}"
+            )
+        entries |= found
+    return entries
+
+
+def safetensors_entries(path: str | os.PathLike) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Names in a safetensors file to their type (`F32`) and shape; only the header is read.
+
+    Raises:
+        ValueError: it is no regular file, or no whole safetensors file.
+    """
+    try:
+        check_regular_file(path)
+        with safe_open(path, framework="pt") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            return {key: (piece.get_dtype(), tuple(piece.get_shape())) for key, piece in slices.items()}
+    except FileNotFoundError:
+        raise ValueError(f"{printable(path, 300)}: no such file. {COPY_AGAIN}") from None
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise ValueError(
+            f"{printable(path, 300)}: truncated or damaged, or no safetensors file ({_one_line(error)}). {COPY_AGAIN}"
+        ) from error
+
+
+def check_weights_fit(
+    config: DifnetConfig, entries: Mapping[str, tuple[str, tuple[int, ...]]], source: str | os.PathLike
+) -> None:
+    """Whether the weights are those of the configured network, each with its shape and of a floating point type.
+
+    Args:
+        config: of the checkpoint.
+        entries: from `weight_entries`.
+        source: what messages call the checkpoint.
+
+    Raises:
+        ValueError: weights are missing, of another shape or type, or unknown.
+    """
+    source = printable(source, 300)
+    num_layers = config.encoder_layers + config.decoder_layers
+    if num_layers > len(entries):  # before a network is built that takes minutes and fits nothing
+        raise ValueError(
+            f"{source} is no complete captioner: config.json asks for {config.encoder_layers:,} encoder and "
+            f"{config.decoder_layers:,} decoder layers, and there are {len(entries)} weights. {COPY_AGAIN}"
+        )
+    try:
+        with torch.device("meta"):
+            model = DifnetForConditionalGeneration(config)
+    except Exception as error:  # whatever a wrong value of the library's own fields leads to
+        raise ValueError(f"{source}: config.json makes no network ({_one_line(error)}). {COPY_AGAIN}") from error
+    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    tied = set(model._tied_weights_keys or ()) if config.tie_word_embeddings else set()
+    missing = [key for key in expected if key not in entries and key not in tied]
+    if not any(key.startswith("model.") for key in entries) and entries:
+        # `model.model.save_pretrained` leaves the prefix and the output projection out.
+        missing = [key for key in missing if key.removeprefix("model.") not in entries]
+    wrong = [key for key in expected if key in entries and entries[key][1] != expected[key]]
+    if missing or wrong:
+        raise ValueError(_incomplete(source, [*missing, *wrong]))
+    unknown = sorted(set(entries) - set(expected))
+    if unknown:
+        raise ValueError(
+            f"{source}: {len(unknown)} weights are unknown to the network that config.json describes"
+            f"{listing(unknown)}. Take config.json and weights from one checkpoint"
+        )
+    types = {key: entries[key][0] for key in expected if key in entries and entries[key][0] not in FLOATING_POINT}
+    if types:
+        key, dtype = next(iter(types.items()))
+        raise ValueError(
+            f"{source}: the weight `{printable(key)}` is of type {printable(dtype)}; weights are floating point "
+            "numbers (F64, F32, F16, BF16)"
+        )
+
+
+def check_processor_fits(config: DifnetConfig, processor: DifnetProcessor, source: str | os.PathLike) -> None:
+    """Whether vocabulary and feature sizes are the model's.
+
+    Raises:
+        ValueError: they differ; the text names the file.
+    """
+    source, extractor = printable(source, 300), processor.feature_extractor
+    if len(processor.tokenizer) != config.vocab_size:
+        raise ValueError(
+            f"{source}: vocab.json has {len(processor.tokenizer):,} tokens and the model {config.vocab_size:,}; take "
+            "both from one checkpoint"
+        )
+    names = ["grid_feature_size", *(["num_segmentation_classes"] if config.use_segmentation else [])]
+    for name in names:
+        if getattr(extractor, name) != getattr(config, name):
+            raise ValueError(
+                f"{source}: `{name}` is {getattr(extractor, name)} in processor_config.json and "
+                f"{getattr(config, name)} in config.json; take both from one checkpoint"
+            )
+
+
+def listing(keys: Iterable[str], count: int = 3) -> str:
+    """The first few of many keys in brackets, for a message; empty without keys."""
+    keys = list(keys)
+    if not keys:
+        return ""
+    return (
+        " (" + ", ".join(f"`{printable(key)}`" for key in keys[:count]) + (", .." if len(keys) > count else "") + ")"
+    )
+
+
+def _incomplete(source: str, lost: list[str]) -> str:
+    return (
+        f"{source} is no complete captioner: {len(lost)} weights are missing or have other shapes than its "
+        f"config.json says{listing(sorted(lost))}. Take config.json and weights from one checkpoint"
+    )
+
+
+def _check_settings(folder: Path, name: str, *types: type) -> Any:
+    """The content of a JSON file of a checkpoint; None where it may be missing and is."""
+    path = folder / name
+    if not os.path.lexists(path):
+        return None
+    try:
+        if check_regular_file(path).st_size > SETTINGS_SIZE_LIMIT:
+            raise ValueError(f"{printable(path, 300)}: larger than any {name} ({SETTINGS_SIZE_LIMIT:,} bytes)")
+    except FileNotFoundError:
+        raise ValueError(f"{printable(path, 300)}: no such file (a broken link). {COPY_AGAIN}") from None
+    try:
+        content = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error}. {COPY_AGAIN}") from error
+    if not isinstance(content, (dict, *types)):
+        raise ValueError(
+            f"{printable(path, 300)}: a JSON object is expected, not {printable(content)} ({type(content).__name__})"
+        )
+    return content
+
+
+def _file_at_fault(folder: Path) -> str:
+    """Which of the processor's files cannot be loaded."""
+    for part, file in ((DifnetTokenizer, "tokenizer_config.json"), (DifnetFeatureExtractor, "processor_config.json")):
+        try:
+            part.from_pretrained(folder, local_files_only=True)
+        except Exception:
+            return file
+    return "processor_config.json"
+
+
+def _one_line(error: BaseException) -> str:
+    said = " ".join(str(error).split())
+    return printable(f"{type(error).__name__}: {said}" if not isinstance(error, ValueError) or not said else said, 300)
