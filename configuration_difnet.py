@@ -47,7 +47,7 @@ class DifnetConfig(PreTrainedConfig):
     """
 
     model_type = "difnet"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     attribute_map = {
         "hidden_size": "d_model",
         "num_attention_heads": "encoder_attention_heads",

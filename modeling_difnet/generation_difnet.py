@@ -200,11 +200,12 @@ def check_arguments(
             raise ValueError(
                 f"`original_beam_search` takes no `{name}`: pass `decoder_input_ids`, where `<pad>` is padding."
             )
-    past_key_values = model_kwargs.get("past_key_values")
-    if past_key_values is not None and past_key_values.get_seq_length() > 0:
-        raise ValueError(
-            "`original_beam_search` starts from `decoder_input_ids`; it takes no filled `past_key_values`."
-        )
+    # Transformers calls it `cache` from 5.24 on.
+    for cache in (model_kwargs.get("past_key_values"), model_kwargs.get("cache")):
+        if cache is not None and cache.get_seq_length() > 0:
+            raise ValueError(
+                "`original_beam_search` starts from `decoder_input_ids`; it takes no filled `past_key_values`."
+            )
 
 
 def best_continuations(

@@ -21,6 +21,7 @@ is a sum without a norm, and the position table of a converted checkpoint is fro
 recomputed.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
@@ -48,6 +49,10 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_difnet import DifnetConfig
 from .generation_difnet import original_beam_search, sequence_log_probs
+
+# The library calls the decoder's cache `cache` from 5.24 on and `past_key_values` before, as an argument of its
+# functions and as a field of its outputs.
+CACHE_NAME = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
 
 @dataclass
@@ -81,6 +86,29 @@ class DifnetSeq2SeqLMOutput(Seq2SeqLMOutput):
 
     encoder_segmentation_hidden_states: tuple[torch.FloatTensor, ...] | None = None
     encoder_segmentation_attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+    """The decoder's cache, which has two names; ValueError if both are used."""
+    if past_key_values is not None and cache is not None:
+        raise ValueError("`past_key_values` and `cache` are two names of one argument: pass only one of them.")
+    return past_key_values if cache is None else cache
+
+
+def known_arguments(module: nn.Module, kwargs: dict) -> dict:
+    """What of `**kwargs` goes on to the layers.
+
+    An argument that is None says nothing and is left out: PEFT passes those of text models in this way. A tensor or a
+    cache that no layer reads would give wrong results silently.
+
+    Raises:
+        ValueError: an unknown argument holds a tensor or a cache.
+    """
+    for name, value in kwargs.items():
+        if isinstance(value, torch.Tensor | Cache):
+            names = ", ".join(known for known in inspect.signature(module.forward).parameters if known != "kwargs")
+            raise ValueError(f"{type(module).__name__} does not know the argument `{name}`. It takes {names}.")
+    return {name: value for name, value in kwargs.items() if value is not None}
 
 
 def shift_tokens_right(labels: torch.Tensor, pad_token_id: int, decoder_start_token_id: int) -> torch.Tensor:
@@ -206,36 +234,36 @@ class DifnetAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None,
-        past_key_values: EncoderDecoderCache | None,
+        cache: EncoderDecoderCache | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Projects what is attended to, or takes it from the cache; both (B, heads, S, head_dim)."""
         is_cross_attention = encoder_hidden_states is not None
-        if is_cross_attention and past_key_values is not None and past_key_values.is_updated.get(self.layer_idx):
-            layer = past_key_values.cross_attention_cache.layers[self.layer_idx]
+        if is_cross_attention and cache is not None and cache.is_updated.get(self.layer_idx):
+            layer = cache.cross_attention_cache.layers[self.layer_idx]
             return layer.keys, layer.values
 
         source = encoder_hidden_states if is_cross_attention else hidden_states
         shape = (*source.shape[:-1], -1, self.head_dim)
         key = self.k_proj(source).view(shape).transpose(1, 2)  # (B, heads, S, head_dim)
         value = self.v_proj(source).view(shape).transpose(1, 2)
-        if past_key_values is None:
+        if cache is None:
             return key, value
         if is_cross_attention:
-            past_key_values.is_updated[self.layer_idx] = True
-            return past_key_values.cross_attention_cache.update(key, value, self.layer_idx)
-        return past_key_values.self_attention_cache.update(key, value, self.layer_idx)
+            cache.is_updated[self.layer_idx] = True
+            return cache.cross_attention_cache.update(key, value, self.layer_idx)
+        return cache.self_attention_cache.update(key, value, self.layer_idx)
 
     def forward(
         self,
         hidden_states: torch.Tensor,  # (B, L, d_model), with cross-attention (B * K, L, d_model)
         attention_mask: torch.Tensor | None = None,
         encoder_hidden_states: torch.Tensor | None = None,  # (B, N, d_model)
-        past_key_values: EncoderDecoderCache | None = None,
+        cache: EncoderDecoderCache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         batch_size, length = hidden_states.shape[:2]
         query = self.q_proj(hidden_states)
-        key, value = self.keys_and_values(hidden_states, encoder_hidden_states, past_key_values)
+        key, value = self.keys_and_values(hidden_states, encoder_hidden_states, cache)
         # (B * K, L, heads * head_dim) to (B, heads, K * L, head_dim)
         query = query.view(key.shape[0], -1, key.shape[1], self.head_dim).transpose(1, 2)
 
@@ -378,15 +406,15 @@ class DifnetDecoderLayer(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None,
         encoder_hidden_states: torch.Tensor,  # (B, N, d_model)
         encoder_attention_mask: torch.Tensor | None,
-        past_key_values: EncoderDecoderCache | None = None,
+        cache: EncoderDecoderCache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        attention_output, _ = self.self_attn(hidden_states, attention_mask, past_key_values=past_key_values, **kwargs)
+        attention_output, _ = self.self_attn(hidden_states, attention_mask, cache=cache, **kwargs)
         hidden_states = double_residual(
             hidden_states, attention_output, self.dropout, self.self_attn_layer_norm, self.layer_norm
         )
         attention_output, _ = self.encoder_attn(
-            hidden_states, encoder_attention_mask, encoder_hidden_states, past_key_values, **kwargs
+            hidden_states, encoder_attention_mask, encoder_hidden_states, cache, **kwargs
         )
         hidden_states = double_residual(
             hidden_states, attention_output, self.dropout, self.encoder_attn_layer_norm, self.encoder_layer_norm
@@ -435,7 +463,7 @@ class DifnetPreTrainedModel(PreTrainedModel):
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
     _no_split_modules = ["DifnetFlowLayer", "DifnetEncoderLayer", "DifnetDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _can_compile_fullgraph = True
@@ -546,6 +574,8 @@ class DifnetEncoder(DifnetPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> DifnetEncoderOutput:
         """Arguments as in `DifnetForConditionalGeneration.forward`."""
+        kwargs.pop("labels", None)  # `generate` gives the encoder whatever it is given
+        kwargs = known_arguments(self, kwargs)
         self.check_features(grid_features, segmentation_features)
         grid_states = self.grid_embedding(grid_features)  # (B, N, d_model)
         grid_mask = create_bidirectional_mask(self.config, grid_states, grid_attention_mask)
@@ -603,18 +633,26 @@ class DifnetDecoder(DifnetPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         use_cache: bool | None = None,
+        cache: EncoderDecoderCache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """Arguments as in `DifnetForConditionalGeneration.forward`, without their prefix `decoder_`."""
+        kwargs = known_arguments(self, kwargs)
+        cache = one_cache(past_key_values, cache)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of `decoder_input_ids` and `decoder_inputs_embeds`.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)  # (B * K, L, d_model)
-        if use_cache and past_key_values is None:
-            past_key_values = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
+        if use_cache and cache is None:
+            cache = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
+        if cache is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            # The backward pass runs the layers once more, which would add their keys a second time.
+            raise ValueError(
+                "Gradient checkpointing takes no cache: leave it out, or call the model in `torch.no_grad`."
+            )
 
         length = inputs_embeds.shape[1]
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        past_length = cache.get_seq_length() if cache is not None else 0
         if position_ids is None:
             # A static cache counts in a tensor, which is not read here: `generate` has checked the length already.
             if length > self.embed_positions.num_positions or (
@@ -642,7 +680,7 @@ class DifnetDecoder(DifnetPreTrainedModel):
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values.self_attention_cache if past_key_values is not None else None,
+            **{CACHE_NAME: cache.self_attention_cache if cache is not None else None},
         )
         # Several captions of one picture stand side by side in the query dimension, see `DifnetAttention`.
         num_pictures = encoder_hidden_states.shape[0]
@@ -663,14 +701,12 @@ class DifnetDecoder(DifnetPreTrainedModel):
                 self_attention_mask,
                 encoder_hidden_states,
                 cross_attention_mask,
-                past_key_values=past_key_values,
+                cache=cache,
                 **kwargs,
             )
         if is_padding is not None:
             hidden_states = hidden_states.masked_fill(is_padding.unsqueeze(-1), 0)
-        return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=hidden_states, past_key_values=past_key_values
-        )
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_states, **{CACHE_NAME: cache})
 
 
 class DifnetModel(DifnetPreTrainedModel):
@@ -702,9 +738,11 @@ class DifnetModel(DifnetPreTrainedModel):
         decoder_inputs_embeds: torch.Tensor | None = None,
         decoder_position_ids: torch.LongTensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> DifnetModelOutput:
         """Arguments as in `DifnetForConditionalGeneration.forward`; returns the decoder's states (B, L, d_model)."""
+        kwargs = known_arguments(self, kwargs)
         if encoder_outputs is None:
             if grid_features is None:
                 raise ValueError("Pass `grid_features` or `encoder_outputs`.")
@@ -721,7 +759,7 @@ class DifnetModel(DifnetPreTrainedModel):
             attention_mask=decoder_attention_mask,
             encoder_hidden_states=encoder_outputs.last_hidden_state,
             encoder_attention_mask=grid_attention_mask,
-            past_key_values=past_key_values,
+            cache=one_cache(past_key_values, cache),
             inputs_embeds=decoder_inputs_embeds,
             position_ids=decoder_position_ids,
             use_cache=use_cache,
@@ -729,7 +767,7 @@ class DifnetModel(DifnetPreTrainedModel):
         )
         return DifnetModelOutput(
             last_hidden_state=decoder_outputs.last_hidden_state,
-            past_key_values=decoder_outputs.past_key_values,
+            **{CACHE_NAME: getattr(decoder_outputs, CACHE_NAME)},
             decoder_hidden_states=decoder_outputs.hidden_states,
             decoder_attentions=decoder_outputs.attentions,
             cross_attentions=decoder_outputs.cross_attentions,
@@ -760,10 +798,10 @@ class DifnetGenerationMixin(GenerationMixin):
                 model_kwargs.pop(name, None)
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
 
-    def _reorder_cache(self, past_key_values: EncoderDecoderCache, beam_idx: torch.LongTensor) -> EncoderDecoderCache:
+    def _reorder_cache(self, cache: EncoderDecoderCache, beam_idx: torch.LongTensor) -> EncoderDecoderCache:
         """Moves the words' keys and values to their new beams. Those of the picture are equal in all its beams."""
-        past_key_values.self_attention_cache.reorder_cache(beam_idx)
-        return past_key_values
+        cache.self_attention_cache.reorder_cache(beam_idx)
+        return cache
 
     def _validate_generated_length(
         self, generation_config: GenerationConfig, input_ids_length: int, has_default_max_length: bool
@@ -778,6 +816,15 @@ class DifnetGenerationMixin(GenerationMixin):
             )
 
     original_beam_search = staticmethod(original_beam_search)
+
+    def _prepare_model_inputs(
+        self, inputs: torch.Tensor | None, bos_token_id: torch.Tensor | None, model_kwargs: dict
+    ):
+        """Takes the caller's cache under both of its names; the library knows one of them."""
+        cache = one_cache(model_kwargs.pop("past_key_values", None), model_kwargs.pop("cache", None))
+        if cache is not None:
+            model_kwargs[CACHE_NAME] = cache
+        return super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
 
 
 class DifnetForConditionalGeneration(DifnetPreTrainedModel, DifnetGenerationMixin):
@@ -807,6 +854,7 @@ class DifnetForConditionalGeneration(DifnetPreTrainedModel, DifnetGenerationMixi
         decoder_position_ids: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> DifnetSeq2SeqLMOutput:
         r"""Scores captions of pictures.
@@ -832,23 +880,26 @@ class DifnetForConditionalGeneration(DifnetPreTrainedModel, DifnetGenerationMixi
             labels (`torch.LongTensor` of shape `(captions, length)`, *optional*):
                 `w1 .. wn <eos>`, then -100 for positions without loss.
             encoder_outputs (*optional*): output of `model.get_encoder()`, to encode a picture once for many calls.
-            past_key_values (`EncoderDecoderCache`, *optional*): keys and values of the tokens before these.
+            past_key_values (`EncoderDecoderCache`, *optional*): another name of `cache`.
             decoder_inputs_embeds (`torch.FloatTensor` of shape `(captions, length, d_model)`, *optional*):
                 In place of `decoder_input_ids`; positions are added to them.
             decoder_position_ids (`torch.LongTensor` of shape `(captions, length)`, *optional*):
                 Rows of the position table; words count from 1.
-            use_cache (`bool`, *optional*): whether to return `past_key_values`; not with `labels`.
+            use_cache (`bool`, *optional*): whether to return the cache; not with `labels`.
             num_items_in_batch (*optional*):
                 Divides the summed loss, in place of the number of labels: for gradient accumulation.
+            cache (`EncoderDecoderCache`, *optional*): keys and values of the tokens before these.
 
         Returns:
             `DifnetSeq2SeqLMOutput` with `logits` of shape `(captions, length, vocab_size)` and, with `labels`, `loss`:
             the mean negative log-likelihood over all labels that are not -100 (the original's cross-entropy loss).
+            The cache is returned as `cache` by Transformers 5.24 and newer, as `past_key_values` by older ones.
 
         Raises:
-            ValueError: a missing or misshapen input, captions that are longer than the position table, a number of
-                captions that is not a multiple of the number of pictures.
+            ValueError: a missing, unknown or misshapen input, captions that are longer than the position table, a
+                number of captions that is not a multiple of the number of pictures.
         """
+        kwargs = known_arguments(self, kwargs)
         if labels is not None:
             use_cache = False
             if decoder_input_ids is None and decoder_inputs_embeds is None:
@@ -862,7 +913,7 @@ class DifnetForConditionalGeneration(DifnetPreTrainedModel, DifnetGenerationMixi
             decoder_input_ids=decoder_input_ids,
             decoder_attention_mask=decoder_attention_mask,
             encoder_outputs=encoder_outputs,
-            past_key_values=past_key_values,
+            cache=one_cache(past_key_values, cache),
             decoder_inputs_embeds=decoder_inputs_embeds,
             decoder_position_ids=decoder_position_ids,
             use_cache=use_cache,
@@ -880,7 +931,7 @@ class DifnetForConditionalGeneration(DifnetPreTrainedModel, DifnetGenerationMixi
         return DifnetSeq2SeqLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
             decoder_hidden_states=outputs.decoder_hidden_states,
             decoder_attentions=outputs.decoder_attentions,
             cross_attentions=outputs.cross_attentions,
