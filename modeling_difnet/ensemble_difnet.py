@@ -30,6 +30,7 @@ from .modeling_difnet import (
     DifnetPreTrainedModel,
     known_arguments,
     one_cache,
+    padding_mask,
     shift_tokens_right,
 )
 
@@ -159,6 +160,10 @@ class DifnetEnsemble(DifnetPreTrainedModel, DifnetGenerationMixin):
         if use_cache and cache is None:
             cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
 
+        # The members' caches are views that are made for each call: what padding the common one holds is known here.
+        decoder_attention_mask = padding_mask(
+            decoder_input_ids, decoder_attention_mask, cache, self.config.pad_token_id
+        )
         states = self.states_of_members(encoder_outputs)
         log_probs = []
         for member, member_states, member_cache in zip(

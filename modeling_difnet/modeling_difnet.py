@@ -111,6 +111,90 @@ def known_arguments(module: nn.Module, kwargs: dict) -> dict:
     return {name: value for name, value in kwargs.items() if value is not None}
 
 
+def padding_mask(
+    input_ids: torch.LongTensor | None,  # (B * K, L)
+    attention_mask: torch.Tensor | None,  # (B * K, past + L), or of more dimensions
+    cache: EncoderDecoderCache | None,
+    pad_token_id: int,
+) -> torch.Tensor | None:
+    """Which tokens words may look at, those in the cache included; None stands for all.
+
+    Without an `attention_mask` every `<pad>` is padding. The cache carries the mask from call to call, since the
+    tokens that it holds cannot be told from their keys.
+
+    Raises:
+        ValueError: the mask does not cover the tokens in the cache, or these belong to another number of captions.
+    """
+    past_length = cache.get_seq_length() if cache is not None else 0
+    if not isinstance(past_length, int):  # a static cache counts in a tensor; `generate` passes a mask with it
+        return attention_mask
+    past_mask = getattr(cache, "padding_mask", None) if past_length else None
+    if attention_mask is None and input_ids is not None:
+        is_word = input_ids != pad_token_id  # (B * K, L)
+        if past_length == 0:
+            attention_mask = is_word
+        elif past_mask is not None or (not torch.compiler.is_compiling() and not is_word.all()):
+            past_mask = is_word.new_ones(len(is_word), past_length) if past_mask is None else past_mask
+            if len(past_mask) != len(is_word):
+                raise ValueError(
+                    f"The cache holds {len(past_mask)} captions with padding, but {len(is_word)} are given: pass "
+                    "`decoder_attention_mask`, which says where the padding is."
+                )
+            attention_mask = torch.cat([past_mask[:, :past_length] != 0, is_word], dim=1)
+    if attention_mask is None or attention_mask.ndim != 2:
+        return attention_mask
+    if input_ids is not None and attention_mask.shape[1] != past_length + input_ids.shape[1]:
+        raise ValueError(
+            f"`decoder_attention_mask` has {attention_mask.shape[1]} columns, but there are {past_length} tokens in "
+            f"the cache and {input_ids.shape[1]} new ones: it covers both."
+        )
+    if cache is not None:
+        cache.padding_mask = attention_mask
+    return attention_mask
+
+
+def count_leading_padding(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Number of zeros before the first one in each row of a mask (B, L), (B, 1)."""
+    return (attention_mask.cumsum(1) == 0).sum(1, keepdim=True)
+
+
+def move_padding_left(
+    input_ids: torch.LongTensor,  # (B, L)
+    attention_mask: torch.Tensor | None,  # (B, L)
+    pad_token_id: int,
+) -> tuple[torch.LongTensor, torch.Tensor | None]:
+    """Prompts of one batch that end together, so that all captions go on in the same column.
+
+    Padding between words stays where it is.
+
+    Returns:
+        The prompts, and their mask; None if none was given and no row begins or ends with padding.
+
+    Raises:
+        ValueError: a mask of another shape, or a row without a word.
+    """
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"`decoder_attention_mask` {tuple(attention_mask.shape)} must have the shape of `decoder_input_ids` "
+            f"{tuple(input_ids.shape)}: 1 for each token that counts, 0 for padding."
+        )
+    is_word = input_ids != pad_token_id if attention_mask is None else attention_mask != 0
+    is_empty = ~is_word.any(1)
+    if is_empty.any():
+        raise ValueError(f"Prompt {int(is_empty.nonzero()[0, 0])} of `decoder_input_ids` is padding throughout.")
+    num_trailing = count_leading_padding(is_word.flip(1))
+    if attention_mask is None and not (num_trailing.any() or (~is_word[:, 0]).any()):
+        return input_ids, None
+
+    columns = torch.arange(input_ids.shape[1], device=input_ids.device) - num_trailing
+    columns = columns % input_ids.shape[1]  # (B, L)
+    input_ids, is_word = input_ids.gather(1, columns), is_word.gather(1, columns)
+    is_leading = is_word.cumsum(1) == 0
+    # What `<pad>` between words is to a caption alone, it is in a batch: the mask need not know of it.
+    attention_mask = (~is_leading if attention_mask is None else is_word).long()
+    return input_ids.masked_fill(is_leading, pad_token_id), attention_mask
+
+
 def shift_tokens_right(labels: torch.Tensor, pad_token_id: int, decoder_start_token_id: int) -> torch.Tensor:
     """Decoder inputs for `labels` (B, L): `<bos>`, then all labels but the last, -100 replaced by `<pad>`."""
     decoder_input_ids = labels.new_full(labels.shape, decoder_start_token_id)
@@ -653,6 +737,14 @@ class DifnetDecoder(DifnetPreTrainedModel):
 
         length = inputs_embeds.shape[1]
         past_length = cache.get_seq_length() if cache is not None else 0
+        # The original takes every <pad> for padding: no word looks at it, and its own row is 0 from layer to layer.
+        # Since no other row reads it, setting the row to 0 once, at the end, is the same.
+        attention_mask = padding_mask(input_ids, attention_mask, cache, self.config.pad_token_id)
+        is_padding = None
+        if attention_mask is not None and attention_mask.ndim == 2:
+            is_padding = attention_mask[:, -length:] == 0  # (B * K, L)
+        elif input_ids is not None:
+            is_padding = input_ids == self.config.pad_token_id
         if position_ids is None:
             # A static cache counts in a tensor, which is not read here: `generate` has checked the length already.
             if length > self.embed_positions.num_positions or (
@@ -664,17 +756,9 @@ class DifnetDecoder(DifnetPreTrainedModel):
                     "(`truncation=True, max_length=...` in the processor)."
                 )
             position_ids = torch.arange(1, length + 1, device=inputs_embeds.device).unsqueeze(0) + past_length
+            if attention_mask is not None and attention_mask.ndim == 2:
+                position_ids = (position_ids - count_leading_padding(attention_mask)).clamp(min=0)
         hidden_states = inputs_embeds + self.embed_positions(position_ids)  # (B * K, L, d_model)
-
-        # The original takes every <pad> for padding: no word looks at it, and its own row is 0 from layer to layer.
-        # Since no other row reads it, setting the row to 0 once, at the end, is the same.
-        is_padding = None
-        if attention_mask is not None and attention_mask.ndim == 2:
-            is_padding = attention_mask[:, -length:] == 0  # (B * K, L)
-        elif input_ids is not None:
-            is_padding = input_ids == self.config.pad_token_id
-            if attention_mask is None and length > 1 and isinstance(past_length, int) and past_length == 0:
-                attention_mask = ~is_padding
 
         self_attention_mask = create_causal_mask(
             config=self.config,
@@ -801,6 +885,8 @@ class DifnetGenerationMixin(GenerationMixin):
     def _reorder_cache(self, cache: EncoderDecoderCache, beam_idx: torch.LongTensor) -> EncoderDecoderCache:
         """Moves the words' keys and values to their new beams. Those of the picture are equal in all its beams."""
         cache.self_attention_cache.reorder_cache(beam_idx)
+        if (mask := getattr(cache, "padding_mask", None)) is not None:
+            cache.padding_mask = mask.index_select(0, beam_idx.to(mask.device))
         return cache
 
     def _validate_generated_length(
@@ -825,6 +911,53 @@ class DifnetGenerationMixin(GenerationMixin):
         if cache is not None:
             model_kwargs[CACHE_NAME] = cache
         return super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
+
+    def _prepare_decoder_input_ids_for_generation(
+        self, batch_size: int, model_input_name: str, model_kwargs: dict, *args, **kwargs
+    ) -> tuple[torch.LongTensor, dict]:
+        """Prompts of different lengths end in one column, whichever side they are padded on."""
+        prompts = model_kwargs.get("decoder_input_ids")
+        num_empty = 0
+        if prompts is not None:
+            mask = model_kwargs.pop("decoder_attention_mask", None)
+            prompts, mask = move_padding_left(prompts, mask, self.config.pad_token_id)
+            # The library looks for `<bos>` in the first column, and puts one there where no row begins with it.
+            num_empty = int(count_leading_padding(mask).min()) if mask is not None else 0
+            model_kwargs["decoder_input_ids"] = prompts[:, num_empty:]
+            if mask is not None:
+                model_kwargs["decoder_attention_mask"] = mask[:, num_empty:]
+        input_ids, model_kwargs = super()._prepare_decoder_input_ids_for_generation(
+            batch_size, model_input_name, model_kwargs, *args, **kwargs
+        )
+        if (mask := model_kwargs.get("decoder_attention_mask")) is not None and prompts is not None:
+            input_ids, mask = move_padding_left(input_ids, mask, self.config.pad_token_id)
+            input_ids = nn.functional.pad(input_ids, (num_empty, 0), value=self.config.pad_token_id)
+            model_kwargs["decoder_attention_mask"] = nn.functional.pad(mask, (num_empty, 0))
+        return input_ids, model_kwargs
+
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.LongTensor, next_sequence_length: int | None = None, **kwargs
+    ) -> dict:
+        """With a mask of all tokens so far: neither a prompt's padding nor a generated `<pad>` is looked at."""
+        mask = input_ids != self.config.pad_token_id  # (B * K, L)
+        cache = one_cache(kwargs.get("past_key_values"), kwargs.get("cache"))
+        past_length = cache.get_seq_length() if cache is not None else 0
+        if next_sequence_length is None and 0 < past_length < input_ids.shape[1]:
+            # Without a mask the library takes all of the caption for what comes after the cache.
+            next_sequence_length = input_ids.shape[1] - int(past_length)
+        if isinstance(past_length, int):
+            num_missing = past_length + (next_sequence_length or input_ids.shape[1]) - input_ids.shape[1]
+            if num_missing > 0:  # a long prompt in chunks
+                past_mask = getattr(cache, "padding_mask", mask.new_ones(len(mask), past_length))
+                mask = torch.cat([past_mask[:, :num_missing] != 0, mask], dim=1)
+        if (prompt_mask := kwargs.pop("decoder_attention_mask", None)) is not None:
+            # The library has added ones for the words since the prompt.
+            mask = mask & (prompt_mask[:, : mask.shape[1]] != 0)
+            positions = torch.arange(1, mask.shape[1] + 1, device=mask.device) - count_leading_padding(mask)
+            kwargs["decoder_position_ids"] = positions.clamp(min=0)
+        return super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length, decoder_attention_mask=mask.long(), **kwargs
+        )
 
 
 class DifnetForConditionalGeneration(DifnetPreTrainedModel, DifnetGenerationMixin):
@@ -876,7 +1009,8 @@ class DifnetForConditionalGeneration(DifnetPreTrainedModel, DifnetGenerationMixi
             decoder_input_ids (`torch.LongTensor` of shape `(captions, length)`, *optional*):
                 `<bos> w1 w2 ..`. Made from `labels` where these are given. `<pad>` is padding wherever it stands.
             decoder_attention_mask (`torch.Tensor` of shape `(captions, past length + length)`, *optional*):
-                1 for words, 0 for padding, in place of the rule that `<pad>` is padding.
+                1 for words, 0 for padding, in place of the rule that `<pad>` is padding. The cache keeps the mask for
+                calls that leave it out. In `generate` it may pad prompts of different lengths on either side.
             labels (`torch.LongTensor` of shape `(captions, length)`, *optional*):
                 `w1 .. wn <eos>`, then -100 for positions without loss.
             encoder_outputs (*optional*): output of `model.get_encoder()`, to encode a picture once for many calls.
@@ -884,7 +1018,7 @@ class DifnetForConditionalGeneration(DifnetPreTrainedModel, DifnetGenerationMixi
             decoder_inputs_embeds (`torch.FloatTensor` of shape `(captions, length, d_model)`, *optional*):
                 In place of `decoder_input_ids`; positions are added to them.
             decoder_position_ids (`torch.LongTensor` of shape `(captions, length)`, *optional*):
-                Rows of the position table; words count from 1.
+                Rows of the position table; words count from 1, behind the padding that a caption begins with.
             use_cache (`bool`, *optional*): whether to return the cache; not with `labels`.
             num_items_in_batch (*optional*):
                 Divides the summed loss, in place of the number of labels: for gradient accumulation.
