@@ -93,6 +93,7 @@ class DifnetConfig(PreTrainedConfig):
             self.auto_map = {
                 "AutoConfig": "configuration_difnet.DifnetConfig",
                 "AutoModelForImageTextToText": "modeling_difnet.DifnetForConditionalGeneration",
+                "AutoModelForMultimodalLM": "modeling_difnet.DifnetForConditionalGeneration",
             }
 
     def validate_architecture(self):

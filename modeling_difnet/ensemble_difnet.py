@@ -28,7 +28,9 @@ from .modeling_difnet import (
     DifnetForConditionalGeneration,
     DifnetGenerationMixin,
     DifnetPreTrainedModel,
+    caption_loss,
     known_arguments,
+    loss_of_model,
     one_cache,
     padding_mask,
     shift_tokens_right,
@@ -89,6 +91,7 @@ class DifnetEnsemble(DifnetPreTrainedModel, DifnetGenerationMixin):
         super().__init__(ensemble_config([member.config for member in members]))
         self.generation_config = copy.deepcopy(members[0].generation_config)
         self.members = nn.ModuleList(members)
+        self.loss_function = caption_loss
         self.training = any(member.training for member in members)
 
     @classmethod
@@ -131,6 +134,7 @@ class DifnetEnsemble(DifnetPreTrainedModel, DifnetGenerationMixin):
         past_key_values: Cache | None = None,
         decoder_position_ids: torch.LongTensor | None = None,
         use_cache: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
         cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Seq2SeqLMOutput:
@@ -183,7 +187,7 @@ class DifnetEnsemble(DifnetPreTrainedModel, DifnetGenerationMixin):
 
         loss = None
         if labels is not None:
-            loss = nn.functional.nll_loss(logits.flatten(0, 1), labels.to(logits.device).flatten())
+            loss = loss_of_model(self, logits, labels, num_items_in_batch)
         return Seq2SeqLMOutput(
             loss=loss,
             logits=logits,

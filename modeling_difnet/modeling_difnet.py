@@ -202,6 +202,46 @@ def shift_tokens_right(labels: torch.Tensor, pad_token_id: int, decoder_start_to
     return decoder_input_ids.masked_fill(decoder_input_ids == -100, pad_token_id)
 
 
+def caption_loss(
+    logits: torch.Tensor,  # (B, L, V)
+    labels: torch.LongTensor,  # (B, L), as the logits: not shifted
+    vocab_size: int | None = None,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = -100,
+    **kwargs,
+) -> torch.Tensor:
+    """Mean negative log-likelihood over all labels, the default of `model.loss_function`.
+
+    The library's own would bring float64 down to float32, and takes logits of the labels' next tokens.
+    """
+    labels = labels.to(logits.device)
+    full_precision = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    total = nn.functional.cross_entropy(
+        full_precision.flatten(0, 1), labels.flatten(), ignore_index=ignore_index, reduction="sum"
+    )
+    if num_items_in_batch is None:
+        num_items_in_batch = (labels != ignore_index).sum()
+    elif isinstance(num_items_in_batch, torch.Tensor):
+        num_items_in_batch = num_items_in_batch.to(total.device)
+    return total / num_items_in_batch
+
+
+def loss_of_model(
+    model: PreTrainedModel,
+    logits: torch.Tensor,
+    labels: torch.LongTensor,
+    num_items_in_batch: torch.Tensor | int | None,
+) -> torch.Tensor:
+    """Calls `model.loss_function`, which a user may have set, as the library's models do."""
+    loss_function, arguments = model.loss_function, {}
+    if num_items_in_batch is not None:
+        arguments["num_items_in_batch"] = num_items_in_batch
+    # The library's functions shift the labels unless they are told that this is done.
+    if loss_function is not caption_loss and "shift_labels" in inspect.signature(loss_function).parameters:
+        arguments["shift_labels"] = labels
+    return loss_function(logits=logits, labels=labels, vocab_size=model.config.vocab_size, **arguments)
+
+
 def sinusoid_table(num_positions: int, d_model: int) -> torch.Tensor:
     """Sines in even, cosines in odd columns, `angle = position / 10000^(2i / d_model)`; row 0 (padding) is zeros."""
     position = torch.arange(num_positions, dtype=torch.float32).unsqueeze(1)  # (P, 1)
@@ -969,6 +1009,7 @@ class DifnetForConditionalGeneration(DifnetPreTrainedModel, DifnetGenerationMixi
         super().__init__(config)
         self.model = DifnetModel(config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.loss_function = caption_loss
         self.post_init()
 
     @can_return_tuple
@@ -1026,7 +1067,8 @@ class DifnetForConditionalGeneration(DifnetPreTrainedModel, DifnetGenerationMixi
 
         Returns:
             `DifnetSeq2SeqLMOutput` with `logits` of shape `(captions, length, vocab_size)` and, with `labels`, `loss`:
-            the mean negative log-likelihood over all labels that are not -100 (the original's cross-entropy loss).
+            the mean negative log-likelihood over all labels that are not -100 (the original's cross-entropy loss), or
+            what a function that is set as `model.loss_function` makes of `logits`, `labels` and `vocab_size`.
             The cache is returned as `cache` by Transformers 5.24 and newer, as `past_key_values` by older ones.
 
         Raises:
@@ -1057,10 +1099,7 @@ class DifnetForConditionalGeneration(DifnetPreTrainedModel, DifnetGenerationMixi
 
         loss = None
         if labels is not None:
-            labels = labels.to(logits.device)
-            full_precision = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            total = nn.functional.cross_entropy(full_precision.flatten(0, 1), labels.flatten(), reduction="sum")
-            loss = total / (num_items_in_batch if num_items_in_batch is not None else (labels != -100).sum())
+            loss = loss_of_model(self, logits, labels, num_items_in_batch)
 
         return DifnetSeq2SeqLMOutput(
             loss=loss,

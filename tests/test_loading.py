@@ -26,6 +26,7 @@ CLASSES = {
     "AutoConfig": "DifnetConfig",
     "AutoModel": "DifnetForConditionalGeneration",  # the class in `architectures`
     "AutoModelForImageTextToText": "DifnetForConditionalGeneration",
+    "AutoModelForMultimodalLM": "DifnetForConditionalGeneration",
     "AutoTokenizer": "DifnetTokenizer",
     "AutoFeatureExtractor": "DifnetFeatureExtractor",
     "AutoProcessor": "DifnetProcessor",
@@ -68,7 +69,7 @@ def check_captions(loaded: dict[str, object], pictures: str) -> None:
     expected = json.loads(Path(pictures).with_suffix(".json").read_text())
     processor = loaded["AutoProcessor"]
     inputs = processor(**load_file(pictures), return_tensors="pt")
-    for model in (loaded["AutoModel"], loaded["AutoModelForImageTextToText"]):
+    for model in (loaded["AutoModel"], loaded["AutoModelForImageTextToText"], loaded["AutoModelForMultimodalLM"]):
         captions = {
             "generate": model.generate(**inputs),
             "original_beam_search": model.generate(**inputs, custom_generate=model.original_beam_search),
