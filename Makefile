@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-all lint format bench clean
+.PHONY: help setup demo test test-all test-versions lint format bench clean
 help:
 	@echo "make demo      draw a little corpus, train on it, caption unseen scenes: demo_output/demo.html"
 	@echo "make test      lint and the tests (a few minutes on 2 cores)"
 	@echo "make test-all  the tests and the long campaigns"
+	@echo "make test-versions  a part of the tests on the oldest and the newest Transformers that setup.cfg allows"
 	@echo "make bench     the benchmarks; tables go to benchmarks/results/"
 	@echo "make lint      ruff check and format check; make format applies them"
 
@@ -28,6 +29,9 @@ test: lint
 test-all: lint
 	$(BIN)/python -m pytest -n 2
 
+test-versions: setup
+	$(BIN)/python .ci/test_versions.py
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -44,4 +48,4 @@ bench: setup
 	$(BIN)/python benchmarks/relevance.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .versions build *.egg-info .pytest_cache .ruff_cache

@@ -94,7 +94,7 @@ class DifnetConfig(PreTrainedConfig):
     """
 
     model_type = "difnet"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     attribute_map = {
         "hidden_size": "d_model",
         "num_attention_heads": "encoder_attention_heads",
@@ -145,6 +145,7 @@ class DifnetConfig(PreTrainedConfig):
             self.auto_map = {
                 "AutoConfig": "configuration_difnet.DifnetConfig",
                 "AutoModelForImageTextToText": "modeling_difnet.DifnetForConditionalGeneration",
+                "AutoModelForMultimodalLM": "modeling_difnet.DifnetForConditionalGeneration",
             }
 
     def to_dict(self) -> dict:

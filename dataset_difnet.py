@@ -675,12 +675,16 @@ class CaptionPairs:
 class CaptionCollator:
     """Makes a batch for `model(**batch)` of the items of `CaptionPairs`.
 
-    Features are stacked. `labels` (B, length) are padded with -100 to the longest. `decoder_input_ids` (B, length),
-    `<bos> w1 .. wn <pad> ..`, are what the model makes of the labels by itself; they are there for a loss that is
-    computed outside of the model, such as the Trainer's label smoothing.
+    Features are stacked; an item without a mask, beside others with one, has only real cells. `labels` (B, length)
+    are padded with -100 to the longest. `decoder_input_ids` (B, length), `<bos> w1 .. wn <pad> ..`, are what the model
+    makes of the labels by itself; they are there for a loss that is computed outside of the model, such as the
+    Trainer's label smoothing. Items without `labels`, images to predict captions for, make a batch without both.
 
     Args:
         tokenizer: the model's.
+
+    Raises:
+        ValueError: something that only some of the items have.
     """
 
     tokenizer: DifnetTokenizer
@@ -688,7 +692,23 @@ class CaptionCollator:
     def __call__(self, items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         import torch
 
-        batch = {name: torch.stack([item[name] for item in items]) for name in items[0] if name != "labels"}
+        names = dict.fromkeys(name for item in items for name, value in item.items() if value is not None)
+        batch = {}
+        for name in names:
+            values = [item.get(name) for item in items]
+            given = next(value for value in values if value is not None)
+            missing = next((i for i, value in enumerate(values) if value is None), None)
+            if name.endswith("_attention_mask"):
+                values = [torch.ones_like(given) if value is None else value for value in values]
+            elif missing is not None:
+                raise ValueError(
+                    f"`{name}` is missing in item {missing} of a batch whose other items have it: give it to all or "
+                    "to none."
+                )
+            if name != "labels":
+                batch[name] = torch.stack(values)
+        if "labels" not in names:
+            return batch
         labels = [item["labels"] for item in items]
         batch["labels"] = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL)
         words = batch["labels"][:, :-1].masked_fill(

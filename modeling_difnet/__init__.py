@@ -1,5 +1,6 @@
 """DIFNet for Transformers. Importing this package registers its classes with Transformers' Auto classes."""
 
+import transformers
 from transformers import (
     AutoConfig,
     AutoFeatureExtractor,
@@ -25,6 +26,9 @@ AutoConfig.register("difnet", DifnetConfig)
 # With two classes, `architectures` in config.json decides: a saved captioner loads as a captioner and generates.
 AutoModel.register(DifnetConfig, (DifnetModel, DifnetForConditionalGeneration))
 AutoModelForImageTextToText.register(DifnetConfig, DifnetForConditionalGeneration)
+# Transformers lists its other captioners here as well; not every version has the class.
+if (AutoModelForMultimodalLM := getattr(transformers, "AutoModelForMultimodalLM", None)) is not None:
+    AutoModelForMultimodalLM.register(DifnetConfig, DifnetForConditionalGeneration)
 AutoFeatureExtractor.register(DifnetConfig, DifnetFeatureExtractor)
 AutoTokenizer.register(DifnetConfig, DifnetTokenizer)
 AutoProcessor.register(DifnetConfig, DifnetProcessor)

@@ -24,9 +24,15 @@ from transformers.utils.hub import cached_file
 from .configuration_difnet import DifnetConfig
 from .generation_difnet import sequence_log_probs
 from .modeling_difnet import (
+    CACHE_NAME,
     DifnetForConditionalGeneration,
     DifnetGenerationMixin,
     DifnetPreTrainedModel,
+    caption_loss,
+    known_arguments,
+    loss_of_model,
+    one_cache,
+    padding_mask,
     shift_tokens_right,
 )
 
@@ -51,7 +57,8 @@ class DifnetEnsembleEncoder(nn.Module):
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput:
         """Arguments as in `DifnetForConditionalGeneration.forward`; returns states (B, N, sum of the d_model)."""
-        raise_for_outputs_of_members(kwargs)
+        kwargs.pop("labels", None)  # `generate` gives the encoder whatever it is given
+        raise_for_outputs_of_members(known_arguments(self, kwargs))
         inputs = (grid_features, segmentation_features, grid_attention_mask, segmentation_attention_mask)
         states = [member.get_encoder()(*inputs).last_hidden_state for member in self.members]
         return BaseModelOutput(torch.cat(states, dim=-1))
@@ -84,6 +91,7 @@ class DifnetEnsemble(DifnetPreTrainedModel, DifnetGenerationMixin):
         super().__init__(ensemble_config([member.config for member in members]))
         self.generation_config = copy.deepcopy(members[0].generation_config)
         self.members = nn.ModuleList(members)
+        self.loss_function = caption_loss
         self.training = any(member.training for member in members)
 
     @classmethod
@@ -126,6 +134,8 @@ class DifnetEnsemble(DifnetPreTrainedModel, DifnetGenerationMixin):
         past_key_values: Cache | None = None,
         decoder_position_ids: torch.LongTensor | None = None,
         use_cache: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Seq2SeqLMOutput:
         r"""Scores captions of pictures, as `DifnetForConditionalGeneration.forward`, whose arguments these are.
@@ -137,7 +147,8 @@ class DifnetEnsemble(DifnetPreTrainedModel, DifnetGenerationMixin):
         Raises:
             ValueError: as a member's forward; attention weights or hidden states are asked for.
         """
-        raise_for_outputs_of_members(kwargs)
+        raise_for_outputs_of_members(known_arguments(self, kwargs))
+        cache = one_cache(past_key_values, cache)
         if encoder_outputs is None:
             if grid_features is None:
                 raise ValueError("Pass `grid_features` or `encoder_outputs`.")
@@ -150,20 +161,24 @@ class DifnetEnsemble(DifnetPreTrainedModel, DifnetGenerationMixin):
                 config = self.config
                 decoder_input_ids = shift_tokens_right(labels, config.pad_token_id, config.decoder_start_token_id)
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None:
-            past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        if use_cache and cache is None:
+            cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
 
+        # The members' caches are views that are made for each call: what padding the common one holds is known here.
+        decoder_attention_mask = padding_mask(
+            decoder_input_ids, decoder_attention_mask, cache, self.config.pad_token_id
+        )
         states = self.states_of_members(encoder_outputs)
         log_probs = []
-        for member, member_states, cache in zip(
-            self.members, states, self.caches_of_members(past_key_values), strict=True
+        for member, member_states, member_cache in zip(
+            self.members, states, self.caches_of_members(cache), strict=True
         ):
             logits = member(
                 grid_attention_mask=grid_attention_mask,
                 decoder_input_ids=decoder_input_ids,
                 decoder_attention_mask=decoder_attention_mask,
                 encoder_outputs=BaseModelOutput(member_states),
-                past_key_values=cache,
+                cache=member_cache,
                 decoder_position_ids=decoder_position_ids,
                 use_cache=use_cache,
             ).logits
@@ -172,11 +187,11 @@ class DifnetEnsemble(DifnetPreTrainedModel, DifnetGenerationMixin):
 
         loss = None
         if labels is not None:
-            loss = nn.functional.nll_loss(logits.flatten(0, 1), labels.to(logits.device).flatten())
+            loss = loss_of_model(self, logits, labels, num_items_in_batch)
         return Seq2SeqLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=past_key_values,
+            **{CACHE_NAME: cache},
             encoder_last_hidden_state=encoder_outputs[0],
         )
 

@@ -21,6 +21,7 @@ is a sum without a norm, and the position table of a converted checkpoint is fro
 recomputed.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
@@ -48,6 +49,10 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_difnet import DifnetConfig
 from .generation_difnet import CheckedGenerationMixin, check_tensors, original_beam_search, sequence_log_probs
+
+# The library calls the decoder's cache `cache` from 5.24 on and `past_key_values` before, as an argument of its
+# functions and as a field of its outputs.
+CACHE_NAME = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
 
 @dataclass
@@ -83,11 +88,158 @@ class DifnetSeq2SeqLMOutput(Seq2SeqLMOutput):
     encoder_segmentation_attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
+def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+    """The decoder's cache, which has two names; ValueError if both are used."""
+    if past_key_values is not None and cache is not None:
+        raise ValueError("`past_key_values` and `cache` are two names of one argument: pass only one of them.")
+    return past_key_values if cache is None else cache
+
+
+def known_arguments(module: nn.Module, kwargs: dict) -> dict:
+    """What of `**kwargs` goes on to the layers.
+
+    An argument that is None says nothing and is left out: PEFT passes those of text models in this way. A tensor or a
+    cache that no layer reads would give wrong results silently.
+
+    Raises:
+        ValueError: an unknown argument holds a tensor or a cache.
+    """
+    for name, value in kwargs.items():
+        if isinstance(value, torch.Tensor | Cache):
+            names = ", ".join(known for known in inspect.signature(module.forward).parameters if known != "kwargs")
+            raise ValueError(f"{type(module).__name__} does not know the argument `{name}`. It takes {names}.")
+    return {name: value for name, value in kwargs.items() if value is not None}
+
+
+def padding_mask(
+    input_ids: torch.LongTensor | None,  # (B * K, L)
+    attention_mask: torch.Tensor | None,  # (B * K, past + L), or of more dimensions
+    cache: EncoderDecoderCache | None,
+    pad_token_id: int,
+) -> torch.Tensor | None:
+    """Which tokens words may look at, those in the cache included; None stands for all.
+
+    Without an `attention_mask` every `<pad>` is padding. The cache carries the mask from call to call, since the
+    tokens that it holds cannot be told from their keys.
+
+    Raises:
+        ValueError: the mask does not cover the tokens in the cache, or these belong to another number of captions.
+    """
+    past_length = cache.get_seq_length() if cache is not None else 0
+    if not isinstance(past_length, int):  # a static cache counts in a tensor; `generate` passes a mask with it
+        return attention_mask
+    past_mask = getattr(cache, "padding_mask", None) if past_length else None
+    if attention_mask is None and input_ids is not None:
+        is_word = input_ids != pad_token_id  # (B * K, L)
+        if past_length == 0:
+            attention_mask = is_word
+        elif past_mask is not None or (not torch.compiler.is_compiling() and not is_word.all()):
+            past_mask = is_word.new_ones(len(is_word), past_length) if past_mask is None else past_mask
+            if len(past_mask) != len(is_word):
+                raise ValueError(
+                    f"The cache holds {len(past_mask)} captions with padding, but {len(is_word)} are given: pass "
+                    "`decoder_attention_mask`, which says where the padding is."
+                )
+            attention_mask = torch.cat([past_mask[:, :past_length] != 0, is_word], dim=1)
+    if attention_mask is None or attention_mask.ndim != 2:
+        return attention_mask
+    if input_ids is not None and attention_mask.shape[1] != past_length + input_ids.shape[1]:
+        raise ValueError(
+            f"`decoder_attention_mask` has {attention_mask.shape[1]} columns, but there are {past_length} tokens in "
+            f"the cache and {input_ids.shape[1]} new ones: it covers both."
+        )
+    if cache is not None:
+        cache.padding_mask = attention_mask
+    return attention_mask
+
+
+def count_leading_padding(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Number of zeros before the first one in each row of a mask (B, L), (B, 1)."""
+    return (attention_mask.cumsum(1) == 0).sum(1, keepdim=True)
+
+
+def move_padding_left(
+    input_ids: torch.LongTensor,  # (B, L)
+    attention_mask: torch.Tensor | None,  # (B, L)
+    pad_token_id: int,
+) -> tuple[torch.LongTensor, torch.Tensor | None]:
+    """Prompts of one batch that end together, so that all captions go on in the same column.
+
+    Padding between words stays where it is.
+
+    Returns:
+        The prompts, and their mask; None if none was given and no row begins or ends with padding.
+
+    Raises:
+        ValueError: a mask of another shape, or a row without a word.
+    """
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"`decoder_attention_mask` {tuple(attention_mask.shape)} must have the shape of `decoder_input_ids` "
+            f"{tuple(input_ids.shape)}: 1 for each token that counts, 0 for padding."
+        )
+    is_word = input_ids != pad_token_id if attention_mask is None else attention_mask != 0
+    is_empty = ~is_word.any(1)
+    if is_empty.any():
+        raise ValueError(f"Prompt {int(is_empty.nonzero()[0, 0])} of `decoder_input_ids` is padding throughout.")
+    num_trailing = count_leading_padding(is_word.flip(1))
+    if attention_mask is None and not (num_trailing.any() or (~is_word[:, 0]).any()):
+        return input_ids, None
+
+    columns = torch.arange(input_ids.shape[1], device=input_ids.device) - num_trailing
+    columns = columns % input_ids.shape[1]  # (B, L)
+    input_ids, is_word = input_ids.gather(1, columns), is_word.gather(1, columns)
+    is_leading = is_word.cumsum(1) == 0
+    # What `<pad>` between words is to a caption alone, it is in a batch: the mask need not know of it.
+    attention_mask = (~is_leading if attention_mask is None else is_word).long()
+    return input_ids.masked_fill(is_leading, pad_token_id), attention_mask
+
+
 def shift_tokens_right(labels: torch.Tensor, pad_token_id: int, decoder_start_token_id: int) -> torch.Tensor:
     """Decoder inputs for `labels` (B, L): `<bos>`, then all labels but the last, -100 replaced by `<pad>`."""
     decoder_input_ids = labels.new_full(labels.shape, decoder_start_token_id)
     decoder_input_ids[:, 1:] = labels[:, :-1]
     return decoder_input_ids.masked_fill(decoder_input_ids == -100, pad_token_id)
+
+
+def caption_loss(
+    logits: torch.Tensor,  # (B, L, V)
+    labels: torch.LongTensor,  # (B, L), as the logits: not shifted
+    vocab_size: int | None = None,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = -100,
+    **kwargs,
+) -> torch.Tensor:
+    """Mean negative log-likelihood over all labels, the default of `model.loss_function`.
+
+    The library's own would bring float64 down to float32, and takes logits of the labels' next tokens.
+    """
+    labels = labels.to(logits.device)
+    full_precision = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    total = nn.functional.cross_entropy(
+        full_precision.flatten(0, 1), labels.flatten(), ignore_index=ignore_index, reduction="sum"
+    )
+    if num_items_in_batch is None:
+        num_items_in_batch = (labels != ignore_index).sum()
+    elif isinstance(num_items_in_batch, torch.Tensor):
+        num_items_in_batch = num_items_in_batch.to(total.device)
+    return total / num_items_in_batch
+
+
+def loss_of_model(
+    model: PreTrainedModel,
+    logits: torch.Tensor,
+    labels: torch.LongTensor,
+    num_items_in_batch: torch.Tensor | int | None,
+) -> torch.Tensor:
+    """Calls `model.loss_function`, which a user may have set, as the library's models do."""
+    loss_function, arguments = model.loss_function, {}
+    if num_items_in_batch is not None:
+        arguments["num_items_in_batch"] = num_items_in_batch
+    # The library's functions shift the labels unless they are told that this is done.
+    if loss_function is not caption_loss and "shift_labels" in inspect.signature(loss_function).parameters:
+        arguments["shift_labels"] = labels
+    return loss_function(logits=logits, labels=labels, vocab_size=model.config.vocab_size, **arguments)
 
 
 def sinusoid_table(num_positions: int, d_model: int) -> torch.Tensor:
@@ -206,36 +358,36 @@ class DifnetAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None,
-        past_key_values: EncoderDecoderCache | None,
+        cache: EncoderDecoderCache | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Projects what is attended to, or takes it from the cache; both (B, heads, S, head_dim)."""
         is_cross_attention = encoder_hidden_states is not None
-        if is_cross_attention and past_key_values is not None and past_key_values.is_updated.get(self.layer_idx):
-            layer = past_key_values.cross_attention_cache.layers[self.layer_idx]
+        if is_cross_attention and cache is not None and cache.is_updated.get(self.layer_idx):
+            layer = cache.cross_attention_cache.layers[self.layer_idx]
             return layer.keys, layer.values
 
         source = encoder_hidden_states if is_cross_attention else hidden_states
         shape = (*source.shape[:-1], -1, self.head_dim)
         key = self.k_proj(source).view(shape).transpose(1, 2)  # (B, heads, S, head_dim)
         value = self.v_proj(source).view(shape).transpose(1, 2)
-        if past_key_values is None:
+        if cache is None:
             return key, value
         if is_cross_attention:
-            past_key_values.is_updated[self.layer_idx] = True
-            return past_key_values.cross_attention_cache.update(key, value, self.layer_idx)
-        return past_key_values.self_attention_cache.update(key, value, self.layer_idx)
+            cache.is_updated[self.layer_idx] = True
+            return cache.cross_attention_cache.update(key, value, self.layer_idx)
+        return cache.self_attention_cache.update(key, value, self.layer_idx)
 
     def forward(
         self,
         hidden_states: torch.Tensor,  # (B, L, d_model), with cross-attention (B * K, L, d_model)
         attention_mask: torch.Tensor | None = None,
         encoder_hidden_states: torch.Tensor | None = None,  # (B, N, d_model)
-        past_key_values: EncoderDecoderCache | None = None,
+        cache: EncoderDecoderCache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         batch_size, length = hidden_states.shape[:2]
         query = self.q_proj(hidden_states)
-        key, value = self.keys_and_values(hidden_states, encoder_hidden_states, past_key_values)
+        key, value = self.keys_and_values(hidden_states, encoder_hidden_states, cache)
         # (B * K, L, heads * head_dim) to (B, heads, K * L, head_dim)
         query = query.view(key.shape[0], -1, key.shape[1], self.head_dim).transpose(1, 2)
 
@@ -378,15 +530,15 @@ class DifnetDecoderLayer(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None,
         encoder_hidden_states: torch.Tensor,  # (B, N, d_model)
         encoder_attention_mask: torch.Tensor | None,
-        past_key_values: EncoderDecoderCache | None = None,
+        cache: EncoderDecoderCache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        attention_output, _ = self.self_attn(hidden_states, attention_mask, past_key_values=past_key_values, **kwargs)
+        attention_output, _ = self.self_attn(hidden_states, attention_mask, cache=cache, **kwargs)
         hidden_states = double_residual(
             hidden_states, attention_output, self.dropout, self.self_attn_layer_norm, self.layer_norm
         )
         attention_output, _ = self.encoder_attn(
-            hidden_states, encoder_attention_mask, encoder_hidden_states, past_key_values, **kwargs
+            hidden_states, encoder_attention_mask, encoder_hidden_states, cache, **kwargs
         )
         hidden_states = double_residual(
             hidden_states, attention_output, self.dropout, self.encoder_attn_layer_norm, self.encoder_layer_norm
@@ -435,7 +587,7 @@ class DifnetPreTrainedModel(PreTrainedModel):
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
     _no_split_modules = ["DifnetFlowLayer", "DifnetEncoderLayer", "DifnetDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _can_compile_fullgraph = True
@@ -546,6 +698,8 @@ class DifnetEncoder(DifnetPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> DifnetEncoderOutput:
         """Arguments as in `DifnetForConditionalGeneration.forward`."""
+        kwargs.pop("labels", None)  # `generate` gives the encoder whatever it is given
+        kwargs = known_arguments(self, kwargs)
         self.check_features(grid_features, segmentation_features)
         grid_states = self.grid_embedding(grid_features)  # (B, N, d_model)
         grid_mask = create_bidirectional_mask(self.config, grid_states, grid_attention_mask)
@@ -603,18 +757,34 @@ class DifnetDecoder(DifnetPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         use_cache: bool | None = None,
+        cache: EncoderDecoderCache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """Arguments as in `DifnetForConditionalGeneration.forward`, without their prefix `decoder_`."""
+        kwargs = known_arguments(self, kwargs)
+        cache = one_cache(past_key_values, cache)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of `decoder_input_ids` and `decoder_inputs_embeds`.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)  # (B * K, L, d_model)
-        if use_cache and past_key_values is None:
-            past_key_values = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
+        if use_cache and cache is None:
+            cache = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
+        if cache is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            # The backward pass runs the layers once more, which would add their keys a second time.
+            raise ValueError(
+                "Gradient checkpointing takes no cache: leave it out, or call the model in `torch.no_grad`."
+            )
 
         length = inputs_embeds.shape[1]
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        past_length = cache.get_seq_length() if cache is not None else 0
+        # The original takes every <pad> for padding: no word looks at it, and its own row is 0 from layer to layer.
+        # Since no other row reads it, setting the row to 0 once, at the end, is the same.
+        attention_mask = padding_mask(input_ids, attention_mask, cache, self.config.pad_token_id)
+        is_padding = None
+        if attention_mask is not None and attention_mask.ndim == 2:
+            is_padding = attention_mask[:, -length:] == 0  # (B * K, L)
+        elif input_ids is not None:
+            is_padding = input_ids == self.config.pad_token_id
         if position_ids is None:
             # A static cache counts in a tensor, which is not read here: `generate` has checked the length already.
             if length > self.embed_positions.num_positions or (
@@ -626,23 +796,15 @@ class DifnetDecoder(DifnetPreTrainedModel):
                     "(`truncation=True, max_length=...` in the processor)."
                 )
             position_ids = torch.arange(1, length + 1, device=inputs_embeds.device).unsqueeze(0) + past_length
+            if attention_mask is not None and attention_mask.ndim == 2:
+                position_ids = (position_ids - count_leading_padding(attention_mask)).clamp(min=0)
         hidden_states = inputs_embeds + self.embed_positions(position_ids)  # (B * K, L, d_model)
-
-        # The original takes every <pad> for padding: no word looks at it, and its own row is 0 from layer to layer.
-        # Since no other row reads it, setting the row to 0 once, at the end, is the same.
-        is_padding = None
-        if attention_mask is not None and attention_mask.ndim == 2:
-            is_padding = attention_mask[:, -length:] == 0  # (B * K, L)
-        elif input_ids is not None:
-            is_padding = input_ids == self.config.pad_token_id
-            if attention_mask is None and length > 1 and isinstance(past_length, int) and past_length == 0:
-                attention_mask = ~is_padding
 
         self_attention_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values.self_attention_cache if past_key_values is not None else None,
+            **{CACHE_NAME: cache.self_attention_cache if cache is not None else None},
         )
         # Several captions of one picture stand side by side in the query dimension, see `DifnetAttention`.
         num_pictures = encoder_hidden_states.shape[0]
@@ -663,14 +825,12 @@ class DifnetDecoder(DifnetPreTrainedModel):
                 self_attention_mask,
                 encoder_hidden_states,
                 cross_attention_mask,
-                past_key_values=past_key_values,
+                cache=cache,
                 **kwargs,
             )
         if is_padding is not None:
             hidden_states = hidden_states.masked_fill(is_padding.unsqueeze(-1), 0)
-        return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=hidden_states, past_key_values=past_key_values
-        )
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_states, **{CACHE_NAME: cache})
 
 
 class DifnetModel(DifnetPreTrainedModel):
@@ -702,9 +862,11 @@ class DifnetModel(DifnetPreTrainedModel):
         decoder_inputs_embeds: torch.Tensor | None = None,
         decoder_position_ids: torch.LongTensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> DifnetModelOutput:
         """Arguments as in `DifnetForConditionalGeneration.forward`; returns the decoder's states (B, L, d_model)."""
+        kwargs = known_arguments(self, kwargs)
         if encoder_outputs is None:
             if grid_features is None:
                 raise ValueError("Pass `grid_features` or `encoder_outputs`.")
@@ -721,7 +883,7 @@ class DifnetModel(DifnetPreTrainedModel):
             attention_mask=decoder_attention_mask,
             encoder_hidden_states=encoder_outputs.last_hidden_state,
             encoder_attention_mask=grid_attention_mask,
-            past_key_values=past_key_values,
+            cache=one_cache(past_key_values, cache),
             inputs_embeds=decoder_inputs_embeds,
             position_ids=decoder_position_ids,
             use_cache=use_cache,
@@ -729,7 +891,7 @@ class DifnetModel(DifnetPreTrainedModel):
         )
         return DifnetModelOutput(
             last_hidden_state=decoder_outputs.last_hidden_state,
-            past_key_values=decoder_outputs.past_key_values,
+            **{CACHE_NAME: getattr(decoder_outputs, CACHE_NAME)},
             decoder_hidden_states=decoder_outputs.hidden_states,
             decoder_attentions=decoder_outputs.attentions,
             cross_attentions=decoder_outputs.cross_attentions,
@@ -760,10 +922,12 @@ class DifnetGenerationMixin(CheckedGenerationMixin):
                 model_kwargs.pop(name, None)
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
 
-    def _reorder_cache(self, past_key_values: EncoderDecoderCache, beam_idx: torch.LongTensor) -> EncoderDecoderCache:
+    def _reorder_cache(self, cache: EncoderDecoderCache, beam_idx: torch.LongTensor) -> EncoderDecoderCache:
         """Moves the words' keys and values to their new beams. Those of the picture are equal in all its beams."""
-        past_key_values.self_attention_cache.reorder_cache(beam_idx)
-        return past_key_values
+        cache.self_attention_cache.reorder_cache(beam_idx)
+        if (mask := getattr(cache, "padding_mask", None)) is not None:
+            cache.padding_mask = mask.index_select(0, beam_idx.to(mask.device))
+        return cache
 
     def _validate_generated_length(
         self, generation_config: GenerationConfig, input_ids_length: int, has_default_max_length: bool
@@ -779,6 +943,62 @@ class DifnetGenerationMixin(CheckedGenerationMixin):
 
     original_beam_search = staticmethod(original_beam_search)
 
+    def _prepare_model_inputs(
+        self, inputs: torch.Tensor | None, bos_token_id: torch.Tensor | None, model_kwargs: dict
+    ):
+        """Takes the caller's cache under both of its names; the library knows one of them."""
+        cache = one_cache(model_kwargs.pop("past_key_values", None), model_kwargs.pop("cache", None))
+        if cache is not None:
+            model_kwargs[CACHE_NAME] = cache
+        return super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
+
+    def _prepare_decoder_input_ids_for_generation(
+        self, batch_size: int, model_input_name: str, model_kwargs: dict, *args, **kwargs
+    ) -> tuple[torch.LongTensor, dict]:
+        """Prompts of different lengths end in one column, whichever side they are padded on."""
+        prompts = model_kwargs.get("decoder_input_ids")
+        num_empty = 0
+        if prompts is not None:
+            mask = model_kwargs.pop("decoder_attention_mask", None)
+            prompts, mask = move_padding_left(prompts, mask, self.config.pad_token_id)
+            # The library looks for `<bos>` in the first column, and puts one there where no row begins with it.
+            num_empty = int(count_leading_padding(mask).min()) if mask is not None else 0
+            model_kwargs["decoder_input_ids"] = prompts[:, num_empty:]
+            if mask is not None:
+                model_kwargs["decoder_attention_mask"] = mask[:, num_empty:]
+        input_ids, model_kwargs = super()._prepare_decoder_input_ids_for_generation(
+            batch_size, model_input_name, model_kwargs, *args, **kwargs
+        )
+        if (mask := model_kwargs.get("decoder_attention_mask")) is not None and prompts is not None:
+            input_ids, mask = move_padding_left(input_ids, mask, self.config.pad_token_id)
+            input_ids = nn.functional.pad(input_ids, (num_empty, 0), value=self.config.pad_token_id)
+            model_kwargs["decoder_attention_mask"] = nn.functional.pad(mask, (num_empty, 0))
+        return input_ids, model_kwargs
+
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.LongTensor, next_sequence_length: int | None = None, **kwargs
+    ) -> dict:
+        """With a mask of all tokens so far: neither a prompt's padding nor a generated `<pad>` is looked at."""
+        mask = input_ids != self.config.pad_token_id  # (B * K, L)
+        cache = one_cache(kwargs.get("past_key_values"), kwargs.get("cache"))
+        past_length = cache.get_seq_length() if cache is not None else 0
+        if next_sequence_length is None and 0 < past_length < input_ids.shape[1]:
+            # Without a mask the library takes all of the caption for what comes after the cache.
+            next_sequence_length = input_ids.shape[1] - int(past_length)
+        if isinstance(past_length, int):
+            num_missing = past_length + (next_sequence_length or input_ids.shape[1]) - input_ids.shape[1]
+            if num_missing > 0:  # a long prompt in chunks
+                past_mask = getattr(cache, "padding_mask", mask.new_ones(len(mask), past_length))
+                mask = torch.cat([past_mask[:, :num_missing] != 0, mask], dim=1)
+        if (prompt_mask := kwargs.pop("decoder_attention_mask", None)) is not None:
+            # The library has added ones for the words since the prompt.
+            mask = mask & (prompt_mask[:, : mask.shape[1]] != 0)
+            positions = torch.arange(1, mask.shape[1] + 1, device=mask.device) - count_leading_padding(mask)
+            kwargs["decoder_position_ids"] = positions.clamp(min=0)
+        return super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length, decoder_attention_mask=mask.long(), **kwargs
+        )
+
 
 class DifnetForConditionalGeneration(DifnetPreTrainedModel, DifnetGenerationMixin):
     """DIFNet with its projection to words: the captioner."""
@@ -789,6 +1009,7 @@ class DifnetForConditionalGeneration(DifnetPreTrainedModel, DifnetGenerationMixi
         super().__init__(config)
         self.model = DifnetModel(config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.loss_function = caption_loss
         self.post_init()
 
     @can_return_tuple
@@ -807,6 +1028,7 @@ class DifnetForConditionalGeneration(DifnetPreTrainedModel, DifnetGenerationMixi
         decoder_position_ids: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> DifnetSeq2SeqLMOutput:
         r"""Scores captions of pictures.
@@ -828,27 +1050,32 @@ class DifnetForConditionalGeneration(DifnetPreTrainedModel, DifnetGenerationMixi
             decoder_input_ids (`torch.LongTensor` of shape `(captions, length)`, *optional*):
                 `<bos> w1 w2 ..`. Made from `labels` where these are given. `<pad>` is padding wherever it stands.
             decoder_attention_mask (`torch.Tensor` of shape `(captions, past length + length)`, *optional*):
-                1 for words, 0 for padding, in place of the rule that `<pad>` is padding.
+                1 for words, 0 for padding, in place of the rule that `<pad>` is padding. The cache keeps the mask for
+                calls that leave it out. In `generate` it may pad prompts of different lengths on either side.
             labels (`torch.LongTensor` of shape `(captions, length)`, *optional*):
                 `w1 .. wn <eos>`, then -100 for positions without loss.
             encoder_outputs (*optional*): output of `model.get_encoder()`, to encode a picture once for many calls.
-            past_key_values (`EncoderDecoderCache`, *optional*): keys and values of the tokens before these.
+            past_key_values (`EncoderDecoderCache`, *optional*): another name of `cache`.
             decoder_inputs_embeds (`torch.FloatTensor` of shape `(captions, length, d_model)`, *optional*):
                 In place of `decoder_input_ids`; positions are added to them.
             decoder_position_ids (`torch.LongTensor` of shape `(captions, length)`, *optional*):
-                Rows of the position table; words count from 1.
-            use_cache (`bool`, *optional*): whether to return `past_key_values`; not with `labels`.
+                Rows of the position table; words count from 1, behind the padding that a caption begins with.
+            use_cache (`bool`, *optional*): whether to return the cache; not with `labels`.
             num_items_in_batch (*optional*):
                 Divides the summed loss, in place of the number of labels: for gradient accumulation.
+            cache (`EncoderDecoderCache`, *optional*): keys and values of the tokens before these.
 
         Returns:
             `DifnetSeq2SeqLMOutput` with `logits` of shape `(captions, length, vocab_size)` and, with `labels`, `loss`:
-            the mean negative log-likelihood over all labels that are not -100 (the original's cross-entropy loss).
+            the mean negative log-likelihood over all labels that are not -100 (the original's cross-entropy loss), or
+            what a function that is set as `model.loss_function` makes of `logits`, `labels` and `vocab_size`.
+            The cache is returned as `cache` by Transformers 5.24 and newer, as `past_key_values` by older ones.
 
         Raises:
-            ValueError: a missing or misshapen input, captions that are longer than the position table, a number of
-                captions that is not a multiple of the number of pictures.
+            ValueError: a missing, unknown or misshapen input, captions that are longer than the position table, a
+                number of captions that is not a multiple of the number of pictures.
         """
+        kwargs = known_arguments(self, kwargs)
         check_tensors(grid_features=grid_features, segmentation_features=segmentation_features, labels=labels)
         if labels is not None:
             use_cache = False
@@ -863,7 +1090,7 @@ class DifnetForConditionalGeneration(DifnetPreTrainedModel, DifnetGenerationMixi
             decoder_input_ids=decoder_input_ids,
             decoder_attention_mask=decoder_attention_mask,
             encoder_outputs=encoder_outputs,
-            past_key_values=past_key_values,
+            cache=one_cache(past_key_values, cache),
             decoder_inputs_embeds=decoder_inputs_embeds,
             decoder_position_ids=decoder_position_ids,
             use_cache=use_cache,
@@ -873,15 +1100,12 @@ class DifnetForConditionalGeneration(DifnetPreTrainedModel, DifnetGenerationMixi
 
         loss = None
         if labels is not None:
-            labels = labels.to(logits.device)
-            full_precision = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            total = nn.functional.cross_entropy(full_precision.flatten(0, 1), labels.flatten(), reduction="sum")
-            loss = total / (num_items_in_batch if num_items_in_batch is not None else (labels != -100).sum())
+            loss = loss_of_model(self, logits, labels, num_items_in_batch)
 
         return DifnetSeq2SeqLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
             decoder_hidden_states=outputs.decoder_hidden_states,
             decoder_attentions=outputs.decoder_attentions,
             cross_attentions=outputs.cross_attentions,

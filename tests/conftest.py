@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from convert_checkpoint import convert_state_dict
@@ -68,6 +69,18 @@ def golden_case(name: str) -> GoldenCase:
 @pytest.fixture(params=CASES)
 def golden(request: pytest.FixtureRequest) -> GoldenCase:
     return golden_case(request.param)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Ends the run where `.ci/test_versions.py` would test another Transformers than it says."""
+    expected = os.environ.get("EXPECTED_TRANSFORMERS")
+    if expected not in (None, transformers.__version__):
+        loaded = f"{transformers.__version__} of {transformers.__file__}"
+        raise pytest.UsageError(f"Transformers {expected} is to be tested, but {loaded} is loaded.")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"transformers {transformers.__version__} of {transformers.__file__}, torch {torch.__version__}"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

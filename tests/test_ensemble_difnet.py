@@ -110,6 +110,8 @@ class TestProbabilities:
         log_probs = ensemble(**pictures, decoder_input_ids=captions[:, :-1]).logits
         expected = -sum(log_probs[i, t, labels[i, t]] for i in range(2) for t in range(5) if labels[i, t] >= 0) / 8
         torch.testing.assert_close(ensemble(**pictures, labels=labels).loss, expected)
+        shared = ensemble(**pictures, labels=labels, num_items_in_batch=torch.tensor(16)).loss
+        torch.testing.assert_close(shared, expected * 8 / 16)
 
     def test_gradients_reach_every_member(self, tiny_config):
         members = members_of_all_kinds(tiny_config)

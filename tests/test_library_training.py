@@ -142,6 +142,22 @@ def test_a_batch_is_what_the_processor_makes_of_its_captions(
     assert torch.equal(batch["decoder_input_ids"], model.prepare_decoder_input_ids_from_labels(batch["labels"]))
 
 
+def test_images_without_captions_make_a_batch(pairs: CaptionPairs, processor: DifnetProcessor) -> None:
+    items = [{name: value for name, value in pairs[i].items() if name != "labels"} for i in (0, 3)]
+    batch = CaptionCollator(processor.tokenizer)(items)
+    assert set(batch) == set(items[0])
+    with pytest.raises(ValueError, match="`labels` is missing in item 1 of a batch whose other items have it"):
+        CaptionCollator(processor.tokenizer)([pairs[0], items[1]])
+
+
+def test_an_image_without_a_mask_has_only_real_cells(pairs: CaptionPairs, processor: DifnetProcessor) -> None:
+    num_cells = pairs[0]["grid_features"].shape[0]
+    mask = torch.zeros(num_cells, dtype=torch.long)
+    items = [pairs[0], {**pairs[3], "grid_attention_mask": mask}]
+    batch = CaptionCollator(processor.tokenizer)(items)
+    assert batch["grid_attention_mask"].tolist() == [[1] * num_cells, [0] * num_cells]
+
+
 # --- the Trainer -----------------------------------------------------------------------------------------------------
 
 
@@ -199,6 +215,17 @@ def test_label_smoothing_is_the_librarys(
         assert expected != pytest.approx(trainer.model(**batch).loss.item(), rel=1e-3)
     trainer.train()
     assert losses(trainer) == [pytest.approx(expected.item(), rel=1e-4)]
+
+
+def test_the_trainer_predicts_images_without_captions(
+    config: DifnetConfig, pairs: CaptionPairs, processor: DifnetProcessor, tmp_path: Path
+) -> None:
+    items = [{name: value for name, value in pairs[i].items() if name != "labels"} for i in (0, 3)]
+    settings = {"predict_with_generate": True, "generation_num_beams": 1, "generation_max_length": 8}
+    trainer = make_trainer(fresh_model(config), pairs, processor, tmp_path, **settings)
+    predicted = torch.as_tensor(trainer.predict(items).predictions)
+    captions = trainer.model.generate(**CaptionCollator(processor.tokenizer)(items), num_beams=1, max_length=8)
+    assert torch.equal(predicted[:, : captions.shape[1]], captions)
 
 
 def test_gradient_checkpointing_changes_no_number(

@@ -29,6 +29,7 @@ CLASSES = {
     "AutoConfig": "DifnetConfig",
     "AutoModel": "DifnetForConditionalGeneration",  # the class in `architectures`
     "AutoModelForImageTextToText": "DifnetForConditionalGeneration",
+    "AutoModelForMultimodalLM": "DifnetForConditionalGeneration",
     "AutoTokenizer": "DifnetTokenizer",
     "AutoFeatureExtractor": "DifnetFeatureExtractor",
     "AutoProcessor": "DifnetProcessor",
@@ -75,7 +76,7 @@ def check_captions(loaded: dict[str, object], pictures: str) -> None:
     expected = json.loads(Path(pictures).with_suffix(".json").read_text())
     processor = loaded["AutoProcessor"]
     inputs = processor(**load_file(pictures), return_tensors="pt")
-    for model in (loaded["AutoModel"], loaded["AutoModelForImageTextToText"]):
+    for model in (loaded["AutoModel"], loaded["AutoModelForImageTextToText"], loaded["AutoModelForMultimodalLM"]):
         captions = {
             "generate": model.generate(**inputs),
             "original_beam_search": model.generate(**inputs, custom_generate=model.original_beam_search),
@@ -274,6 +275,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def clean_environment(home: Path, hub: Hub | None = None) -> dict[str, str]:
     """No setting of this machine reaches the process; its caches are new and below `home`."""
     settings = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "PYTHON")
+    # `make test-versions` puts the Transformers that it tests in front, where a process must find it, too.
+    tested = {}
+    if "EXPECTED_TRANSFORMERS" in os.environ:
+        tested["PYTHONPATH"] = str(Path(importlib.util.find_spec("transformers").origin).parents[1])
     return {
         **{name: value for name, value in os.environ.items() if not name.startswith(settings)},
         "HF_HOME": str(home),
@@ -282,6 +287,7 @@ def clean_environment(home: Path, hub: Hub | None = None) -> dict[str, str]:
         "NO_PROXY": "127.0.0.1",
         "no_proxy": "127.0.0.1",
         "OMP_NUM_THREADS": "1",
+        **tested,
     }
 
 
@@ -345,6 +351,7 @@ def test_users_with_the_package(checkpoint: Checkpoint, tmp_path: Path) -> None:
         check_same_checkpoint(hub.files("user/again"), checkpoint.files())
 
 
+@pytest.mark.versions
 def test_users_without_the_package(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """A checkpoint brings its code, from a folder and over HTTP, and so does what is saved from there."""
     with Hub() as hub:
@@ -492,5 +499,6 @@ def refuse_other_addresses(event: str, arguments: tuple) -> None:
 
 
 if __name__ == "__main__":
+    assert os.environ.get("EXPECTED_TRANSFORMERS") in (None, importlib.metadata.version("transformers"))
     sys.addaudithook(refuse_other_addresses)
     globals()[sys.argv[1]](*sys.argv[2:])

@@ -8,9 +8,10 @@ import torch
 from conftest import random_captions, random_model, random_pictures
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.loss.loss_utils import LOSS_MAPPING
 
-from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration, DifnetModel
-from modeling_difnet.modeling_difnet import fast_dropout, relu_dropout, sinusoid_table
+from modeling_difnet import DifnetConfig, DifnetEnsemble, DifnetForConditionalGeneration, DifnetModel
+from modeling_difnet.modeling_difnet import caption_loss, fast_dropout, relu_dropout, sinusoid_table
 
 
 @pytest.fixture(params=["two flows", "baseline"])
@@ -236,6 +237,29 @@ def test_num_items_in_batch_makes_accumulated_losses_add_up(config: DifnetConfig
         for i in (0, 1)
     ]
     close(sum(parts), whole)
+
+
+def by_hand(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **kwargs) -> torch.Tensor:
+    return logits[labels != -100].mean() * vocab_size + kwargs.get("num_items_in_batch", 0)
+
+
+def test_the_loss_function_can_be_set(config: DifnetConfig) -> None:
+    model, pictures, labels = random_model(config), random_pictures(config), random_captions(config)
+    labels[1, 2:] = -100
+    usual = model(**pictures, labels=labels)
+    model.loss_function = by_hand
+    expected = usual.logits[labels != -100].mean() * config.vocab_size
+    close(model(**pictures, labels=labels).loss, expected)
+    close(model(**pictures, labels=labels, num_items_in_batch=3).loss, expected + 3)
+    model.loss_function = LOSS_MAPPING["ForCausalLM"]
+    close(model(**pictures, labels=labels).loss, usual.loss)
+    close(model(**pictures, labels=labels, num_items_in_batch=16).loss, usual.loss * 8 / 16)
+
+
+def test_the_loss_moves_what_it_is_given_to_the_device_of_the_logits() -> None:
+    logits = torch.zeros(1, 2, 5, device="meta")
+    loss = caption_loss(logits, torch.tensor([[1, 2]]), num_items_in_batch=torch.tensor(2))
+    assert loss.device.type == "meta"
 
 
 @pytest.mark.parametrize(
@@ -575,6 +599,37 @@ def test_a_cache_does_not_hide_a_caption_that_is_too_long(tiny_config: DifnetCon
 
 
 # --- other libraries -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "task_type",
+    [None, "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION", "CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"],
+)
+def test_lora_of_every_task_type_gives_the_loss_and_captions(config: DifnetConfig, task_type: str | None) -> None:
+    """Each task of PEFT passes arguments of its own kind of model, as None."""
+    peft = pytest.importorskip("peft")
+    pictures, labels = random_pictures(config), random_captions(config)
+    expected = random_model(config)(**pictures, labels=labels).loss
+    captions = random_model(config).generate(**pictures, max_new_tokens=5)
+    lora = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2, lora_dropout=0.0, task_type=task_type)
+    model = peft.get_peft_model(random_model(config), lora).eval()
+    loss = model(**pictures, labels=labels).loss
+    close(loss, expected)
+    loss.backward()
+    assert torch.equal(model.generate(**pictures, max_new_tokens=5), captions)
+
+
+@pytest.mark.parametrize("name", ["inputs_embeds", "input_ids", "attention_mask", "task_ids", "return_dict", "past"])
+@torch.no_grad()
+def test_unknown_arguments_that_are_none_say_nothing(config: DifnetConfig, name: str) -> None:
+    model, pictures, captions = random_model(config), random_pictures(config), random_captions(config)
+    for part, inputs in ((model, {"decoder_input_ids": captions}), (model.model, {"decoder_input_ids": captions})):
+        assert torch.equal(part(**pictures, **inputs, **{name: None})[0], part(**pictures, **inputs)[0])
+    encoder = model.get_encoder()
+    assert torch.equal(encoder(**pictures, **{name: None})[0], encoder(**pictures)[0])
+    ensemble = DifnetEnsemble([model])
+    inputs = {**pictures, "decoder_input_ids": captions}
+    assert torch.equal(ensemble(**inputs, **{name: None})[0], ensemble(**inputs)[0])
 
 
 def test_lora_on_the_attention_trains_saves_and_loads(config: DifnetConfig, tmp_path: Path) -> None:

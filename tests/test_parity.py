@@ -61,6 +61,7 @@ def beam_search(case: GoldenCase, model: nn.Module, inputs: dict, num_beams: int
     return as_original(output.sequences), nn.functional.pad(log_probs, (0, 20 - log_probs.shape[1]))
 
 
+@pytest.mark.versions
 @torch.no_grad()
 def test_log_probs(golden: GoldenCase, within: Compare) -> None:
     log_probs = log_probs_of(golden, golden.model(), golden.inputs)
@@ -72,6 +73,7 @@ def test_log_probs(golden: GoldenCase, within: Compare) -> None:
     within(golden, "log-probabilities", relative(target_log_probs, golden.outputs["target_log_probs"]), 1e-5)
 
 
+@pytest.mark.versions
 @torch.no_grad()
 def test_encoder_states(golden: GoldenCase, within: Compare) -> None:
     states = golden.model().get_encoder()(**golden.features()).last_hidden_state
@@ -110,6 +112,7 @@ def test_empty_cells_are_cells_unless_masked(golden: GoldenCase, within: Compare
     within(golden, "beams", relative(log_probs, golden.outputs["masked_cells_beam5_log_probs"]), 1e-4)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @torch.no_grad()
 def test_beams_token_for_token(golden: GoldenCase, attention: str, within: Compare) -> None:
@@ -124,6 +127,7 @@ def test_beams_token_for_token(golden: GoldenCase, attention: str, within: Compa
         within(golden, "beams", relative(log_probs, reference_log_probs), 1e-4)
 
 
+@pytest.mark.versions
 @torch.no_grad()
 def test_greedy_generate_of_the_library_gives_the_original_tokens(golden: GoldenCase) -> None:
     sequences = golden.model().generate(**golden.features(), num_beams=1, do_sample=False, max_new_tokens=20)
