@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--captions", type=Path, help="a COCO annotation file as the corpus")
     parser.add_argument("--number", type=int, default=567_000, help="captions of the made corpus (default: 567,000)")
     parser.add_argument("--images", type=int, default=5_000, help="images of the evaluation (default: 5,000)")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the table (default: benchmarks/results/)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder (default: benchmarks/results/)")
     options = parser.parse_args(argv)
     images = corpus(options.captions, options.number)
     rows = evaluation_rows(images, options.images) + reward_rows(images)

@@ -176,10 +176,8 @@ class OriginalSteps:
         return nn.functional.nll_loss(out.view(-1, out.shape[-1]), targets.view(-1), ignore_index=1)
 
     def xe_step(self) -> Callable[[], None]:
-        images, captions = (
-            reference_features(NUM_PAIRS, self.device),
-            random_captions(NUM_PAIRS, seed=0).to(self.device),
-        )
+        images = reference_features(NUM_PAIRS, self.device)
+        captions = random_captions(NUM_PAIRS, seed=0).to(self.device)
 
         def step() -> None:
             self.xe_loss(images, captions).backward()
