@@ -1,16 +1,14 @@
-"""Packing COCO features and reading them back, beside the original's way of reading.
+"""Speed of packing COCO features and of reading them back, beside the original implementation's way of reading.
 
     python benchmarks/data.py [--images 2000]
 
 Makes synthetic files in the original's form (HDF5 with (49, 2048) float32, one .npy an image), packs them with
-`scripts/pack_coco.py`, and reads random batches of 50 from both. The original's way is written out here as its
-`data/field.py` does it: the HDF5 file is opened for every item, the segmentation is a `.npy` file, and a DataLoader
-collates. All files are in the page cache and torch has one thread while reading. The ways take turns; medians are
-reported. The table goes to `benchmarks/results/`.
+`scripts/pack_coco.py`, and reads random batches of 50 from both. The original reader is written out here as in its
+`data/field.py`: the HDF5 file is opened for every item, the segmentation is a `.npy` file, and a DataLoader collates.
+All files are in the page cache and torch has one thread while reading. The readers take turns; medians are reported.
+The table goes to the terminal and to benchmarks/results/.
 """
 
-import argparse
-import importlib.util
 import json
 import os
 import platform
@@ -18,28 +16,39 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from datetime import date
 from pathlib import Path
 
 import h5py
 import numpy as np
 import torch
+from common import (
+    SCRIPTS,
+    add_output_option,
+    call_times,
+    make_parser,
+    markdown_table,
+    processor_name,
+    results_path,
+    timed,
+    write_report,
+)
 from datasets import load_from_disk
 from torch.utils.data import DataLoader, Dataset
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from dataset_difnet import CaptionPairBatches, PackedImages, ReferenceBatches  # noqa: E402
-from processing_difnet import DifnetTokenizer  # noqa: E402
+from configuration_difnet import DifnetConfig
+from dataset_difnet import CaptionPairBatches, PackedImages, ReferenceBatches
+from modeling_difnet import DifnetForConditionalGeneration
+from processing_difnet import DifnetTokenizer
 
 BATCH = 50
+MIN_IMAGES = 210  # 21 batches of ten images, as many as are read of SCST's
 PACK = """
 import re, sys, time
-sys.path.insert(0, sys.argv[1])
 import pack_coco
 started = time.perf_counter()
-assert pack_coco.main(sys.argv[2:]) == 0
+assert pack_coco.main(sys.argv[1:]) == 0
 print(time.perf_counter() - started, re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1])
 """
 
@@ -69,7 +78,7 @@ def make_corpus(folder: Path, images: int) -> None:
 
 
 class OriginalItems(Dataset):
-    """One item as the original's fields make it."""
+    """One item as the original implementation's fields make it."""
 
     def __init__(self, folder: Path, images: int):
         self.folder, self.images = folder, images
@@ -87,154 +96,141 @@ def pack(folder: Path, name: str, *options: str) -> tuple[float, float]:
     """Seconds and peak megabytes of packing in a process of its own."""
     arguments = ["--features", folder / "grids.hdf5", "--segmentation", folder / "segmentations"]
     arguments += ["--annotations", folder / "dataset_coco.json", "--output", folder / name, *options]
-    run = [sys.executable, "-c", PACK, ROOT / "scripts", *arguments]
-    printed = subprocess.run(
-        [*map(str, run)], check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    run = subprocess.run(
+        [sys.executable, "-c", PACK, *map(str, arguments)],
+        check=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(SCRIPTS), os.getenv("PYTHONPATH")]))},
     )
-    seconds, kilobytes = printed.stdout.split()[-2:]
+    seconds, kilobytes = run.stdout.split()[-2:]
     return float(seconds), int(kilobytes) / 1024
 
 
-def seconds_of(batches, count: int) -> float:
+def batch_seconds(batches: Iterable, count: int) -> float:
     """Median seconds of one batch, over `count` batches."""
     iterator = iter(batches)
     next(iterator)
-    times = []
-    for _ in range(count):
-        started = time.perf_counter()
-        next(iterator)
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
+    return statistics.median(call_times(lambda: next(iterator), count))
 
 
-def xe_step_seconds(batches, device: str) -> float | None:
-    """Median seconds of an XE step of the full-size model on `device`; None where the model is not installed."""
-    if importlib.util.find_spec("modeling_difnet") is None:
-        return None
-    from configuration_difnet import DifnetConfig
-    from modeling_difnet import DifnetForConditionalGeneration
-
+def xe_step_seconds(batches: Iterable[dict[str, torch.Tensor]], device: torch.device) -> float:
+    """Median seconds of an XE step of the full-size model on `device`."""
     model = DifnetForConditionalGeneration(DifnetConfig()).to(device).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, betas=(0.9, 0.98))
-    times = []
-    for _, batch in zip(range(4), batches, strict=False):
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        started = time.perf_counter()
+
+    def step(batch: dict[str, torch.Tensor]) -> None:
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
+
+    times = []
+    for _, batch in zip(range(4), batches, strict=False):
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        times.append(timed(lambda b=batch: step(b), device)[1])
     return statistics.median(times[1:])
 
 
-def hardware() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} CPUs{gpu}"
+def packing_rows(folder: Path, num_images: int) -> Iterator[tuple[str, str]]:
+    """Packs the corpus in `folder` in three ways; the packed datasets stay there."""
+    source_bytes = folder_bytes(folder)
+    for name, options in (
+        ("float16", []),
+        ("float32", ["--dtype", "float32"]),
+        ("float16, 2 processes", ["--num-proc", "2", "--shard-size", str(max(1, num_images // 4))]),
+    ):
+        seconds, peak = pack(folder, name, *options)
+        memory = f", peak {peak:.0f} MB" if "processes" not in name else ""
+        share = folder_bytes(folder / name) / source_bytes
+        yield f"packing, {name}", f"{num_images / seconds:,.0f} images/s{memory}, {share:.0%} of the sources"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=2000, help="synthetic images; 0.4 MB each (default 2000)")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of the two ways (default 5)")
-    arguments = parser.parse_args()
+def folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def reading_rows(folder: Path, num_images: int, rounds: int) -> Iterator[tuple[str, str]]:
+    """Random batches of the original's files and of the packed datasets, in turn."""
+
+    def original(seed: int, workers: int) -> DataLoader:
+        generator = torch.Generator().manual_seed(seed)
+        items = OriginalItems(folder, num_images)
+        return DataLoader(items, batch_size=BATCH, shuffle=True, num_workers=workers, generator=generator)
+
+    def packed(name: str, dtype: torch.dtype | None) -> Iterator[dict[str, torch.Tensor]]:
+        images = PackedImages(load_from_disk(folder / name)["train"], dtype)
+        images.read(range(len(images)))
+        order = np.random.default_rng(0).integers(0, len(images), (200, BATCH))
+        return (images.read(chosen) for chosen in order)
+
+    readers = {
+        "original reader, in the process": lambda seed: original(seed, 0),
+        f"original reader, {os.cpu_count()} workers": lambda seed: original(seed, os.cpu_count()),
+        "packed float16 -> float16": lambda seed: packed("float16", None),
+        "packed float16 -> float32": lambda seed: packed("float16", torch.float32),
+        "packed float32 -> float32": lambda seed: packed("float32", None),
+    }
+    count = min(20, num_images // BATCH - 2)
+    seconds: dict[str, list[float]] = {name: [] for name in readers}
+    for seed in range(rounds):
+        for name, reader in readers.items():
+            seconds[name].append(batch_seconds(reader(seed), count))
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    reference = min(value for name, value in medians.items() if name.startswith("original"))
+    for name, value in medians.items():
+        width = 2 if name.endswith("float16") else 4
+        gigabytes = BATCH * (49 * 2048 + 133 * 49) * width / value / 1e9
+        ratio = f", {reference / value:.1f} x the faster original reader" if name.startswith("packed") else ""
+        yield name, f"{BATCH / value:,.0f} rows/s, {gigabytes:.1f} GB/s{ratio}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--images", type=int, default=2000, help="synthetic images; 0.4 MB each (default: 2000)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of the readers (default: 5)")
+    add_output_option(parser)
+    options = parser.parse_args(argv)
+    if options.images < MIN_IMAGES:
+        parser.error(f"--images {options.images}: at least {MIN_IMAGES} are needed")
     load = os.getloadavg()[0]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = []
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        make_corpus(folder, arguments.images)
-        source_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        for name, options in (
-            ("float16", []),
-            ("float32", ["--dtype", "float32"]),
-            ("float16, 2 processes", ["--num-proc", "2", "--shard-size", str(max(1, arguments.images // 4))]),
-        ):
-            seconds, peak = pack(folder, name, *options)
-            size = sum(path.stat().st_size for path in (folder / name).rglob("*") if path.is_file())
-            memory = f", peak {peak:.0f} MB" if "processes" not in name else ""
-            rows.append((f"packing, {name}", f"{arguments.images / seconds:,.0f} images/s{memory}, "
-                         f"{size / source_bytes:.0%} of the sources"))  # fmt: skip
-        times = []
-        for _ in range(5):
-            started = time.perf_counter()
-            train = load_from_disk(folder / "float16")["train"]
-            times.append(time.perf_counter() - started)
-        rows.append(("opening", f"{1000 * statistics.median(times):.1f} ms"))
+        make_corpus(folder, options.images)
+        rows = [*packing_rows(folder, options.images)]
+        opening = statistics.median(call_times(lambda: load_from_disk(folder / "float16")["train"], 5))
+        rows.append(("opening", f"{1000 * opening:.1f} ms"))
 
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
-
-        def shuffled(seed: int, workers: int) -> DataLoader:
-            generator = torch.Generator().manual_seed(seed)
-            items = OriginalItems(folder, arguments.images)
-            return DataLoader(items, batch_size=BATCH, shuffle=True, num_workers=workers, generator=generator)
-
-        def packed(name: str, dtype: torch.dtype | None) -> Iterator[dict[str, torch.Tensor]]:
-            images = PackedImages(load_from_disk(folder / name)["train"], dtype)
-            images.read(range(len(images)))
-            order = np.random.default_rng(0).integers(0, len(images), (200, BATCH))
-            return (images.read(chosen) for chosen in order)
-
-        seconds: dict[str, list[float]] = {}
-        for turn in range(arguments.rounds):
-            ways = {
-                "the original's way, in the process": lambda turn=turn: shuffled(turn, 0),
-                f"the original's way, {os.cpu_count()} workers": lambda turn=turn: shuffled(turn, os.cpu_count()),
-                "packed float16 -> float16": lambda: packed("float16", None),
-                "packed float16 -> float32": lambda: packed("float16", torch.float32),
-                "packed float32 -> float32": lambda: packed("float32", None),
-            }
-            for name, batches in ways.items():
-                count = min(20, arguments.images // BATCH - 2)
-                seconds.setdefault(name, []).append(seconds_of(batches(), count))
-        medians = {name: statistics.median(values) for name, values in seconds.items()}
-        original = min(value for name, value in medians.items() if name.startswith("the original"))
-        for name, value in medians.items():
-            width = 2 if name.endswith("float16") else 4
-            gigabytes = BATCH * (49 * 2048 + 133 * 49) * width / value / 1e9
-            ratio = f", {original / value:.1f} x the original's faster one" if name.startswith("packed") else ""
-            rows.append((name, f"{BATCH / value:,.0f} rows/s, {gigabytes:.1f} GB/s{ratio}"))
-
+        rows += reading_rows(folder, options.images, options.rounds)
+        train = load_from_disk(folder / "float16")["train"]
         vocabulary = ["<unk>", "<pad>", "<bos>", "<eos>", "a", "man", "dog", "on", "the", "street", "red", "two"]
-        tokenizer = DifnetTokenizer(vocab=vocabulary)
-        pairs = CaptionPairBatches(train, tokenizer, BATCH, dtype=torch.float32)
-        pair_seconds = seconds_of(pairs, 20)
+        pairs = CaptionPairBatches(train, DifnetTokenizer(vocab=vocabulary), BATCH, dtype=torch.float32)
+        pair_seconds = batch_seconds(pairs, 20)
         rows.append(("XE batches (float32, with labels)", f"{1000 * pair_seconds:.2f} ms a batch"))
         references = ReferenceBatches(train, 10, dtype=torch.float32, shuffle=True)
-        rows.append(
-            ("SCST batches (10 images, with references)", f"{1000 * seconds_of(references, 20):.2f} ms a batch")
-        )
+        reference_seconds = batch_seconds(references, 20)
+        rows.append(("SCST batches (10 images, with references)", f"{1000 * reference_seconds:.2f} ms a batch"))
         torch.set_num_threads(threads)
-        step = xe_step_seconds(CaptionPairBatches(train, tokenizer, BATCH, dtype=torch.float32), device)
-        if step is None:
-            rows.append(("share of an XE step", "not measured, modeling_difnet is not installed"))
-        else:
-            share = pair_seconds / (pair_seconds + step)
-            rows.append((f"share of an XE step ({1000 * step:.0f} ms on {device})", f"{share:.2%}"))
+        step = xe_step_seconds(pairs, device)
+        share = pair_seconds / (pair_seconds + step)
+        rows.append((f"share of an XE step ({1000 * step:.0f} ms on {device})", f"{share:.2%}"))
 
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     lines = [
-        f"# Packing and reading, {time.strftime('%Y-%m-%d')}",
+        f"# Packing and reading, {date.today()}",
         "",
-        f"`python benchmarks/data.py --images {arguments.images} --rounds {arguments.rounds}` on {hardware()}; "
-        f"Python {platform.python_version()}, torch {torch.__version__} with {torch.get_num_threads()} threads; "
-        f"load average {load:.1f} at the start.",
+        f"`python benchmarks/data.py --images {options.images} --rounds {options.rounds}` on "
+        f"{processor_name()}, {os.cpu_count()} CPUs{gpu}; Python {platform.python_version()}, "
+        f"torch {torch.__version__} with {torch.get_num_threads()} threads; load average {load:.1f} at the start.",
         "",
-        f"{arguments.images:,} synthetic images, batches of {BATCH}, files in the page cache.",
+        f"{options.images:,} synthetic images, batches of {BATCH}, files in the page cache.",
         "",
-        "| what | result |",
-        "|---|---|",
-        *(f"| {name} | {result} |" for name, result in rows),
-        "",
+        *markdown_table(["what", "result"], rows),
     ]
-    target = ROOT / "benchmarks" / "results" / f"data_{time.strftime('%Y-%m-%d')}_{device}.md"
-    target.parent.mkdir(exist_ok=True)
-    target.write_text("\n".join(lines))
-    print("\n".join(lines))
-    print(f"written to {target.relative_to(ROOT)}")
+    write_report(lines, options.output or results_path("data", device.type))
 
 
 if __name__ == "__main__":

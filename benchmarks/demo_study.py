@@ -5,25 +5,20 @@
 For each seed other scenes are drawn, and DIFNet and the paper's baseline (`--no-segmentation`) are trained on them
 from scratch as `scripts/demo.py` does, XE and then SCST. The table has CIDEr-D of the held-out test scenes for the
 best XE checkpoint and for the best of all, both chosen on the validation scenes; it goes to benchmarks/results/. It
-says where an expectation does not hold. A run takes about two minutes; the program can be stopped and goes on.
+says where an expectation does not hold. A run takes about two minutes; a stopped program resumes.
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import platform
 import statistics
-import sys
 import tempfile
+from datetime import date
 from pathlib import Path
 
 import torch
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
-
-from demo import Demo  # noqa: E402
+from common import make_parser, markdown_table, results_path, write_report
+from demo import Demo
 
 FORMS = {"two flows": ("run", ()), "baseline": ("run_baseline", ("--no-segmentation",))}
 
@@ -43,24 +38,25 @@ def study(folder: Path, seeds: list[int]) -> dict[int, dict[str, dict[str, float
     return results
 
 
-def report(results: dict[int, dict[str, dict[str, float]]]) -> str:
-    """The table, and whether each expectation holds in every seed."""
-    date = datetime.date.today().isoformat()
+def report(results: dict[int, dict[str, dict[str, float]]]) -> list[str]:
+    """The lines of the table, and whether each expectation holds in every seed."""
+    columns = [(form, name) for form in FORMS for name in ("best_xe", "best")]
+    scores = [[result[form][name] for form, name in columns] for result in results.values()]
+    means = [statistics.mean(column) for column in zip(*scores, strict=True)]
+    cells = [
+        [label, *(f"{score:.3f}" for score in row)]
+        for label, row in zip([*results, "mean"], [*scores, means], strict=True)
+    ]
     lines = [
-        f"# The demo's corpus: XE and SCST, two flows and one, {date}",
+        f"# The demo's corpus: XE and SCST, two flows and one, {date.today()}",
         "",
         f"`python benchmarks/demo_study.py --seeds {' '.join(map(str, results))}`, PyTorch {torch.__version__} on the "
         f"CPU ({platform.machine()}). CIDEr-D (0 to 10) of 200 held-out drawn scenes; every seed has scenes, weights "
         "and order of its own. The numbers are of drawn scenes and cannot be compared with COCO's.",
         "",
-        "| seed | two flows, XE | two flows, SCST | baseline, XE | baseline, SCST |",
-        "|---|---|---|---|---|",
+        *markdown_table(["seed", "two flows, XE", "two flows, SCST", "baseline, XE", "baseline, SCST"], cells),
+        "",
     ]
-    columns = [(form, name) for form in FORMS for name in ("best_xe", "best")]
-    for seed, result in results.items():
-        lines.append(f"| {seed} | " + " | ".join(f"{result[form][name]:.3f}" for form, name in columns) + " |")
-    means = [statistics.mean(result[form][name] for result in results.values()) for form, name in columns]
-    lines += ["| mean | " + " | ".join(f"{mean:.3f}" for mean in means) + " |", ""]
     expectations = {
         "SCST above the best XE checkpoint, two flows": (("two flows", "best"), ("two flows", "best_xe")),
         "SCST above the best XE checkpoint, baseline": (("baseline", "best"), ("baseline", "best_xe")),
@@ -72,21 +68,17 @@ def report(results: dict[int, dict[str, dict[str, float]]]) -> str:
         holds = sum(gain > 0 for gain in gains)
         listed = ", ".join(f"{gain:+.3f}" for gain in gains)
         lines.append(f"- {text}: in {holds} of {len(gains)} seeds ({listed})")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument(
         "--output", type=Path, default=Path(tempfile.gettempdir()) / "difnet_demo_study", help="for corpora and runs"
     )
-    options = parser.parse_args()
-    table = report(study(options.output, options.seeds))
-    path = ROOT / "benchmarks" / "results" / f"demo_study_{datetime.date.today().isoformat()}_cpu.md"
-    path.write_text(table, encoding="utf-8")
-    print(table)
-    print(f"Written to {path}")
+    options = parser.parse_args(argv)
+    write_report(report(study(options.output, options.seeds)), results_path("demo_study", "cpu"))
 
 
 if __name__ == "__main__":

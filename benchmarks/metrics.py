@@ -9,11 +9,10 @@ which gives nearly as many distinct n-grams as the COCO captions have (2.3 milli
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import datetime
 import gzip
 import io
+import itertools
 import json
 import os
 import platform
@@ -21,22 +20,32 @@ import random
 import resource
 import statistics
 import sys
-import time
+from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
-from caption_metrics import CiderD, CiderReward, PTBTokenizer, bleu, rouge_l  # noqa: E402
-from caption_metrics.captions import tokenized  # noqa: E402
+from common import (
+    GOLDEN,
+    RESULTS,
+    call_times,
+    make_parser,
+    markdown_table,
+    processor_name,
+    results_path,
+    timed,
+    write_report,
+)
 
-GOLDEN = ROOT / "tests" / "golden" / "metrics"
+from caption_metrics import CiderD, CiderReward, PTBTokenizer, bleu, rouge_l
+from caption_metrics.captions import tokenized
+
 LIMITS = {"batch": 3.0, "table": 150.0, "ratio": 3.0}
 
 
 def golden(name: str) -> list[dict]:
-    with gzip.open(GOLDEN / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
+    with gzip.open(GOLDEN / "metrics" / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
 
@@ -62,20 +71,13 @@ def resident() -> float:
         return int(file.read().split()[1]) * resource.getpagesize() / 1e6
 
 
-def seconds(function, times: int) -> float:
-    taken = []
-    for _ in range(times):
-        start = time.perf_counter()
-        function()
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+def median_seconds(function: Callable[[], object], repeats: int) -> float:
+    return statistics.median(call_times(function, repeats))
 
 
 def reward_rows(images: list[list[str]]) -> list[tuple[str, str]]:
     before = resident()
-    start = time.perf_counter()
-    reward = CiderReward.from_captions(images)
-    built = time.perf_counter() - start
+    reward, built = timed(lambda: CiderReward.from_captions(images))
     table = reward.frequencies
     words = sum(map(sys.getsizeof, table.words)) + sys.getsizeof(table.word_numbers) + sys.getsizeof(table.words)
     size = (table.nbytes + words) / 1e6
@@ -89,12 +91,9 @@ def reward_rows(images: list[list[str]]) -> list[tuple[str, str]]:
     batches = [(row["hyps"], [row["refs"][i // 5] for i in range(50)]) for row in golden("scst_batches")]
     for batch in batches:
         reward.reward(*batch)
-    times = []
     memory = resident()
-    for number in range(1000):
-        start = time.perf_counter()
-        reward.reward(*batches[number % len(batches)])
-        times.append((time.perf_counter() - start) * 1e3)
+    draw = itertools.cycle(batches)
+    times = [1e3 * seconds for seconds in call_times(lambda: reward.reward(*next(draw)), 1000)]
     rows += [
         ("SCST batch, median of 1,000", f"{statistics.median(times):.2f} ms (at most {LIMITS['batch']:.0f})"),
         (
@@ -104,12 +103,9 @@ def reward_rows(images: list[list[str]]) -> list[tuple[str, str]]:
         ("memory grown over 1,000 batches", f"{resident() - memory:.1f} MB"),
     ]
     fresh = CiderReward(table, cached_captions=0)
-    times = []
-    for number in range(100):
-        start = time.perf_counter()
-        fresh.reward(*batches[number % len(batches)])
-        times.append((time.perf_counter() - start) * 1e3)
-    rows.append(("SCST batch, references not cached", f"{statistics.median(times):.2f} ms"))
+    draw = itertools.cycle(batches)
+    uncached = 1e3 * median_seconds(lambda: fresh.reward(*next(draw)), 100)
+    rows.append(("SCST batch, references not cached", f"{uncached:.2f} ms"))
     return rows
 
 
@@ -121,16 +117,16 @@ def evaluation_rows(images: list[list[str]], number: int) -> list[tuple[str, str
     hypotheses = [f"{hypothesis} {captions[1]}"[:60] for hypothesis, captions in zip(hypotheses, images, strict=True)]
     flat = [caption for captions in images for caption in captions]
 
-    def ours():
+    def scores() -> tuple[list[float], float, float]:
         given = tokenized(hypotheses, images)
         return [score.corpus for score in bleu(*given)], rouge_l(*given).corpus, CiderD().score(*given).corpus
 
     tokenizer = PTBTokenizer()
-    tokenizing = seconds(lambda: tokenizer.tokenize_batch(flat), 3)
-    mine = seconds(ours, 3)
+    tokenizing = median_seconds(lambda: tokenizer.tokenize_batch(flat), 3)
+    here = median_seconds(scores, 3)
     rows = [
         ("tokenizer", f"{len(flat) / tokenizing:,.0f} captions/s"),
-        (f"evaluation of {len(images):,} images", f"{mine:.2f} s"),
+        (f"evaluation of {len(images):,} images", f"{here:.2f} s"),
     ]
     try:
         from pycocoevalcap.bleu.bleu import Bleu
@@ -140,58 +136,46 @@ def evaluation_rows(images: list[list[str]], number: int) -> list[tuple[str, str
     except ImportError:
         return [*rows, ("pycocoevalcap", "not installed")]
 
-    def theirs():
+    def java_scores() -> list[list[float] | float]:
         given = {i: [{"caption": caption} for caption in captions] for i, captions in enumerate(images)}
         found = {i: [{"caption": caption}] for i, caption in enumerate(hypotheses)}
         given, found = JavaTokenizer().tokenize(given), JavaTokenizer().tokenize(found)
         with contextlib.redirect_stdout(io.StringIO()):
             return [metric.compute_score(given, found)[0] for metric in (Bleu(4), Rouge(), Cider())]
 
-    java = seconds(theirs, 3)
+    java = median_seconds(java_scores, 3)
     largest = max(
         abs(a - b)
-        for ours_, theirs_ in zip(ours(), theirs(), strict=True)
-        for a, b in zip(*(s if isinstance(s, list) else [s] for s in (ours_, theirs_)), strict=True)
+        for found, expected in zip(scores(), java_scores(), strict=True)
+        for a, b in zip(*(s if isinstance(s, list) else [s] for s in (found, expected)), strict=True)
     )
     return [
         *rows,
         ("the same with pycocoevalcap", f"{java:.2f} s"),
-        ("ratio", f"{java / mine:.1f} times as fast (at least {LIMITS['ratio']:.0f})"),
+        ("ratio", f"{java / here:.1f} times as fast (at least {LIMITS['ratio']:.0f})"),
         ("largest difference of a corpus score", f"{largest:.1e}"),
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser(__doc__)
     parser.add_argument("--captions", type=Path, help="a COCO annotation file as the corpus")
     parser.add_argument("--number", type=int, default=567_000, help="captions of the made corpus (default: 567,000)")
     parser.add_argument("--images", type=int, default=5_000, help="images of the evaluation (default: 5,000)")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
-    arguments = parser.parse_args()
-    images = corpus(arguments.captions, arguments.number)
-    rows = evaluation_rows(images, arguments.images) + reward_rows(images)
-    made = "made of golden captions" if arguments.captions is None else arguments.captions.name
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder (default: benchmarks/results/)")
+    options = parser.parse_args(argv)
+    images = corpus(options.captions, options.number)
+    rows = evaluation_rows(images, options.images) + reward_rows(images)
+    made = "made of golden captions" if options.captions is None else options.captions.name
     lines = [
-        f"# Captioning metrics, {datetime.date.today()}",
+        f"# Captioning metrics, {date.today()}",
         "",
-        f"`python benchmarks/metrics.py` on one core of {processor()} ({platform.machine()}),",
+        f"`python benchmarks/metrics.py` on one core of {processor_name()} ({platform.machine()}),",
         f"Python {platform.python_version()}; corpus: {made}.",
         "",
-        "| what | measured |",
-        "|---|---|",
-        *(f"| {name} | {value} |" for name, value in rows),
+        *markdown_table(["what", "measured"], rows),
     ]
-    print("\n".join(lines))
-    arguments.results.mkdir(parents=True, exist_ok=True)
-    (arguments.results / f"metrics_{datetime.date.today()}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def processor() -> str:
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
-        for line in file:
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or "an unnamed processor"
+    write_report(lines, options.results / results_path("metrics").name)
 
 
 if __name__ == "__main__":

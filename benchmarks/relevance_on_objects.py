@@ -1,4 +1,4 @@
-"""Do the cells of a drawn object speak for the word that names it? On the demo's scenes, where the objects are known.
+"""Whether a word's relevance falls on the object that it names, on the demo's scenes, where the objects are known.
 
     make demo
     python benchmarks/relevance_on_objects.py --demo demo_output
@@ -10,24 +10,19 @@ and is the relevance of an average cell of the object larger than that of the ot
 is tried, for both flows together and for each alone; "+-" is the 95% interval over words.
 """
 
-import argparse
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from common import ROOT, make_parser, markdown_table, write_report
+from demo_corpus import DrawnObject, make_scenes, objects_of
 from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
-
-from demo_corpus import DrawnObject, make_scenes, objects_of  # noqa: E402
-
-from dataset_difnet import PackedImages, load_packed_split  # noqa: E402
-from modeling_difnet import relevance  # noqa: E402
+from dataset_difnet import PackedImages, load_packed_split
+from modeling_difnet import relevance
 
 METHODS = ("original", "conservative", "gradient_x_input", "attention_rollout")
 
@@ -40,7 +35,7 @@ def named_objects(words: list[str], objects: list[DrawnObject]) -> Iterator[tupl
             yield position, named[0]
 
 
-def measure(cells: np.ndarray, objects: list[DrawnObject], named: int) -> dict[str, tuple[float, float]]:
+def score(cells: np.ndarray, objects: list[DrawnObject], named: int) -> dict[str, tuple[float, float]]:
     """What was found and what chance would find, for one word's cells (49,)."""
     masks = [thing.cells().ravel() for thing in objects]
     background = ~np.logical_or.reduce(masks)
@@ -56,17 +51,13 @@ def measure(cells: np.ndarray, objects: list[DrawnObject], named: int) -> dict[s
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-        epilog="\n\n".join(__doc__.split("\n\n")[1:]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser(__doc__)
     parser.add_argument("--demo", type=Path, default=ROOT / "demo_output", help="default: demo_output/")
     parser.add_argument("--split", default="test")
     parser.add_argument("--batch-size", type=int, default=20)
     parser.add_argument("--output", type=Path, help="write the table there, too")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
 
     settings = json.loads((options.demo / "settings.json").read_text())
     scenes = {scene.image_id: scene for scene in make_scenes(settings["seed"], settings["sizes"])}
@@ -90,27 +81,24 @@ def main() -> None:
                 words = processor.tokenizer.convert_ids_to_tokens(output.target_ids[row])
                 for position, named in named_objects(words, things):
                     for flow, cells in flows.items():
-                        for kind, pair in measure(cells[row, position].numpy(), things, named).items():
+                        for kind, pair in score(cells[row, position].numpy(), things, named).items():
                             found.setdefault((method, flow), {}).setdefault(kind, []).append(pair)
 
     number = len(next(iter(found.values()))["hit"])
-    lines = [
-        f"{number} words that name a drawn object, in captions of {len(dataset)} {options.split} scenes",
-        "",
-        "| method | flow | hit | chance | share | chance | largest | chance |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    cells = []
     for (method, flow), kinds in found.items():
-        columns = []
+        columns = [method, flow]
         for kind in ("hit", "share", "largest"):
             values, chances = np.array(kinds[kind]).T
             interval = 1.96 * values.std() / len(values) ** 0.5
-            columns.append(f"{values.mean():.2f} +-{interval:.2f} | {chances.mean():.2f}")
-        lines.append(f"| {method} | {flow} | {' | '.join(columns)} |")
-    table = "\n".join(lines) + "\n"
-    print(table)
-    if options.output is not None:
-        options.output.write_text(table, encoding="utf-8")
+            columns += [f"{values.mean():.2f} +-{interval:.2f}", f"{chances.mean():.2f}"]
+        cells.append(columns)
+    lines = [
+        f"{number} words that name a drawn object, in captions of {len(dataset)} {options.split} scenes",
+        "",
+        *markdown_table(["method", "flow", "hit", "chance", "share", "chance", "largest", "chance"], cells),
+    ]
+    write_report(lines, options.output)
 
 
 if __name__ == "__main__":
