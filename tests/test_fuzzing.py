@@ -593,8 +593,8 @@ def test_no_name_in_a_packed_split_leads_out(campaign_of):
     rows = [
         {
             **{"image_id": number, "file_name": name, "restval": False, "captions": ["a dog"]},
-            **{"grid_features": grid_of(number), "grid_cells": GRID_SIZE**2},
-            "segmentation_features": encode_segmentation(segmentation_of(number)),
+            **{"grid_features": grid_of(12), "grid_cells": GRID_SIZE**2},
+            "segmentation_features": encode_segmentation(segmentation_of(12)),
         }
         for number, name in enumerate(names)
     ]
