@@ -3,8 +3,8 @@
 The short form runs with `make test`, the long one (over 3,000 files, 5,000 images and 100 kills) with `make test-all`.
 """
 
-import functools
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -17,6 +17,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -628,25 +629,40 @@ def test_links_among_features_are_followed_or_refused_in_one_line(campaign_of, t
 # Kills
 
 
-def in_child(program: Callable[[], int], seconds: float | None) -> int | None:
-    """Runs a program in a fork of this process, and kills it after so many seconds.
+# A process without threads, which has imported everything, forks the runs: this one's threads may hold locks.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["test_fuzzing"])
+
+
+@pytest.fixture(scope="module")
+def forks() -> None:
+    """Starts the process that forks the others, which finds this module by PYTHONPATH alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+        forkserver.ensure_running()
+
+
+def child(program: Callable[..., int], folder: Path, *given: object) -> None:
+    os.chdir(folder)
+    os._exit(quietly(lambda: program(*given)))
+
+
+def in_child(folder: Path, seconds: float | None, program: Callable[..., int], *given: object) -> int | None:
+    """Runs a program in a process of its own, and kills it after so many seconds.
 
     Returns its exit code, or None if the kill came first.
     """
-    sys.stdout.flush()
-    child = os.fork()
-    if child == 0:
-        code = 99
-        try:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            code = quietly(program)
-        finally:
-            os._exit(code)
-    if seconds is not None:
-        time.sleep(seconds)
-        os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    return None if os.WIFSIGNALED(status) else os.waitstatus_to_exitcode(status)
+    process = FORKS.Process(target=child, args=(program, folder, *given))
+    process.start()
+    process.join(120 if seconds is None else seconds)
+    assert seconds is not None or not process.is_alive(), "the program hangs"
+    process.kill()
+    process.join()
+    return None if process.exitcode == -signal.SIGKILL else process.exitcode
+
+
+def run_target(name: str, sandbox: Sandbox) -> int:
+    return TARGETS[name].program(sandbox)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -674,45 +690,54 @@ def whole_outputs(found: dict[str, bytes]) -> dict[str, bytes]:
 
 def assert_kills_cost_nothing(campaign: Campaign, kills: int, salt: int) -> int:
     """Kills runs at random moments; what is there is complete, and the next run ends as an undisturbed one."""
-    sandbox, program = campaign.sandbox, campaign.target.program
+    sandbox = campaign.sandbox
     sandbox.fill(campaign.seed)
+
+    def run(seconds: float | None = None) -> int | None:
+        return in_child(sandbox.current, seconds, run_target, campaign.name, sandbox)
+
+    def empty() -> None:
+        shutil.rmtree(sandbox.output)
+        sandbox.output.mkdir()
+
+    assert run() == 0
+    expected = kept(contents(sandbox.output))
+    empty()
     started = time.monotonic()
-    before = os.getcwd()
-    os.chdir(sandbox.current)
-    landed = 0
-    try:
-        assert in_child(lambda: program(sandbox), None) == 0
-        length = time.monotonic() - started
-        expected = kept(contents(sandbox.output))
-        rng = random.Random(salt)
-        for _ in range(kills):
-            shutil.rmtree(sandbox.output)
-            sandbox.output.mkdir()
-            landed += in_child(lambda: program(sandbox), rng.uniform(0.2, 1.0) * length) is None
-            found = kept(whole_outputs(contents(sandbox.output)))
-            for path, content in found.items():
-                assert expected.get(path) == content, f"{path} is not what a whole run writes"
-            # A run that may still be starting is left alone for a minute.
-            for path in sandbox.output.rglob("*"):
-                os.utime(path, (time.time() - 3600,) * 2)
-            if campaign.name.startswith("convert"):
-                assert found in ({}, expected), "half an output"
-                if found:
-                    continue  # refused without --overwrite
-            assert in_child(lambda: program(sandbox), None) == 0
-            assert kept(contents(sandbox.output)) == expected, "the next run ends otherwise, or leaves litter"
-    finally:
-        os.chdir(before)
+    assert run() == 0
+    length = time.monotonic() - started
+    landed, rng = 0, random.Random(salt)
+    for _ in range(kills):
+        empty()
+        landed += run(rng.uniform(0.3, 1.0) * length) is None
+        found = kept(whole_outputs(contents(sandbox.output)))
+        for path, content in found.items():
+            assert expected.get(path) == content, f"{path} is not what a whole run writes"
+        make_old(sandbox.output)
+        if campaign.name.startswith("convert"):
+            assert found in ({}, expected), "half an output"
+            if found:
+                continue  # refused without --overwrite
+        assert run() == 0
+        assert kept(contents(sandbox.output)) == expected, "the next run ends otherwise, or leaves litter"
     return landed
 
 
+def make_old(folder: Path) -> None:
+    """What is younger than a minute could belong to a run that is about to begin."""
+    for path in folder.rglob("*"):
+        os.utime(path, (time.time() - 3600,) * 2)
+
+
 @pytest.mark.parametrize("name", KILLED)
+@pytest.mark.usefixtures("forks")
 def test_a_kill_costs_nothing(campaign_of, name):
     assert_kills_cost_nothing(campaign_of(name), kills=2, salt=0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KILLED)
+@pytest.mark.usefixtures("forks")
 def test_many_kills_cost_nothing(campaign_of, record_property, name):
     record_property("kills", assert_kills_cost_nothing(campaign_of(name), kills=30, salt=1))
 
@@ -723,31 +748,34 @@ def overwriting_kill(campaign: Campaign, kills: int, salt: int) -> int:
     sandbox.fill(campaign.seed)
     arguments = words("--checkpoint", sandbox.input / "DIFNet.pth", "--num-heads", 2, "--overwrite")
     arguments += words("--output", sandbox.output / "captioner")
-    new = [*arguments, "--vocab", str(sandbox.input / "vocab.pkl")]
-    started = time.monotonic()
-    assert in_child(lambda: convert_checkpoint.main(arguments), None) == 0
-    length = time.monotonic() - started
-    states = [contents(sandbox.output)]
-    assert in_child(lambda: convert_checkpoint.main(new), None) == 0
-    states.append(contents(sandbox.output))
+    either = [arguments, [*arguments, "--vocab", str(sandbox.input / "vocab.pkl")]]
+
+    def run(number: int, seconds: float | None = None) -> int | None:
+        return in_child(sandbox.current, seconds, convert_checkpoint.main, either[number % 2])
+
+    states = []
+    for number in range(2):
+        started = time.monotonic()
+        assert run(number) == 0
+        length = time.monotonic() - started
+        states.append(contents(sandbox.output))
     assert states[0] != states[1]
-    rng, landed = random.Random(salt), 0
+    landed, rng = 0, random.Random(salt)
     for number in range(kills):
-        either = (arguments, new)[number % 2]
-        moment = rng.uniform(0.3, 1.05) * length
-        landed += in_child(functools.partial(convert_checkpoint.main, either), moment) is None
+        landed += run(number, rng.uniform(0.3, 1.05) * length) is None
         assert whole_outputs(contents(sandbox.output)) in states
-    for path in sandbox.output.iterdir():
-        os.utime(path, (time.time() - 3600,) * 2)
-    assert in_child(lambda: convert_checkpoint.main(new), None) == 0
+    make_old(sandbox.output)
+    assert run(1) == 0
     assert contents(sandbox.output) == states[1], "litter"
     return landed
 
 
+@pytest.mark.usefixtures("forks")
 def test_a_killed_overwrite_keeps_the_old_or_the_new(campaign_of):
     overwriting_kill(campaign_of("convert"), kills=6, salt=0)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forks")
 def test_many_killed_overwrites_keep_the_old_or_the_new(campaign_of, record_property):
     record_property("kills", overwriting_kill(campaign_of("convert"), kills=60, salt=1))
