@@ -83,6 +83,7 @@ def write_model_card(
         sizes=_sizes(config),
         examples=_examples(config, grid_size),
         feature_arguments=", ".join(arguments),
+        segmentation_argument=", segmentation_model=.." if config.use_segmentation else "",
         features=_features(config, grid_size, grid_backbone, segmentation),
     )
     atomic_write(Path(folder, "README.md"), card)

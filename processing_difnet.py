@@ -219,7 +219,7 @@ class DifnetTokenizer(PythonBackend):
                     f"The text {text[:40]!r}.. has {longest} characters without a blank between them, which is no "
                     f"caption; at most {MAX_CHARACTERS_WITHOUT_BLANK} are taken."
                 )
-        words = [word.text for word in _spacy_tokenizer()(text.lower().rstrip("\n"))]
+        words = [word.text for word in _spacy_tokenizer()(text.lower().rstrip("\r\n"))]
         return [word for word in words if word not in PUNCTUATION]
 
     def _convert_token_to_id(self, token: str) -> int:

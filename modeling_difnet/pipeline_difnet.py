@@ -154,7 +154,7 @@ class DifnetImageCaptioningPipeline(Pipeline):
 
     >>> captioner = pipeline(
     ...     "image-captioning",
-    ...     model="difnet",
+    ...     model="./difnet",
     ...     grid_backbone="x101",
     ...     segmentation_model="facebook/mask2former-swin-large-coco-panoptic",
     ... )

@@ -219,6 +219,7 @@ def make_model(
             )
         if resumed is None and options.new_vocabulary:
             tokenizer = make_tokenizer(options, train, validation)
+            tokenizer.model_max_length = model.config.max_position_embeddings
             model = with_new_vocabulary(model, processor.tokenizer, tokenizer)
             processor = DifnetProcessor(processor.feature_extractor, tokenizer)
         elif resumed is None and options.vocab is not None:
@@ -231,6 +232,7 @@ def make_model(
 
     tokenizer = make_tokenizer(options, train, validation)
     config, cells = make_config(options, tokenizer, train)
+    tokenizer.model_max_length = config.max_position_embeddings
     extractor = DifnetFeatureExtractor(math.isqrt(cells), config.grid_feature_size, config.num_segmentation_classes)
     model = DifnetForConditionalGeneration(config)
     model.generation_config = default_generation_config(config)

@@ -58,6 +58,8 @@ class TestTextToIds:
         [
             ("A 5-year-old's CAT.", ["a", "5", "year", "old", "'s", "cat"]),
             ("3-d", ["3", "d"]),
+            ("a dog\r\n", ["a", "dog"]),
+            ("a dog\r", ["a", "dog"]),
             ("they can't go, u.s. ..", ["they", "ca", "n't", "go", "u.s", ".."]),
             (" a  dog\n\n", [" ", "a", " ", "dog"]),
             ("a\ndog\n", ["a", "\n", "dog"]),
