@@ -401,7 +401,7 @@ def test_a_broken_file_gets_one_line(campaign_of, name):
 @pytest.mark.parametrize("name", TARGETS)
 def test_many_broken_files_get_one_line_each(campaign_of, record_property, name, part):
     campaign = campaign_of(name)
-    record_property("files", assert_no_faults(campaign, campaign.mutations(18, salt=1 + part)))
+    record_property("files", assert_no_faults(campaign, campaign.mutations(20, salt=1 + part)))
 
 
 def make_fifo(path: Path) -> None:
