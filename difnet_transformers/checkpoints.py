@@ -27,6 +27,7 @@ WEIGHTS_NAME, WEIGHTS_INDEX_NAME = "model.safetensors", "model.safetensors.index
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "vocab.json")
 FLOATING_POINT = {"F64", "F32", "F16", "BF16"}
 SETTINGS_SIZE_LIMIT = 2**26  # bytes of a JSON file beside the weights
+LARGEST_SETTING = 10_000  # beams, captions and tokens of generation_config.json
 COPY_AGAIN = "Copy or download the checkpoint again"
 # What `config.json` may choose among; any other name is a kernel that the library would download and run.
 ATTENTION = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
@@ -131,6 +132,7 @@ def load_model(
     if lost:
         raise ValueError(_incomplete(shown, lost))
     check_finite_weights(model, shown)
+    check_generation_settings(model, shown)
     return model.eval()
 
 
@@ -152,12 +154,16 @@ def load_processor(
     for file in found:
         _check_settings(folder, file, list if file == "vocab.json" else dict)
     try:
-        return DifnetProcessor.from_pretrained(folder, local_files_only=True)
+        processor = DifnetProcessor.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # whatever a wrong value in the settings leads to
         file = _file_at_fault(folder)
         said = _one_line(error)
         named = "" if file in said else f"{file}: "
         raise ValueError(f"{shown}: {named}the processor cannot be loaded ({said}). {COPY_AGAIN}") from error
+    # How Transformers found the files says nothing about the tokenizer, and would be saved with it.
+    for name in ("is_local", "local_files_only"):
+        processor.tokenizer.init_kwargs.pop(name, None)
+    return processor
 
 
 def read_config(folder: str | os.PathLike) -> DifnetConfig:
@@ -289,6 +295,26 @@ def check_weights_fit(
             f"{source}: the weight `{printable(key)}` is of type {printable(dtype)}; weights are floating point "
             "numbers (F64, F32, F16, BF16)"
         )
+
+
+def check_generation_settings(model: DifnetForConditionalGeneration, source: str | os.PathLike) -> None:
+    """ValueError for settings in generation_config.json that `generate` would fail on, or not come back from."""
+    settings, vocab_size = model.generation_config, model.config.vocab_size
+    for name in ("bos_token_id", "pad_token_id", "eos_token_id", "decoder_start_token_id"):
+        value = getattr(settings, name, None)
+        for token in value if isinstance(value, list) else [value]:
+            if token is not None and (type(token) is not int or not 0 <= token < vocab_size):
+                raise ValueError(
+                    f"{source}: generation_config.json: `{name}` is {printable(value)}, no id of the {vocab_size:,} "
+                    "tokens"
+                )
+    for name in ("num_beams", "num_return_sequences", "max_length", "max_new_tokens", "min_length", "min_new_tokens"):
+        value = getattr(settings, name, None)
+        if value is not None and (type(value) is not int or not 0 <= value <= LARGEST_SETTING):
+            raise ValueError(
+                f"{source}: generation_config.json: `{name}` is {printable(value)}; a number up to "
+                f"{LARGEST_SETTING:,} is expected"
+            )
 
 
 def check_processor_fits(config: DifnetConfig, processor: DifnetProcessor, source: str | os.PathLike) -> None:

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from difnet_transformers.checkpoints import load_captioner
 from difnet_transformers.command_line import (
     LeftOut,
     add_debug_option,
@@ -39,7 +39,7 @@ from pipeline_difnet import (
     open_picture,
     unusual_size,
 )
-from segmentation_difnet import check_loaded_weights, fitted_size
+from segmentation_difnet import fitted_size
 
 with requires("images"):
     from coco_sources import GridFiles, SegmentationFiles, find_pictures, image_ids_of
@@ -77,8 +77,7 @@ class Item(NamedTuple):
 
 
 def make_pipeline(arguments: argparse.Namespace) -> DifnetImageCaptioningPipeline:
-    model, report = AutoModelForImageTextToText.from_pretrained(arguments.model, output_loading_info=True)
-    check_loaded_weights(arguments.model, model, report)
+    model, processor = load_captioner(arguments.model)
     networks = {}
     if arguments.features is None:
         networks = {
@@ -88,8 +87,8 @@ def make_pipeline(arguments: argparse.Namespace) -> DifnetImageCaptioningPipelin
             "seed": arguments.seed,
         }
     return DifnetImageCaptioningPipeline(
-        model=model.eval(),
-        processor=AutoProcessor.from_pretrained(arguments.model),
+        model=model,
+        processor=processor,
         task=TASK,
         device=arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         **networks,

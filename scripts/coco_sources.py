@@ -928,7 +928,8 @@ def _open_hdf5(path: str) -> h5py.File:
 
 def _keys(file: h5py.File, path: str) -> list[str]:
     try:
-        return list(file)
+        # A name that is not UTF-8 comes as bytes.
+        return [key if isinstance(key, str) else os.fsdecode(key) for key in file]
     except Exception as error:  # h5py has an exception of its own for every way in which a tree can be damaged
         raise PackingError(
             f"{printable(path)}: damaged, its keys cannot be listed ({printable(str(error), 300)})"

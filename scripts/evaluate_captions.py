@@ -28,10 +28,7 @@ from training_processes import all_or_none, raise_for_all
 from training_start import (
     ROW_ERRORS,
     check_data,
-    check_local_files,
     form_of,
-    load_model,
-    load_processor,
     open_split,
     reason_of,
     usual_row,
@@ -39,6 +36,7 @@ from training_start import (
 
 from caption_metrics import JavaMissing, check_java, score_captions
 from dataset_difnet import ReferenceBatches
+from difnet_transformers.checkpoints import checkpoint_folder, load_model, load_processor
 from difnet_transformers.command_line import LeftOut, add_debug_option, add_strict_option, describe, run_command
 from difnet_transformers.files import atomic_write, folder_lock, naming, printable
 from difnet_transformers.weights import check_finite_weights
@@ -218,9 +216,7 @@ def load_captioner(
 ) -> tuple[DifnetForConditionalGeneration | DifnetEnsemble, DifnetProcessor]:
     """The model, or the ensemble of several, in eval mode, and the processor of the first."""
     for name in names:
-        if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith(("/", "."))):
-            raise ValueError(f"{name}: no such folder, and no name of a repository on the Hub")
-        check_local_files(Path(name))
+        checkpoint_folder(name)
     try:
         raise_for_other_vocabularies(names)
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError, RecursionError) as error:

@@ -45,7 +45,6 @@ from training_start import (  # noqa: E402
     check_data,
     check_same_data,
     check_same_run,
-    load_model,
     make_accelerator,
     make_model,
     open_split,
@@ -68,6 +67,7 @@ from dataset_difnet import (  # noqa: E402
     ReferenceBatches,
     split_fingerprint,
 )
+from difnet_transformers.checkpoints import load_model  # noqa: E402
 from difnet_transformers.command_line import run_command  # noqa: E402
 from difnet_transformers.files import folder_lock, naming, printable  # noqa: E402
 from model_card import write_model_card  # noqa: E402

@@ -18,8 +18,6 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from datasets import Dataset
-from safetensors import SafetensorError, safe_open
-from transformers import AutoProcessor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -28,16 +26,15 @@ from training_state import Progress, recover  # noqa: E402
 
 from convert_checkpoint import default_generation_config  # noqa: E402
 from dataset_difnet import PackedImages, load_packed_split  # noqa: E402
+from difnet_transformers.checkpoints import load_model, load_processor  # noqa: E402
 from difnet_transformers.command_line import describe  # noqa: E402
-from difnet_transformers.files import check_regular_file, printable, read_json  # noqa: E402
-from difnet_transformers.weights import check_finite_weights  # noqa: E402
+from difnet_transformers.files import printable, read_json  # noqa: E402
 from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration  # noqa: E402
 from modeling_difnet.ensemble_difnet import first_difference  # noqa: E402
 from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer  # noqa: E402
 
 CHECKPOINTS = ("last", "best", "best_xe")
 MOST_LAYERS = 1000
-LARGEST_SETTING = 10_000  # beams, captions and tokens of generation_config.json
 # Options that only say where, how often and how long; a resumed run may have others.
 MAY_CHANGE = frozenset(
     """dataset output resume report_to log_every save_every evaluation_batch_size xe_epochs scst_epochs xe_patience
@@ -373,125 +370,6 @@ def usual_row(images: PackedImages) -> dict[str, torch.Tensor]:
         raise ValueError(f"no image of the split can be read; the first: {describe(first)}") from first
     forms = [form_of(batch) for batch in readable]
     return readable[max(range(len(forms)), key=lambda row: forms.count(forms[row]))]
-
-
-def load_processor(folder: str | Path) -> DifnetProcessor:
-    """The processor of a checkpoint, as it is saved again.
-
-    Raises:
-        ValueError: there is none that can be read.
-    """
-    check_local_files(Path(folder))
-    try:
-        processor = AutoProcessor.from_pretrained(folder)
-    except Exception as error:  # the library lets through whatever a file of the wrong kind causes
-        raise ValueError(
-            f"{folder}: the vocabulary or the processor's settings cannot be read ({reason_of(error)}). Take "
-            "vocab.json, tokenizer_config.json and preprocessor_config.json from one checkpoint."
-        ) from error
-    # How the library found the files says nothing about the tokenizer, and would be saved with it.
-    for name in ("is_local", "local_files_only"):
-        processor.tokenizer.init_kwargs.pop(name, None)
-    return processor
-
-
-def load_model(folder: str | Path) -> DifnetForConditionalGeneration:
-    """The model of a folder or a repository of the Hub.
-
-    Raises:
-        ValueError: there is none, it cannot be read, its weights do not fit its configuration or are not numbers.
-    """
-    check_local_files(Path(folder))
-    try:
-        model, report = DifnetForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
-    except OSError as error:  # also the Hub's errors
-        raise ValueError(
-            f"{folder}: no model can be loaded from there. Give a folder that convert_checkpoint.py or train.py "
-            f"wrote, or a repository of the Hub. ({printable(str(error).splitlines()[0], 300)})"
-        ) from error
-    except Exception as error:  # the library lets through whatever a file of the wrong kind causes
-        raise ValueError(
-            f"{folder}: no model can be loaded from there: {printable(' '.join(str(error).split()), 300)}"
-        ) from error
-    wrong = {name: sorted(map(str, keys)) for name, keys in report.items() if keys}
-    if wrong:
-        listed = "; ".join(f"{name.replace('_', ' ')} {_some(keys)}" for name, keys in wrong.items())
-        raise ValueError(f"{folder}: the weights do not fit its config.json: {listed}. Take both from one checkpoint.")
-    check_finite_weights(model, folder)
-    check_generation_settings(model, folder)
-    return model
-
-
-def check_local_files(folder: Path) -> None:
-    """Looks at a folder's configuration before anything is built from it; a name on the Hub is passed over.
-
-    Raises:
-        ValueError: a file is none, or `config.json` is no JSON object, or asks for more layers than the weights have
-            tensors.
-    """
-    if not (folder / "config.json").exists():
-        return
-    for path in folder.glob("*.json"):
-        content = read_json(path)
-        # The library goes on without a generation_config.json that it cannot read.
-        if path.name in ("config.json", "generation_config.json") and not isinstance(content, dict):
-            raise ValueError(f"{path}: an object is expected, not {printable(content)}")
-    fields = read_json(folder / "config.json")
-    files = sorted(folder.glob("*.safetensors"))
-    num_tensors = 0
-    for path in files:
-        check_regular_file(path)
-        try:
-            with safe_open(path, "pt") as file:
-                num_tensors += len(list(file.keys()))
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path}: damaged ({printable(str(error))}); take the file from its source again"
-            ) from error
-    if not files:
-        return
-    shown = folder / "config.json"
-    for name in ("encoder_layers", "decoder_layers", "num_hidden_layers"):
-        if isinstance(fields.get(name), int) and fields[name] > num_tensors:
-            raise ValueError(
-                f"{shown}: {name} is {fields[name]:,}, and the weights beside it have {num_tensors:,} tensors. Take "
-                "both from one checkpoint."
-            )
-    if isinstance(fields.get("fusion_iterations"), int) and fields["fusion_iterations"] > MOST_LAYERS:
-        raise ValueError(
-            f"{shown}: fusion_iterations is {fields['fusion_iterations']:,}; at most {MOST_LAYERS:,} are supported"
-        )
-    try:
-        config = DifnetConfig.from_dict(fields)
-        least = least_weights(config)
-    except Exception:  # wrong types and values: loading says which
-        return
-    size = sum(path.stat().st_size for path in files)
-    if least > size:  # a weight takes a byte or more
-        raise ValueError(
-            f"{shown}: a network of its sizes has {least:,} weights, and the file of weights beside it has {size:,} "
-            "bytes. Take both from one checkpoint."
-        )
-
-
-def check_generation_settings(model: DifnetForConditionalGeneration, source: object) -> None:
-    """ValueError for settings in generation_config.json that `generate` would fail on, or not come back from."""
-    settings, vocab_size = model.generation_config, model.config.vocab_size
-    for name in ("bos_token_id", "pad_token_id", "eos_token_id", "decoder_start_token_id"):
-        value = getattr(settings, name, None)
-        for token in value if isinstance(value, list) else [value]:
-            if token is not None and (type(token) is not int or not 0 <= token < vocab_size):
-                raise ValueError(
-                    f"{source}: generation_config.json: {name} is {printable(value)}, no id of the {vocab_size:,} "
-                    "tokens"
-                )
-    for name in ("num_beams", "num_return_sequences", "max_length", "max_new_tokens", "min_length", "min_new_tokens"):
-        value = getattr(settings, name, None)
-        if value is not None and (type(value) is not int or not 0 <= value <= LARGEST_SETTING):
-            raise ValueError(
-                f"{source}: generation_config.json: {name} is {printable(value)}; a number up to "
-                f"{LARGEST_SETTING:,} is expected"
-            )
 
 
 def _some(names: list[str], limit: int = 5) -> str:

@@ -144,7 +144,9 @@ def test_a_mask_hides_words_at_the_ends_of_a_prompt(config: DifnetConfig) -> Non
 def test_prompts_that_cannot_be_padded_are_refused(tiny_config: DifnetConfig) -> None:
     model, pictures = captioner(tiny_config), random_pictures(tiny_config)
     prompt = random_captions(tiny_config, length=3)
-    with pytest.raises(ValueError, match=r"`decoder_attention_mask` \(2, 4\) must have the shape"):
+    with pytest.raises(
+        ValueError, match=r"`decoder_attention_mask` has shape \(2, 4\) and `decoder_input_ids` \(2, 3\)"
+    ):
         model.generate(**pictures, decoder_input_ids=prompt, decoder_attention_mask=torch.ones(2, 4))
     prompt[1] = tiny_config.pad_token_id
     with pytest.raises(ValueError, match="Prompt 1 of `decoder_input_ids` is padding throughout"):

@@ -33,6 +33,8 @@ from coco_sources import (
     read_panoptic,
 )
 
+from pipeline_difnet import UnreadablePicture, open_picture
+
 TRIANGLE = [2, 2, 20, 2, 20, 20]
 RUN_LENGTHS = {"size": [30, 40], "counts": [600, 600]}
 
@@ -119,10 +121,11 @@ class TestFileNames:
         assert image_ids_of([Path("000000000042.jpg"), Path("7.jpg")]) == [42, 7]
         assert image_ids_of([Path("9" * 60 + ".jpg"), Path("\u0667.jpg")]) == [1, 2]
 
-    def test_pipes_in_a_folder_are_no_images(self, tmp_path):
+    def test_pipes_in_a_folder_are_found_and_refused_by_name_when_they_are_opened(self, tmp_path):
         os.mkfifo(tmp_path / "1.jpg")
-        (tmp_path / "2.jpg").write_bytes(b"")
-        assert find_pictures([str(tmp_path)]) == [tmp_path / "2.jpg"]
+        assert find_pictures([str(tmp_path)]) == [tmp_path / "1.jpg"]
+        with pytest.raises(UnreadablePicture, match=r"1\.jpg: not a regular file"):
+            open_picture(tmp_path / "1.jpg")
 
 
 class TestCaptions:

@@ -477,7 +477,9 @@ def test_a_weights_file_that_runs_code_is_refused(
     assert [path.name for path in tmp_path.iterdir()] == ["weights.pth"]
 
 
-@pytest.mark.parametrize(("content", "message"), [(None, "no such file"), (b"", "cannot be read"), (b"x", "refused")])
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "no such file"), (b"", "cannot be read"), (b"x", "no checkpoint of PyTorch")]
+)
 def test_a_weights_file_that_is_none_is_refused(
     content: bytes | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

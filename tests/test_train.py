@@ -415,7 +415,9 @@ for folder in sys.argv[1:]:
             assert run(*words, "--gradient-accumulation-steps", str(accumulated)) == 0
         large, accumulated = (read_log(tmp_path / name) for name in ("large", "accumulated"))
         assert [line["step"] for line in large] == [line["step"] for line in accumulated]
-        assert [line["loss"] for line in large] == pytest.approx([line["loss"] for line in accumulated], rel=1e-5)
+        # A self-critical loss is a difference of terms near 1, which may cancel: float32 knows it to 1e-7.
+        losses = pytest.approx([line["loss"] for line in accumulated], rel=1e-5, abs=1e-7)
+        assert [line["loss"] for line in large] == losses
 
     def test_two_processes_equal_one(self, data, tmp_path):
         """Half the batch each, in both stages; every image of the validation split is captioned once."""
@@ -758,11 +760,14 @@ class TestDamagedCheckpoints:
         [
             ({"encoder_layers": 10**8}, "encoder_layers is 100,000,000, and the weights beside it have"),
             ({"fusion_iterations": 10**8}, "fusion_iterations is 100,000,000; at most"),
-            ({"vocab_size": 10**8}, "a network of its sizes has 3,200,"),
-            ({"grid_feature_size": 10**8}, "a network of its sizes has 1,600,"),
-            ({"num_segmentation_classes": 10**8}, "a network of its sizes has 1,600,"),
-            ({"encoder_ffn_dim": 10**8}, "a network of its sizes has 6,400,"),
-            ({"max_position_embeddings": 10**10}, "a network of its sizes has 160,000,"),
+            ({"vocab_size": 10**8}, "`vocab_size` must be at least 1 and at most 10,000,000"),
+            ({"grid_feature_size": 10**8}, "`grid_feature_size` must be at least 1 and at most 1,000,000"),
+            (
+                {"num_segmentation_classes": 10**8},
+                "`num_segmentation_classes` must be at least 1 and at most",
+            ),
+            ({"encoder_ffn_dim": 10**8}, "`encoder_ffn_dim` must be at least 1 and at most 1,000,000"),
+            ({"max_position_embeddings": 10**10}, "`max_position_embeddings` must be at least 1 and at most"),
             ({"d_model": "16"}, "d_model"),
             ({"d_model": None}, "d_model"),
             ({"dropout": [0]}, "dropout"),
