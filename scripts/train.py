@@ -752,6 +752,9 @@ def train_command(options: argparse.Namespace) -> int:
             with stopping_after_this_step(run):
                 run.accelerator.init_trackers("difnet", {name: str(value) for name, value in vars(options).items()})
                 finished = train(run)
+                # The thread of the last broadcast needs Python's lock to free its tensors, and destroying the process
+                # group waits for this thread while it holds the lock. Waiting here lets go of the lock.
+                run.accelerator.wait_for_everyone()
                 run.accelerator.end_training()
         finally:
             run.close()
