@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from training_processes import all_or_none, raise_for_all
+from training_processes import all_or_none, end_training, raise_for_all
 from training_start import (
     ROW_ERRORS,
     check_data,
@@ -394,7 +394,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def command() -> int:
         accelerator = Accelerator(cpu=options.cpu)
         exit_code = run(options, accelerator)
-        accelerator.end_training()
+        end_training(accelerator)
         return exit_code
 
     return run_command("evaluate_captions.py", command, options.debug)

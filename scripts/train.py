@@ -40,7 +40,7 @@ sys.path.insert(0, str(ROOT))
 from evaluate_captions import caption_split, score_split  # noqa: E402
 from training_log import Log, TrainingFailed  # noqa: E402
 from training_options import parse_arguments  # noqa: E402
-from training_processes import all_or_none, is_first_process  # noqa: E402
+from training_processes import all_or_none, end_training, is_first_process  # noqa: E402
 from training_start import (  # noqa: E402
     check_data,
     check_same_data,
@@ -752,10 +752,7 @@ def train_command(options: argparse.Namespace) -> int:
             with stopping_after_this_step(run):
                 run.accelerator.init_trackers("difnet", {name: str(value) for name, value in vars(options).items()})
                 finished = train(run)
-                # The thread of the last broadcast needs Python's lock to free its tensors, and destroying the process
-                # group waits for this thread while it holds the lock. Waiting here lets go of the lock.
-                run.accelerator.wait_for_everyone()
-                run.accelerator.end_training()
+                end_training(run.accelerator)
         finally:
             run.close()
     except TrainingFailed as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -13,6 +14,8 @@ from accelerate.utils import gather_object
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from difnet_transformers.command_line import describe
+
+SECONDS_TO_FREE = 0.2
 
 Result = TypeVar("Result")
 
@@ -64,5 +67,16 @@ def raise_for_all(accelerator: Accelerator, problem: Exception | None) -> None:
         return
     if accelerator.is_main_process:
         raise problem if problem is not None else ValueError(said[0])
-    accelerator.end_training()  # a process that just ends may be aborted by threads of the others' connections
+    end_training(accelerator)  # a process that just ends may be aborted by threads of the others' connections
     raise SystemExit(2)
+
+
+def end_training(accelerator: Accelerator) -> None:
+    """`accelerator.end_training()` without a deadlock in Gloo.
+
+    The thread that made the last broadcast needs Python's lock to free its tensors; destroying the process group waits
+    for this thread while it holds the lock. A moment of sleep lets go of the lock.
+    """
+    if accelerator.num_processes > 1:
+        time.sleep(SECONDS_TO_FREE)
+    accelerator.end_training()
