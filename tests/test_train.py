@@ -758,8 +758,8 @@ class TestDamagedCheckpoints:
     @pytest.mark.parametrize(
         ("changes", "said"),
         [
-            ({"encoder_layers": 10**8}, "encoder_layers is 100,000,000, and the weights beside it have"),
-            ({"fusion_iterations": 10**8}, "fusion_iterations is 100,000,000; at most"),
+            ({"encoder_layers": 10**8}, "`encoder_layers` must be at least 1 and at most 1,000"),
+            ({"fusion_iterations": 10**8}, "`fusion_iterations` must be at least 1 and at most 1000"),
             ({"vocab_size": 10**8}, "`vocab_size` must be at least 1 and at most 10,000,000"),
             ({"grid_feature_size": 10**8}, "`grid_feature_size` must be at least 1 and at most 1,000,000"),
             (
@@ -771,7 +771,7 @@ class TestDamagedCheckpoints:
             ({"d_model": "16"}, "d_model"),
             ({"d_model": None}, "d_model"),
             ({"dropout": [0]}, "dropout"),
-            ([], "an object is expected, not []"),
+            ([], "a JSON object is expected, not []"),
         ],
     )
     def test_a_model_with_an_absurd_configuration(self, changes, said, data, finished_run, tmp_path, capsys):
@@ -789,12 +789,12 @@ class TestDamagedCheckpoints:
     @pytest.mark.parametrize(
         ("changes", "said"),
         [
-            ({"eos_token_id": {}}, "eos_token_id is {}, no id of the 22 tokens"),
-            ({"pad_token_id": 10**20}, "pad_token_id is 1"),
-            ({"bos_token_id": [2, -1]}, "bos_token_id is [2, -1]"),
-            ({"num_beams": 10**8}, "num_beams is 100000000; a number up to 10,000"),
+            ({"eos_token_id": {}}, "`eos_token_id` is {}, no id of the 22 tokens"),
+            ({"pad_token_id": 10**20}, "`pad_token_id` is 1"),
+            ({"bos_token_id": [2, -1]}, "`bos_token_id` is [2, -1]"),
+            ({"num_beams": 10**8}, "`num_beams` is 100000000; a number up to 10,000"),
             ({"max_length": "x"}, "max_length"),
-            ([], "an object is expected, not []"),
+            ([], "a JSON object is expected, not []"),
         ],
     )
     def test_generation_settings_that_cannot_be(self, changes, said, data, finished_run, tmp_path, capsys):
@@ -1108,7 +1108,7 @@ class TestMistakes:
         [
             ({"xe_batch_size": 500}, "has 120 items, too few for one batch of 500"),
             ({"max_new_tokens": 20}, "--max-new-tokens 20 is more than the model's position table"),
-            ({"model": "nowhere/at all", "config": None}, "nowhere/at all: no model can be loaded"),
+            ({"model": "nowhere/at all", "config": None}, "nowhere/at all: no such folder"),
             ({"vocab": "nowhere.json"}, "nowhere.json"),
         ],
     )
