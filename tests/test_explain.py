@@ -115,7 +115,7 @@ def test_panels_have_one_place_a_word(picture):
 
 @pytest.fixture
 def browser(tmp_path):
-    if chromium.PROGRAM is None:
+    if chromium.PROGRAM is None and "CI" not in os.environ:  # CI tries the pages in any case
         pytest.skip("no Chromium on this machine: the page is tried where there is one")
     opened = []
 
