@@ -7,6 +7,7 @@ before anything is built, and what is wrong with it is one line that names the f
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -28,6 +29,17 @@ PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokeniz
 FLOATING_POINT = {"F64", "F32", "F16", "BF16"}
 SETTINGS_SIZE_LIMIT = 2**26  # bytes of a JSON file beside the weights
 LARGEST_SETTING = 10_000  # beams, captions and tokens of generation_config.json
+OTHER_SETTINGS = {
+    (
+        int,
+        float,
+    ): "length_penalty temperature top_p top_h min_p typical_p epsilon_cutoff eta_cutoff repetition_penalty "
+    "encoder_repetition_penalty diversity_penalty guidance_scale max_time penalty_alpha",
+    (int,): "top_k no_repeat_ngram_size encoder_no_repeat_ngram_size num_beam_groups",
+    (bool,): "do_sample use_cache remove_invalid_values renormalize_logits return_dict_in_generate output_scores "
+    "output_logits output_attentions output_hidden_states low_memory",
+    (bool, str): "early_stopping",
+}  # types to the settings of generation_config.json that have them
 COPY_AGAIN = "Copy or download the checkpoint again"
 # What `config.json` may choose among; any other name is a kernel that the library would download and run.
 ATTENTION = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
@@ -301,7 +313,9 @@ def check_generation_settings(model: DifnetForConditionalGeneration, source: str
     """ValueError for settings in generation_config.json that `generate` would fail on, or not come back from."""
     settings, vocab_size = model.generation_config, model.config.vocab_size
     for name in ("bos_token_id", "pad_token_id", "eos_token_id", "decoder_start_token_id"):
-        value = getattr(settings, name, None)
+        if getattr(settings, name, None) is None:  # a file written by hand may hold `num_beams` alone
+            setattr(settings, name, getattr(model.config, name))
+        value = getattr(settings, name)
         for token in value if isinstance(value, list) else [value]:
             if token is not None and (type(token) is not int or not 0 <= token < vocab_size):
                 raise ValueError(
@@ -315,6 +329,15 @@ def check_generation_settings(model: DifnetForConditionalGeneration, source: str
                 f"{source}: generation_config.json: `{name}` is {printable(value)}; a number up to "
                 f"{LARGEST_SETTING:,} is expected"
             )
+    for kinds, names in OTHER_SETTINGS.items():
+        for name in names.split():
+            value = getattr(settings, name, None)
+            is_finite = not isinstance(value, float) or math.isfinite(value)
+            if value is not None and (type(value) not in kinds or not is_finite):
+                raise ValueError(
+                    f"{source}: generation_config.json: `{name}` is {printable(value)}; a "
+                    f"{' or '.join(kind.__name__ for kind in kinds)} is expected"
+                )
 
 
 def check_processor_fits(config: DifnetConfig, processor: DifnetProcessor, source: str | os.PathLike) -> None:

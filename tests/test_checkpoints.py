@@ -219,3 +219,20 @@ def test_a_shard_outside_the_folder_is_not_read(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="leads out of"):
         load_captioner(folder)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("length_penalty", "1"), ("do_sample", 1.5), ("top_k", [5]), ("num_beams", "5"), ("temperature", float("inf"))],
+)
+def test_generation_settings_of_wrong_types_are_named(folder, setting, value):
+    (folder / "generation_config.json").write_text(json.dumps({setting: value}))
+    with pytest.raises(ValueError, match=rf"(generation_config\.json|cannot be loaded).*{setting}"):
+        load_captioner(folder)
+
+
+def test_generation_settings_without_special_tokens_take_those_of_the_model(folder):
+    (folder / "generation_config.json").write_text('{"num_beams": 2, "max_length": 9}')
+    model, _ = load_captioner(folder)
+    assert model.generation_config.decoder_start_token_id == model.config.decoder_start_token_id
+    assert model.generation_config.eos_token_id == model.config.eos_token_id
