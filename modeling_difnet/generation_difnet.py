@@ -29,6 +29,7 @@ from transformers.generation import (
     StoppingCriteriaList,
 )
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import ModelOutput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -126,17 +127,18 @@ def original_beam_search(
     if prompt_mask is None:
         visible = input_ids != pad_token_id  # (B, prompt)
     else:
-        # Padding moves to the left, so that all captions go on at the same slot.
-        visible = prompt_mask[::num_beams] != 0
-        order = visible.long().argsort(dim=1, stable=True)
-        input_ids, visible = input_ids.gather(1, order), visible.gather(1, order)
-        lengths = visible.sum(dim=1, keepdim=True)
+        # `generate` has moved padding to the left, so that all captions go on at the same slot. `<pad>` between words
+        # is hidden, and takes up a position, as it does without a mask.
+        visible = (prompt_mask[::num_beams] != 0) & (input_ids != pad_token_id)
+        num_leading = (visible.cumsum(1) == 0).sum(1, keepdim=True)  # (B, 1)
+        lengths = lengths - num_leading
         if not lengths.all():
             image = int((lengths == 0).nonzero()[0, 0])
             raise ValueError(
                 f"`decoder_attention_mask` hides the whole prompt of image {image}: `<bos>` is no padding."
             )
-        step_0 = {"decoder_attention_mask": visible.long(), "decoder_position_ids": visible.cumsum(1).clamp(min=1)}
+        positions = torch.arange(1, prompt_length + 1, device=device) - num_leading
+        step_0 = {"decoder_attention_mask": visible.long(), "decoder_position_ids": positions.clamp(min=0)}
 
     with_scores = bool(generation_config.return_dict_in_generate and generation_config.output_scores)
     step_scores: list[torch.Tensor] = []
@@ -153,6 +155,7 @@ def original_beam_search(
         grid_attention_mask=grid_attention_mask,
         past_key_values=cache,
         use_cache=True,
+        return_dict=True,
         **step_0,
     ).logits[:, -1:]  # (B, 1, V)
     scores = logits.new_zeros(batch_size, 1, dtype=torch.promote_types(logits.dtype, torch.float32))
@@ -210,6 +213,7 @@ def original_beam_search(
             grid_attention_mask=grid_attention_mask,
             past_key_values=cache,
             use_cache=True,
+            return_dict=True,
         ).logits  # (B, beams, V)
         log_probs = logits.to(scores.dtype).log_softmax(-1)
         if logits_processor or with_scores:
@@ -420,8 +424,11 @@ def check_request(inputs: object, arguments: dict, vocab_size: int) -> None:
         inputs=inputs,
         **{name: arguments.get(name) for name in (*names, "decoder_input_ids", "decoder_attention_mask")},
     )
-    if isinstance(arguments.get("encoder_outputs"), torch.Tensor):
-        raise ValueError("`encoder_outputs` is what `model.get_encoder()(..)` returns, not one of its tensors.")
+    if not isinstance(arguments.get("encoder_outputs"), ModelOutput | None):
+        raise ValueError(
+            "`encoder_outputs` is what `model.get_encoder()(..)` returns with `return_dict=True`, not one of its "
+            "tensors, a tuple or a dict of them."
+        )
     if arguments.get("encoder_outputs") is None:
         check_shapes(inputs if inputs is not None else arguments.get("grid_features"), arguments, vocab_size)
     if arguments.get("cache_implementation") == "paged":
@@ -630,6 +637,7 @@ def sequence_log_probs(
         segmentation_features,
         decoder_input_ids=flat[:, :-1],
         use_cache=False,
+        return_dict=True,
         **model_kwargs,
     ).last_hidden_state  # (B * K, L - 1, d_model)
     is_token = targets != model.config.pad_token_id

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from conftest import random_captions, random_model, random_pictures
-from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticCache
 
 from modeling_difnet import DifnetConfig, DifnetEnsemble, DifnetForConditionalGeneration, original_beam_search
 from modeling_difnet.modeling_difnet import CACHE_NAME
@@ -97,6 +97,22 @@ def test_a_generated_pad_is_hidden_from_later_words(tiny_config: DifnetConfig) -
         assert torch.equal(captions[0], captions[2])
         num_pads += int((captions[0] == config.pad_token_id).sum())
     assert num_pads > 20
+
+
+@pytest.mark.parametrize("model_name", MODELS)
+@torch.no_grad()
+def test_a_configuration_may_ask_for_tuples(config: DifnetConfig, model_name: str) -> None:
+    model, pictures, captions = MODELS[model_name](config), random_pictures(config), random_captions(config)
+    searches = ({"num_beams": 1}, {"num_beams": 3}, {"num_beams": 3, "custom_generate": original_beam_search})
+    expected = [model.generate(**pictures, **search, max_new_tokens=4) for search in searches]
+    loss = model(**pictures, labels=captions).loss
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config.return_dict = False
+    assert torch.equal(model(**pictures, labels=captions)[0], loss)
+    assert torch.isfinite(model.sequence_log_probs(captions, **pictures)).all()
+    for search, caption in zip(searches, expected, strict=True):
+        assert torch.equal(model.generate(**pictures, **search, max_new_tokens=4), caption)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -194,6 +210,46 @@ def test_the_cache_keeps_the_padding(config: DifnetConfig, model_name: str, step
         cache = cache_of(output)
         logits.append(output.logits)
     torch.testing.assert_close(torch.cat(logits, dim=1)[is_word], at_once[is_word], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["words", "both"], ids=lambda kind: f"{kind} of a fixed size")
+@pytest.mark.parametrize("model_name", MODELS)
+@torch.no_grad()
+def test_a_cache_of_fixed_size_keeps_the_padding(tiny_config: DifnetConfig, model_name: str, kind: str) -> None:
+    model, pictures, captions = (
+        MODELS[model_name](tiny_config),
+        random_pictures(tiny_config),
+        random_captions(tiny_config),
+    )
+    captions[0, 2] = tiny_config.pad_token_id
+    is_word = captions != tiny_config.pad_token_id
+    at_once = model(**pictures, decoder_input_ids=captions, use_cache=False).logits
+    image_cache = DynamicCache() if kind == "words" else StaticCache(model.config, max_cache_len=12)
+    cache = EncoderDecoderCache(StaticCache(model.config, max_cache_len=20), image_cache)
+    logits = [model(**pictures, decoder_input_ids=tokens, cache=cache).logits for tokens in captions.split(1, dim=1)]
+    torch.testing.assert_close(torch.cat(logits, dim=1)[is_word], at_once[is_word], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_embedded_words_do_not_look_at_padding_in_the_cache(tiny_config: DifnetConfig) -> None:
+    model, pictures, captions = captioner(tiny_config), random_pictures(tiny_config), random_captions(tiny_config)
+    captions[0, 0] = captions[1, 2] = tiny_config.pad_token_id
+    expected = model(**pictures, decoder_input_ids=captions).logits[:, 4:]
+    cache = cache_of(model(**pictures, decoder_input_ids=captions[:, :4], use_cache=True))
+    embeddings = model.get_input_embeddings()(captions[:, 4:])
+    logits = model(**pictures, decoder_inputs_embeds=embeddings, cache=cache).logits
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("make_cache", [DynamicCache, tuple])
+@pytest.mark.parametrize("model_name", MODELS)
+@torch.no_grad()
+def test_a_cache_of_another_kind_is_refused(tiny_config: DifnetConfig, model_name: str, make_cache: type) -> None:
+    model, inputs = MODELS[model_name](tiny_config), random_pictures(tiny_config)
+    inputs |= {"decoder_input_ids": random_captions(tiny_config), "past_key_values": make_cache()}
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match=f"is an `EncoderDecoderCache`, not {make_cache.__name__}"):
+            call(**inputs)
 
 
 @torch.no_grad()

@@ -188,6 +188,20 @@ def test_prompts_of_different_lengths_in_the_original_search(
         assert torch.equal(together[row, 4 : 4 + len(words)], words)
 
 
+@torch.no_grad()
+def test_a_prompt_with_pad_inside_in_a_batch_of_the_original_search(tiny_config: DifnetConfig) -> None:
+    """Another image's prompt is padded, so that all of them get a mask."""
+    for seed in range(3):
+        model, pictures = captioner(tiny_config, seed=seed), random_pictures(tiny_config, 3)
+        prompts = random_captions(tiny_config, 3, length=4, seed=seed)
+        prompts[0, 2] = prompts[1, 1] = prompts[2, 3] = tiny_config.pad_token_id
+        settings = {**ORIGINAL, "num_return_sequences": 2}
+        together = model.generate(**pictures, **settings, decoder_input_ids=prompts)
+        for row in range(2):
+            alone = model.generate(**of_image(pictures, row), **settings, decoder_input_ids=prompts[row : row + 1])
+            assert torch.equal(together[2 * row : 2 * row + 2, : alone.shape[1]], alone)
+
+
 def test_a_batch_of_the_pipeline_in_which_only_some_images_need_a_mask(tiny_config: DifnetConfig) -> None:
     model, pictures = captioner(tiny_config), random_pictures(tiny_config, 3, height=2, width=2)
     processor = DifnetProcessor(DifnetFeatureExtractor(2, 24, 7), DifnetTokenizer(vocab=WORDS))
@@ -301,6 +315,7 @@ def test_a_stop_string_that_no_caption_holds_is_refused(tiny_config: DifnetConfi
         ({"decoder_attention_mask": torch.ones(2, 3)}, "`decoder_input_ids` is missing: give both"),
         ({"grid_attention_mask": torch.ones(2, 11)}, r"\(2, 11\), but the features have \(2, 12\)"),
         ({"encoder_outputs": torch.ones(2, 12, 32)}, r"is what `model\.get_encoder\(\)\(\.\.\)` returns"),
+        ({"encoder_outputs": (torch.ones(2, 12, 32),)}, r"is what `model\.get_encoder\(\)\(\.\.\)` returns"),
         ({"cache_implementation": "paged"}, "is for models that continue texts"),
         ({"prefill_chunk_size": 1}, "`prefill_chunk_size` does nothing here"),
         ({"token_healing": True}, "`token_healing` does nothing here: the tokens of this model are whole words"),
