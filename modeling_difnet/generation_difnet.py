@@ -417,7 +417,8 @@ def check_request(inputs: object, arguments: dict, vocab_size: int) -> None:
     if arguments.get("labels") is not None and arguments.get("synced_gpus") is None:
         raise ValueError(
             "`generate` does not read `labels`. To go on from a text, give it to the processor as `prompt=` instead "
-            'of `text=`; to caption images whose captions are known, leave them out (`del batch["labels"]`).'
+            'of `text=`; to caption images whose captions are known, leave them out (`del batch["labels"]`), and the '
+            "`decoder_input_ids` that a collator has made of them."
         )
     names = ("grid_features", "segmentation_features", "grid_attention_mask", "segmentation_attention_mask")
     check_tensors(
@@ -526,6 +527,24 @@ def check_beams(generation_config: GenerationConfig, streamer: object | None, as
             )
 
 
+def check_drafts(generation_config: GenerationConfig, assistant_model: object | None, is_captioner: bool) -> None:
+    """Refuses drafts of several words that could not be taken back, and those of an ensemble's first layers."""
+    drafters = {"assistant_model": assistant_model}
+    drafters |= {
+        name: getattr(generation_config, name, None) for name in ("prompt_lookup_num_tokens", "assistant_early_exit")
+    }
+    name = next((name for name, value in drafters.items() if value is not None), None)
+    if name is None:
+        return
+    if generation_config.cache_implementation in ("static", "offloaded_static"):
+        raise ValueError(
+            f"`{name}` needs a cache that words can be taken from again: leave out "
+            f"`cache_implementation={generation_config.cache_implementation!r}`."
+        )
+    if drafters["assistant_early_exit"] is not None and not is_captioner:
+        raise ValueError("`assistant_early_exit` leaves out layers of one network, and an ensemble has several.")
+
+
 class StopWordsCriteria(StoppingCriteria):
     """Ends a caption after certain words.
 
@@ -583,6 +602,7 @@ class CheckedGenerationMixin(GenerationMixin):
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs) -> None:
         streamer, assistant_model = map(generation_mode_kwargs.get, ("streamer", "assistant_model"))
         check_beams(generation_config, streamer, assistant_model)
+        check_drafts(generation_config, assistant_model, is_captioner=hasattr(self, self.base_model_prefix))
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
 
     def _get_stopping_criteria(

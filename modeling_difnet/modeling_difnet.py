@@ -1020,8 +1020,11 @@ class DifnetGenerationMixin(CheckedGenerationMixin):
         if (prompt_mask := kwargs.pop("decoder_attention_mask", None)) is not None:
             # The library has added ones for the words since the prompt.
             mask = mask & (prompt_mask[:, : mask.shape[1]] != 0)
+        # Drafts of assisted decoding may go on behind the longest caption, where the library drops them.
+        longest = self.config.max_position_embeddings
+        if prompt_mask is not None or mask.shape[1] > longest:
             positions = torch.arange(1, mask.shape[1] + 1, device=mask.device) - count_leading_padding(mask)
-            kwargs["decoder_position_ids"] = positions.clamp(min=0)
+            kwargs["decoder_position_ids"] = positions.clamp(min=0, max=longest)
         return super().prepare_inputs_for_generation(
             input_ids, next_sequence_length, decoder_attention_mask=mask.long(), **kwargs
         )

@@ -185,6 +185,16 @@ def test_assisted_decoding_of_a_padded_prompt(config: DifnetConfig, drafter: str
 
 
 @torch.no_grad()
+def test_drafts_may_go_on_behind_the_position_table(config: DifnetConfig) -> None:
+    model, pictures = captioner(config), random_pictures(config, batch_size=1)
+    for prompt in ([2], [1, 2, 9, 8, 9, 8]):
+        settings = {"decoder_input_ids": torch.tensor([prompt]), "num_beams": 1, "eos_token_id": None}
+        settings["max_new_tokens"] = config.max_position_embeddings + 1 - len(prompt)
+        expected = model.generate(**pictures, **settings)
+        assert torch.equal(model.generate(**pictures, **settings, prompt_lookup_num_tokens=4), expected)
+
+
+@torch.no_grad()
 def test_the_original_search_equals_its_own_search_without_cached_steps(config: DifnetConfig) -> None:
     """One beam is the greedy caption."""
     model, pictures = captioner(config), random_pictures(config, batch_size=3)

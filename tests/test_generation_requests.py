@@ -341,6 +341,24 @@ def test_word_by_word_and_several_hypotheses(tiny_config: DifnetConfig, search: 
         model.generate(**random_pictures(tiny_config, 1), **search, **{helper: value})
 
 
+@pytest.mark.parametrize("drafter", ["assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"])
+def test_drafts_cannot_be_taken_back_from_a_cache_of_fixed_size(tiny_config: DifnetConfig, drafter: str) -> None:
+    model = random_model(tiny_config)
+    value = model if drafter == "assistant_model" else 1
+    with pytest.raises(
+        ValueError, match=f"`{drafter}` needs a cache that .* leave out `cache_implementation='static'`"
+    ):
+        model.generate(
+            **random_pictures(tiny_config, 1), num_beams=1, cache_implementation="static", **{drafter: value}
+        )
+
+
+def test_the_first_layers_of_an_ensemble_are_no_assistant(tiny_config: DifnetConfig) -> None:
+    ensemble = DifnetEnsemble([random_model(tiny_config)])
+    with pytest.raises(ValueError, match="`assistant_early_exit` leaves out layers of one network"):
+        ensemble.generate(**random_pictures(tiny_config, 1), num_beams=1, assistant_early_exit=1)
+
+
 @pytest.mark.parametrize(
     "option",
     [{"length_penalty": 1.0}, {"early_stopping": True}, {"penalty_alpha": 0.6}],
