@@ -430,8 +430,12 @@ def check_request(inputs: object, arguments: dict, vocab_size: int) -> None:
             "`encoder_outputs` is what `model.get_encoder()(..)` returns with `return_dict=True`, not one of its "
             "tensors, a tuple or a dict of them."
         )
-    if arguments.get("encoder_outputs") is None:
-        check_shapes(inputs if inputs is not None else arguments.get("grid_features"), arguments, vocab_size)
+    cells = inputs if inputs is not None else arguments.get("grid_features")
+    if arguments.get("encoder_outputs") is not None:
+        cells = arguments["encoder_outputs"][0]  # as many images and cells as there are of features
+    if cells is None:
+        raise ValueError("`generate` needs `grid_features`, which the processor makes, or `encoder_outputs`.")
+    check_shapes(cells, arguments, vocab_size)
     if arguments.get("cache_implementation") == "paged":
         raise ValueError('`cache_implementation="paged"` is for models that continue texts: leave it out.')
 
@@ -453,7 +457,7 @@ def check_request(inputs: object, arguments: dict, vocab_size: int) -> None:
                 )
 
 
-def check_shapes(grid_features: torch.Tensor | None, arguments: dict, vocab_size: int) -> None:
+def check_shapes(grid_features: torch.Tensor, arguments: dict, vocab_size: int) -> None:
     """Refuses masks and prompts that do not belong to the features."""
     prompt, mask = arguments.get("decoder_input_ids"), arguments.get("decoder_attention_mask")
     if prompt is not None:
@@ -472,8 +476,10 @@ def check_shapes(grid_features: torch.Tensor | None, arguments: dict, vocab_size
             f"`decoder_attention_mask` has shape {tuple(mask.shape)} and `decoder_input_ids` "
             f"{'is missing' if prompt is None else f'{tuple(prompt.shape)}'}: give both, one number for each token."
         )
-    if grid_features is None or grid_features.ndim != 3:
+    if grid_features.ndim != 3:
         return  # the encoder says what is wrong
+    if len(grid_features) == 0:
+        raise ValueError("`generate` is given no image: the batch is empty.")
     if prompt is not None and len(prompt) != len(grid_features):
         raise ValueError(
             f"`decoder_input_ids` has {len(prompt)} rows for {len(grid_features)} images: give one prompt for each "

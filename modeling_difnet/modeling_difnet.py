@@ -215,6 +215,27 @@ def move_padding_left(
     return input_ids.masked_fill(is_leading, pad_token_id), attention_mask
 
 
+def begin_prompts(
+    input_ids: torch.LongTensor,  # (B, L), padded on the left
+    attention_mask: torch.Tensor | None,  # (B, L)
+    start_token_id: torch.Tensor,  # of all rows, or one for each
+    pad_token_id: int,
+) -> tuple[torch.LongTensor, torch.Tensor | None]:
+    """Puts the start token before each prompt that lacks it; the library does so where all of a batch lack it."""
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    start_token_id = start_token_id.to(input_ids.device).reshape(-1).expand(len(input_ids))  # (B,)
+    first = count_leading_padding(mask).squeeze(1)  # (B,)
+    rows = (input_ids[torch.arange(len(first), device=first.device), first] != start_token_id).nonzero().squeeze(1)
+    if len(rows) == 0:
+        return input_ids, attention_mask
+    if (first[rows] == 0).any():
+        input_ids, mask = nn.functional.pad(input_ids, (1, 0), value=pad_token_id), nn.functional.pad(mask, (1, 0))
+        first = first + 1
+    input_ids, mask = input_ids.clone(), mask.clone()
+    input_ids[rows, first[rows] - 1], mask[rows, first[rows] - 1] = start_token_id[rows], 1
+    return input_ids, mask
+
+
 def shift_tokens_right(labels: torch.Tensor, pad_token_id: int, decoder_start_token_id: int) -> torch.Tensor:
     """Decoder inputs for `labels` (B, L): `<bos>`, then all labels but the last, -100 replaced by `<pad>`."""
     decoder_input_ids = labels.new_full(labels.shape, decoder_start_token_id)
@@ -986,7 +1007,10 @@ class DifnetGenerationMixin(CheckedGenerationMixin):
         num_empty = 0
         if prompts is not None:
             mask = model_kwargs.pop("decoder_attention_mask", None)
-            prompts, mask = move_padding_left(prompts, mask, self.config.pad_token_id)
+            prompts, mask = move_padding_left(prompts.long(), mask, self.config.pad_token_id)
+            start_token_id = args[0] if args else kwargs.get("decoder_start_token_id")
+            if start_token_id is not None:
+                prompts, mask = begin_prompts(prompts, mask, start_token_id, self.config.pad_token_id)
             # The library looks for `<bos>` in the first column, and puts one there where no row begins with it.
             num_empty = int(count_leading_padding(mask).min()) if mask is not None else 0
             model_kwargs["decoder_input_ids"] = prompts[:, num_empty:]
@@ -996,7 +1020,6 @@ class DifnetGenerationMixin(CheckedGenerationMixin):
             batch_size, model_input_name, model_kwargs, *args, **kwargs
         )
         if (mask := model_kwargs.get("decoder_attention_mask")) is not None and prompts is not None:
-            input_ids, mask = move_padding_left(input_ids, mask, self.config.pad_token_id)
             input_ids = nn.functional.pad(input_ids, (num_empty, 0), value=self.config.pad_token_id)
             model_kwargs["decoder_attention_mask"] = nn.functional.pad(mask, (num_empty, 0))
         return input_ids, model_kwargs

@@ -157,6 +157,26 @@ def test_a_mask_hides_words_at_the_ends_of_a_prompt(config: DifnetConfig) -> Non
         assert torch.equal(found[:, 5:], expected[:, 3:])
 
 
+@pytest.mark.parametrize("decoding", ["greedy", "beams", "original"])
+@pytest.mark.parametrize("with_bos", [(0, 2), (1,), (), (0, 1, 2)], ids=str)
+@torch.no_grad()
+def test_each_prompt_of_a_batch_begins_with_bos(
+    tiny_config: DifnetConfig, with_bos: tuple[int, ...], decoding: str
+) -> None:
+    """As it does alone, be there others that have or lack it."""
+    model, pictures = captioner(tiny_config), random_pictures(tiny_config, batch_size=3)
+    settings = {"num_beams": 3, "custom_generate": original_beam_search} if decoding == "original" else {}
+    settings = {**DECODINGS.get(decoding, settings), "eos_token_id": None, "max_new_tokens": 5}
+    prompts = [[9, 8], [9, 7, 8], [9]]
+    prompts = [[tiny_config.bos_token_id] * (i in with_bos) + prompt for i, prompt in enumerate(prompts)]
+    longest = max(map(len, prompts))
+    padded = torch.tensor([[tiny_config.pad_token_id] * (longest - len(prompt)) + prompt for prompt in prompts])
+    together = model.generate(**pictures, **settings, decoder_input_ids=padded)
+    for i, prompt in enumerate(prompts):
+        alone = model.generate(**image(pictures, i), **settings, decoder_input_ids=torch.tensor([prompt]))[0]
+        assert together[i, -len(alone) :].tolist() == alone.tolist()
+
+
 def test_prompts_that_cannot_be_padded_are_refused(tiny_config: DifnetConfig) -> None:
     model, pictures = captioner(tiny_config), random_pictures(tiny_config)
     prompt = random_captions(tiny_config, length=3)

@@ -341,6 +341,18 @@ def test_word_by_word_and_several_hypotheses(tiny_config: DifnetConfig, search: 
         model.generate(**random_pictures(tiny_config, 1), **search, **{helper: value})
 
 
+def test_as_many_prompts_as_encoded_images_and_at_least_one(tiny_config: DifnetConfig) -> None:
+    model, pictures = random_model(tiny_config), random_pictures(tiny_config)
+    with pytest.raises(ValueError, match="`decoder_input_ids` has 6 rows for 2 images"):
+        model.generate(
+            encoder_outputs=model.get_encoder()(**pictures), decoder_input_ids=random_captions(tiny_config, 6)
+        )
+    with pytest.raises(ValueError, match="is given no image"):
+        model.generate(**{name: value[:0] for name, value in pictures.items()})
+    with pytest.raises(ValueError, match="needs `grid_features`"):
+        model.generate(num_beams=2)
+
+
 @pytest.mark.parametrize("drafter", ["assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"])
 def test_drafts_cannot_be_taken_back_from_a_cache_of_fixed_size(tiny_config: DifnetConfig, drafter: str) -> None:
     model = random_model(tiny_config)
