@@ -60,7 +60,7 @@ class DifnetEnsembleEncoder(nn.Module):
         kwargs.pop("labels", None)  # `generate` gives the encoder whatever it is given
         raise_for_outputs_of_members(known_arguments(self, kwargs))
         inputs = (grid_features, segmentation_features, grid_attention_mask, segmentation_attention_mask)
-        states = [member.get_encoder()(*inputs).last_hidden_state for member in self.members]
+        states = [member.get_encoder()(*inputs, return_dict=True).last_hidden_state for member in self.members]
         return BaseModelOutput(torch.cat(states, dim=-1))
 
 
@@ -181,6 +181,7 @@ class DifnetEnsemble(DifnetPreTrainedModel, DifnetGenerationMixin):
                 cache=member_cache,
                 decoder_position_ids=decoder_position_ids,
                 use_cache=use_cache,
+                return_dict=True,
             ).logits
             log_probs.append(logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1))
         logits = log_of_mean_exp(log_probs)  # (B * K, L, V)

@@ -96,7 +96,7 @@ def faithfulness(
         if segmentation_features is not None:
             shown["segmentation_features"] = segmentation_features.to(model.device)[rows]
             shown["segmentation_attention_mask"] = cells & of_segmentation[rows]
-        logits = model(**shown, decoder_input_ids=input_ids[rows], use_cache=False).logits
+        logits = model(**shown, decoder_input_ids=input_ids[rows], use_cache=False, return_dict=True).logits
         logits = logits[torch.arange(len(rows), device=model.device), at].float()  # (chunk, V)
         probabilities.append(logits.softmax(-1).gather(-1, target_ids[rows, at].unsqueeze(-1)).squeeze(-1))
     curves = torch.zeros(len(orders), len(shares), *target_ids.shape, device=model.device)

@@ -29,6 +29,7 @@ from transformers.generation import (
     StoppingCriteriaList,
 )
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import ModelOutput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -126,17 +127,18 @@ def original_beam_search(
     if prompt_mask is None:
         visible = input_ids != pad_token_id  # (B, prompt)
     else:
-        # Padding moves to the left, so that all captions go on at the same slot.
-        visible = prompt_mask[::num_beams] != 0
-        order = visible.long().argsort(dim=1, stable=True)
-        input_ids, visible = input_ids.gather(1, order), visible.gather(1, order)
-        lengths = visible.sum(dim=1, keepdim=True)
+        # `generate` has moved padding to the left, so that all captions go on at the same slot. `<pad>` between words
+        # is hidden, and takes up a position, as it does without a mask.
+        visible = (prompt_mask[::num_beams] != 0) & (input_ids != pad_token_id)
+        num_leading = (visible.cumsum(1) == 0).sum(1, keepdim=True)  # (B, 1)
+        lengths = lengths - num_leading
         if not lengths.all():
             image = int((lengths == 0).nonzero()[0, 0])
             raise ValueError(
                 f"`decoder_attention_mask` hides the whole prompt of image {image}: `<bos>` is no padding."
             )
-        step_0 = {"decoder_attention_mask": visible.long(), "decoder_position_ids": visible.cumsum(1).clamp(min=1)}
+        positions = torch.arange(1, prompt_length + 1, device=device) - num_leading
+        step_0 = {"decoder_attention_mask": visible.long(), "decoder_position_ids": positions.clamp(min=0)}
 
     with_scores = bool(generation_config.return_dict_in_generate and generation_config.output_scores)
     step_scores: list[torch.Tensor] = []
@@ -153,6 +155,7 @@ def original_beam_search(
         grid_attention_mask=grid_attention_mask,
         past_key_values=cache,
         use_cache=True,
+        return_dict=True,
         **step_0,
     ).logits[:, -1:]  # (B, 1, V)
     scores = logits.new_zeros(batch_size, 1, dtype=torch.promote_types(logits.dtype, torch.float32))
@@ -210,6 +213,7 @@ def original_beam_search(
             grid_attention_mask=grid_attention_mask,
             past_key_values=cache,
             use_cache=True,
+            return_dict=True,
         ).logits  # (B, beams, V)
         log_probs = logits.to(scores.dtype).log_softmax(-1)
         if logits_processor or with_scores:
@@ -413,17 +417,25 @@ def check_request(inputs: object, arguments: dict, vocab_size: int) -> None:
     if arguments.get("labels") is not None and arguments.get("synced_gpus") is None:
         raise ValueError(
             "`generate` does not read `labels`. To go on from a text, give it to the processor as `prompt=` instead "
-            'of `text=`; to caption images whose captions are known, leave them out (`del batch["labels"]`).'
+            'of `text=`; to caption images whose captions are known, leave them out (`del batch["labels"]`), and the '
+            "`decoder_input_ids` that a collator has made of them."
         )
     names = ("grid_features", "segmentation_features", "grid_attention_mask", "segmentation_attention_mask")
     check_tensors(
         inputs=inputs,
         **{name: arguments.get(name) for name in (*names, "decoder_input_ids", "decoder_attention_mask")},
     )
-    if isinstance(arguments.get("encoder_outputs"), torch.Tensor):
-        raise ValueError("`encoder_outputs` is what `model.get_encoder()(..)` returns, not one of its tensors.")
-    if arguments.get("encoder_outputs") is None:
-        check_shapes(inputs if inputs is not None else arguments.get("grid_features"), arguments, vocab_size)
+    if not isinstance(arguments.get("encoder_outputs"), ModelOutput | None):
+        raise ValueError(
+            "`encoder_outputs` is what `model.get_encoder()(..)` returns with `return_dict=True`, not one of its "
+            "tensors, a tuple or a dict of them."
+        )
+    cells = inputs if inputs is not None else arguments.get("grid_features")
+    if arguments.get("encoder_outputs") is not None:
+        cells = arguments["encoder_outputs"][0]  # as many images and cells as there are of features
+    if cells is None:
+        raise ValueError("`generate` needs `grid_features`, which the processor makes, or `encoder_outputs`.")
+    check_shapes(cells, arguments, vocab_size)
     if arguments.get("cache_implementation") == "paged":
         raise ValueError('`cache_implementation="paged"` is for models that continue texts: leave it out.')
 
@@ -445,7 +457,7 @@ def check_request(inputs: object, arguments: dict, vocab_size: int) -> None:
                 )
 
 
-def check_shapes(grid_features: torch.Tensor | None, arguments: dict, vocab_size: int) -> None:
+def check_shapes(grid_features: torch.Tensor, arguments: dict, vocab_size: int) -> None:
     """Refuses masks and prompts that do not belong to the features."""
     prompt, mask = arguments.get("decoder_input_ids"), arguments.get("decoder_attention_mask")
     if prompt is not None:
@@ -464,8 +476,10 @@ def check_shapes(grid_features: torch.Tensor | None, arguments: dict, vocab_size
             f"`decoder_attention_mask` has shape {tuple(mask.shape)} and `decoder_input_ids` "
             f"{'is missing' if prompt is None else f'{tuple(prompt.shape)}'}: give both, one number for each token."
         )
-    if grid_features is None or grid_features.ndim != 3:
+    if grid_features.ndim != 3:
         return  # the encoder says what is wrong
+    if len(grid_features) == 0:
+        raise ValueError("`generate` is given no image: the batch is empty.")
     if prompt is not None and len(prompt) != len(grid_features):
         raise ValueError(
             f"`decoder_input_ids` has {len(prompt)} rows for {len(grid_features)} images: give one prompt for each "
@@ -517,6 +531,24 @@ def check_beams(generation_config: GenerationConfig, streamer: object | None, as
                 f"`{name}` needs one hypothesis whose words stay as they are, but `num_beams` is {num_beams} (in the "
                 "call, or stored with the checkpoint): pass `num_beams=1`."
             )
+
+
+def check_drafts(generation_config: GenerationConfig, assistant_model: object | None, is_captioner: bool) -> None:
+    """Refuses drafts of several words that could not be taken back, and those of an ensemble's first layers."""
+    drafters = {"assistant_model": assistant_model}
+    drafters |= {
+        name: getattr(generation_config, name, None) for name in ("prompt_lookup_num_tokens", "assistant_early_exit")
+    }
+    name = next((name for name, value in drafters.items() if value is not None), None)
+    if name is None:
+        return
+    if generation_config.cache_implementation in ("static", "offloaded_static"):
+        raise ValueError(
+            f"`{name}` needs a cache that words can be taken from again: leave out "
+            f"`cache_implementation={generation_config.cache_implementation!r}`."
+        )
+    if drafters["assistant_early_exit"] is not None and not is_captioner:
+        raise ValueError("`assistant_early_exit` leaves out layers of one network, and an ensemble has several.")
 
 
 class StopWordsCriteria(StoppingCriteria):
@@ -576,6 +608,7 @@ class CheckedGenerationMixin(GenerationMixin):
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs) -> None:
         streamer, assistant_model = map(generation_mode_kwargs.get, ("streamer", "assistant_model"))
         check_beams(generation_config, streamer, assistant_model)
+        check_drafts(generation_config, assistant_model, is_captioner=hasattr(self, self.base_model_prefix))
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
 
     def _get_stopping_criteria(
@@ -630,6 +663,7 @@ def sequence_log_probs(
         segmentation_features,
         decoder_input_ids=flat[:, :-1],
         use_cache=False,
+        return_dict=True,
         **model_kwargs,
     ).last_hidden_state  # (B * K, L - 1, d_model)
     is_token = targets != model.config.pad_token_id

@@ -88,11 +88,18 @@ class DifnetSeq2SeqLMOutput(Seq2SeqLMOutput):
     encoder_segmentation_attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
-def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
-    """The decoder's cache, which has two names; ValueError if both are used."""
+def one_cache(past_key_values: Cache | None, cache: Cache | None) -> EncoderDecoderCache | None:
+    """The decoder's cache, which has two names; ValueError if both are used, or for another kind of cache."""
     if past_key_values is not None and cache is not None:
         raise ValueError("`past_key_values` and `cache` are two names of one argument: pass only one of them.")
-    return past_key_values if cache is None else cache
+    cache = past_key_values if cache is None else cache
+    if cache is not None and not isinstance(cache, EncoderDecoderCache):
+        raise ValueError(
+            f"The cache of this model is an `EncoderDecoderCache`, not {type(cache).__name__}: the words' and the "
+            "image's keys are in two caches, `EncoderDecoderCache(DynamicCache(), DynamicCache())`. Leave it out to "
+            "have one made."
+        )
+    return cache
 
 
 def known_arguments(module: nn.Module, kwargs: dict) -> dict:
@@ -116,6 +123,7 @@ def padding_mask(
     attention_mask: torch.Tensor | None,  # (B * K, past + L), or of more dimensions
     cache: EncoderDecoderCache | None,
     pad_token_id: int,
+    inputs_embeds: torch.Tensor | None = None,  # (B * K, L, d_model), in place of the ids
 ) -> torch.Tensor | None:
     """Which tokens words may look at, those in the cache included; None stands for all.
 
@@ -126,13 +134,22 @@ def padding_mask(
         ValueError: the mask does not cover the tokens in the cache, or these belong to another number of captions.
     """
     past_length = cache.get_seq_length() if cache is not None else 0
-    if not isinstance(past_length, int):  # a static cache counts in a tensor; `generate` passes a mask with it
-        return attention_mask
+    if not isinstance(past_length, int):
+        # A static cache counts in a tensor. `generate` passes a mask with it, so that the tensor is not read here.
+        if torch.compiler.is_compiling():
+            return attention_mask
+        if attention_mask is not None:
+            cache.padding_mask = attention_mask if attention_mask.ndim == 2 else None
+            return attention_mask
+        past_length = int(past_length)
     past_mask = getattr(cache, "padding_mask", None) if past_length else None
-    if attention_mask is None and input_ids is not None:
-        is_word = input_ids != pad_token_id  # (B * K, L)
+    if attention_mask is None:
+        if input_ids is None:
+            is_word = inputs_embeds.new_ones(inputs_embeds.shape[:2], dtype=torch.bool)
+        else:
+            is_word = input_ids != pad_token_id  # (B * K, L)
         if past_length == 0:
-            attention_mask = is_word
+            attention_mask = is_word if input_ids is not None else None
         elif past_mask is not None or (not torch.compiler.is_compiling() and not is_word.all()):
             past_mask = is_word.new_ones(len(is_word), past_length) if past_mask is None else past_mask
             if len(past_mask) != len(is_word):
@@ -142,11 +159,14 @@ def padding_mask(
                 )
             attention_mask = torch.cat([past_mask[:, :past_length] != 0, is_word], dim=1)
     if attention_mask is None or attention_mask.ndim != 2:
+        if cache is not None:
+            cache.padding_mask = None
         return attention_mask
-    if input_ids is not None and attention_mask.shape[1] != past_length + input_ids.shape[1]:
+    length = (inputs_embeds if input_ids is None else input_ids).shape[1]
+    if attention_mask.shape[1] != past_length + length:
         raise ValueError(
             f"`decoder_attention_mask` has {attention_mask.shape[1]} columns, but there are {past_length} tokens in "
-            f"the cache and {input_ids.shape[1]} new ones: it covers both."
+            f"the cache and {length} new ones: it covers both."
         )
     if cache is not None:
         cache.padding_mask = attention_mask
@@ -193,6 +213,27 @@ def move_padding_left(
     # What `<pad>` between words is to a caption alone, it is in a batch: the mask need not know of it.
     attention_mask = (~is_leading if attention_mask is None else is_word).long()
     return input_ids.masked_fill(is_leading, pad_token_id), attention_mask
+
+
+def begin_prompts(
+    input_ids: torch.LongTensor,  # (B, L), padded on the left
+    attention_mask: torch.Tensor | None,  # (B, L)
+    start_token_id: torch.Tensor,  # of all rows, or one for each
+    pad_token_id: int,
+) -> tuple[torch.LongTensor, torch.Tensor | None]:
+    """Puts the start token before each prompt that lacks it; the library does so where all of a batch lack it."""
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    start_token_id = start_token_id.to(input_ids.device).reshape(-1).expand(len(input_ids))  # (B,)
+    first = count_leading_padding(mask).squeeze(1)  # (B,)
+    rows = (input_ids[torch.arange(len(first), device=first.device), first] != start_token_id).nonzero().squeeze(1)
+    if len(rows) == 0:
+        return input_ids, attention_mask
+    if (first[rows] == 0).any():
+        input_ids, mask = nn.functional.pad(input_ids, (1, 0), value=pad_token_id), nn.functional.pad(mask, (1, 0))
+        first = first + 1
+    input_ids, mask = input_ids.clone(), mask.clone()
+    input_ids[rows, first[rows] - 1], mask[rows, first[rows] - 1] = start_token_id[rows], 1
+    return input_ids, mask
 
 
 def shift_tokens_right(labels: torch.Tensor, pad_token_id: int, decoder_start_token_id: int) -> torch.Tensor:
@@ -779,7 +820,7 @@ class DifnetDecoder(DifnetPreTrainedModel):
         past_length = cache.get_seq_length() if cache is not None else 0
         # The original takes every <pad> for padding: no word looks at it, and its own row is 0 from layer to layer.
         # Since no other row reads it, setting the row to 0 once, at the end, is the same.
-        attention_mask = padding_mask(input_ids, attention_mask, cache, self.config.pad_token_id)
+        attention_mask = padding_mask(input_ids, attention_mask, cache, self.config.pad_token_id, inputs_embeds)
         is_padding = None
         if attention_mask is not None and attention_mask.ndim == 2:
             is_padding = attention_mask[:, -length:] == 0  # (B * K, L)
@@ -871,7 +912,12 @@ class DifnetModel(DifnetPreTrainedModel):
             if grid_features is None:
                 raise ValueError("Pass `grid_features` or `encoder_outputs`.")
             encoder_outputs = self.encoder(
-                grid_features, segmentation_features, grid_attention_mask, segmentation_attention_mask, **kwargs
+                grid_features,
+                segmentation_features,
+                grid_attention_mask,
+                segmentation_attention_mask,
+                return_dict=True,
+                **kwargs,
             )
         elif not isinstance(encoder_outputs, BaseModelOutput):
             encoder_outputs = DifnetEncoderOutput(*encoder_outputs)
@@ -887,6 +933,7 @@ class DifnetModel(DifnetPreTrainedModel):
             inputs_embeds=decoder_inputs_embeds,
             position_ids=decoder_position_ids,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         return DifnetModelOutput(
@@ -960,7 +1007,10 @@ class DifnetGenerationMixin(CheckedGenerationMixin):
         num_empty = 0
         if prompts is not None:
             mask = model_kwargs.pop("decoder_attention_mask", None)
-            prompts, mask = move_padding_left(prompts, mask, self.config.pad_token_id)
+            prompts, mask = move_padding_left(prompts.long(), mask, self.config.pad_token_id)
+            start_token_id = args[0] if args else kwargs.get("decoder_start_token_id")
+            if start_token_id is not None:
+                prompts, mask = begin_prompts(prompts, mask, start_token_id, self.config.pad_token_id)
             # The library looks for `<bos>` in the first column, and puts one there where no row begins with it.
             num_empty = int(count_leading_padding(mask).min()) if mask is not None else 0
             model_kwargs["decoder_input_ids"] = prompts[:, num_empty:]
@@ -970,7 +1020,6 @@ class DifnetGenerationMixin(CheckedGenerationMixin):
             batch_size, model_input_name, model_kwargs, *args, **kwargs
         )
         if (mask := model_kwargs.get("decoder_attention_mask")) is not None and prompts is not None:
-            input_ids, mask = move_padding_left(input_ids, mask, self.config.pad_token_id)
             input_ids = nn.functional.pad(input_ids, (num_empty, 0), value=self.config.pad_token_id)
             model_kwargs["decoder_attention_mask"] = nn.functional.pad(mask, (num_empty, 0))
         return input_ids, model_kwargs
@@ -988,13 +1037,17 @@ class DifnetGenerationMixin(CheckedGenerationMixin):
         if isinstance(past_length, int):
             num_missing = past_length + (next_sequence_length or input_ids.shape[1]) - input_ids.shape[1]
             if num_missing > 0:  # a long prompt in chunks
-                past_mask = getattr(cache, "padding_mask", mask.new_ones(len(mask), past_length))
+                past_mask = getattr(cache, "padding_mask", None)
+                past_mask = mask.new_ones(len(mask), past_length) if past_mask is None else past_mask
                 mask = torch.cat([past_mask[:, :num_missing] != 0, mask], dim=1)
         if (prompt_mask := kwargs.pop("decoder_attention_mask", None)) is not None:
             # The library has added ones for the words since the prompt.
             mask = mask & (prompt_mask[:, : mask.shape[1]] != 0)
+        # Drafts of assisted decoding may go on behind the longest caption, where the library drops them.
+        longest = self.config.max_position_embeddings
+        if prompt_mask is not None or mask.shape[1] > longest:
             positions = torch.arange(1, mask.shape[1] + 1, device=mask.device) - count_leading_padding(mask)
-            kwargs["decoder_position_ids"] = positions.clamp(min=0)
+            kwargs["decoder_position_ids"] = positions.clamp(min=0, max=longest)
         return super().prepare_inputs_for_generation(
             input_ids, next_sequence_length, decoder_attention_mask=mask.long(), **kwargs
         )
@@ -1094,6 +1147,7 @@ class DifnetForConditionalGeneration(DifnetPreTrainedModel, DifnetGenerationMixi
             decoder_inputs_embeds=decoder_inputs_embeds,
             decoder_position_ids=decoder_position_ids,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         logits = self.lm_head(outputs.last_hidden_state)  # (B * K, L, V)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from conftest import random_captions, random_model, random_pictures
-from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticCache
 
 from modeling_difnet import DifnetConfig, DifnetEnsemble, DifnetForConditionalGeneration, original_beam_search
 from modeling_difnet.modeling_difnet import CACHE_NAME
@@ -99,6 +99,22 @@ def test_a_generated_pad_is_hidden_from_later_words(tiny_config: DifnetConfig) -
     assert num_pads > 20
 
 
+@pytest.mark.parametrize("model_name", MODELS)
+@torch.no_grad()
+def test_a_configuration_may_ask_for_tuples(config: DifnetConfig, model_name: str) -> None:
+    model, pictures, captions = MODELS[model_name](config), random_pictures(config), random_captions(config)
+    searches = ({"num_beams": 1}, {"num_beams": 3}, {"num_beams": 3, "custom_generate": original_beam_search})
+    expected = [model.generate(**pictures, **search, max_new_tokens=4) for search in searches]
+    loss = model(**pictures, labels=captions).loss
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config.return_dict = False
+    assert torch.equal(model(**pictures, labels=captions)[0], loss)
+    assert torch.isfinite(model.sequence_log_probs(captions, **pictures)).all()
+    for search, caption in zip(searches, expected, strict=True):
+        assert torch.equal(model.generate(**pictures, **search, max_new_tokens=4), caption)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("with_mask", [True, False], ids=["mask", "<pad> alone"])
 @pytest.mark.parametrize("decoding", ["greedy", "beams"])
@@ -141,6 +157,26 @@ def test_a_mask_hides_words_at_the_ends_of_a_prompt(config: DifnetConfig) -> Non
         assert torch.equal(found[:, 5:], expected[:, 3:])
 
 
+@pytest.mark.parametrize("decoding", ["greedy", "beams", "original"])
+@pytest.mark.parametrize("with_bos", [(0, 2), (1,), (), (0, 1, 2)], ids=str)
+@torch.no_grad()
+def test_each_prompt_of_a_batch_begins_with_bos(
+    tiny_config: DifnetConfig, with_bos: tuple[int, ...], decoding: str
+) -> None:
+    """As it does alone, be there others that have or lack it."""
+    model, pictures = captioner(tiny_config), random_pictures(tiny_config, batch_size=3)
+    settings = {"num_beams": 3, "custom_generate": original_beam_search} if decoding == "original" else {}
+    settings = {**DECODINGS.get(decoding, settings), "eos_token_id": None, "max_new_tokens": 5}
+    prompts = [[9, 8], [9, 7, 8], [9]]
+    prompts = [[tiny_config.bos_token_id] * (i in with_bos) + prompt for i, prompt in enumerate(prompts)]
+    longest = max(map(len, prompts))
+    padded = torch.tensor([[tiny_config.pad_token_id] * (longest - len(prompt)) + prompt for prompt in prompts])
+    together = model.generate(**pictures, **settings, decoder_input_ids=padded)
+    for i, prompt in enumerate(prompts):
+        alone = model.generate(**image(pictures, i), **settings, decoder_input_ids=torch.tensor([prompt]))[0]
+        assert together[i, -len(alone) :].tolist() == alone.tolist()
+
+
 def test_prompts_that_cannot_be_padded_are_refused(tiny_config: DifnetConfig) -> None:
     model, pictures = captioner(tiny_config), random_pictures(tiny_config)
     prompt = random_captions(tiny_config, length=3)
@@ -169,6 +205,16 @@ def test_assisted_decoding_of_a_padded_prompt(config: DifnetConfig, drafter: str
 
 
 @torch.no_grad()
+def test_drafts_may_go_on_behind_the_position_table(config: DifnetConfig) -> None:
+    model, pictures = captioner(config), random_pictures(config, batch_size=1)
+    for prompt in ([2], [1, 2, 9, 8, 9, 8]):
+        settings = {"decoder_input_ids": torch.tensor([prompt]), "num_beams": 1, "eos_token_id": None}
+        settings["max_new_tokens"] = config.max_position_embeddings + 1 - len(prompt)
+        expected = model.generate(**pictures, **settings)
+        assert torch.equal(model.generate(**pictures, **settings, prompt_lookup_num_tokens=4), expected)
+
+
+@torch.no_grad()
 def test_the_original_search_equals_its_own_search_without_cached_steps(config: DifnetConfig) -> None:
     """One beam is the greedy caption."""
     model, pictures = captioner(config), random_pictures(config, batch_size=3)
@@ -194,6 +240,46 @@ def test_the_cache_keeps_the_padding(config: DifnetConfig, model_name: str, step
         cache = cache_of(output)
         logits.append(output.logits)
     torch.testing.assert_close(torch.cat(logits, dim=1)[is_word], at_once[is_word], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["words", "both"], ids=lambda kind: f"{kind} of a fixed size")
+@pytest.mark.parametrize("model_name", MODELS)
+@torch.no_grad()
+def test_a_cache_of_fixed_size_keeps_the_padding(tiny_config: DifnetConfig, model_name: str, kind: str) -> None:
+    model, pictures, captions = (
+        MODELS[model_name](tiny_config),
+        random_pictures(tiny_config),
+        random_captions(tiny_config),
+    )
+    captions[0, 2] = tiny_config.pad_token_id
+    is_word = captions != tiny_config.pad_token_id
+    at_once = model(**pictures, decoder_input_ids=captions, use_cache=False).logits
+    image_cache = DynamicCache() if kind == "words" else StaticCache(model.config, max_cache_len=12)
+    cache = EncoderDecoderCache(StaticCache(model.config, max_cache_len=20), image_cache)
+    logits = [model(**pictures, decoder_input_ids=tokens, cache=cache).logits for tokens in captions.split(1, dim=1)]
+    torch.testing.assert_close(torch.cat(logits, dim=1)[is_word], at_once[is_word], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_embedded_words_do_not_look_at_padding_in_the_cache(tiny_config: DifnetConfig) -> None:
+    model, pictures, captions = captioner(tiny_config), random_pictures(tiny_config), random_captions(tiny_config)
+    captions[0, 0] = captions[1, 2] = tiny_config.pad_token_id
+    expected = model(**pictures, decoder_input_ids=captions).logits[:, 4:]
+    cache = cache_of(model(**pictures, decoder_input_ids=captions[:, :4], use_cache=True))
+    embeddings = model.get_input_embeddings()(captions[:, 4:])
+    logits = model(**pictures, decoder_inputs_embeds=embeddings, cache=cache).logits
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("make_cache", [DynamicCache, tuple])
+@pytest.mark.parametrize("model_name", MODELS)
+@torch.no_grad()
+def test_a_cache_of_another_kind_is_refused(tiny_config: DifnetConfig, model_name: str, make_cache: type) -> None:
+    model, inputs = MODELS[model_name](tiny_config), random_pictures(tiny_config)
+    inputs |= {"decoder_input_ids": random_captions(tiny_config), "past_key_values": make_cache()}
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match=f"is an `EncoderDecoderCache`, not {make_cache.__name__}"):
+            call(**inputs)
 
 
 @torch.no_grad()

@@ -188,6 +188,20 @@ def test_prompts_of_different_lengths_in_the_original_search(
         assert torch.equal(together[row, 4 : 4 + len(words)], words)
 
 
+@torch.no_grad()
+def test_a_prompt_with_pad_inside_in_a_batch_of_the_original_search(tiny_config: DifnetConfig) -> None:
+    """Another image's prompt is padded, so that all of them get a mask."""
+    for seed in range(3):
+        model, pictures = captioner(tiny_config, seed=seed), random_pictures(tiny_config, 3)
+        prompts = random_captions(tiny_config, 3, length=4, seed=seed)
+        prompts[0, 2] = prompts[1, 1] = prompts[2, 3] = tiny_config.pad_token_id
+        settings = {**ORIGINAL, "num_return_sequences": 2}
+        together = model.generate(**pictures, **settings, decoder_input_ids=prompts)
+        for row in range(2):
+            alone = model.generate(**of_image(pictures, row), **settings, decoder_input_ids=prompts[row : row + 1])
+            assert torch.equal(together[2 * row : 2 * row + 2, : alone.shape[1]], alone)
+
+
 def test_a_batch_of_the_pipeline_in_which_only_some_images_need_a_mask(tiny_config: DifnetConfig) -> None:
     model, pictures = captioner(tiny_config), random_pictures(tiny_config, 3, height=2, width=2)
     processor = DifnetProcessor(DifnetFeatureExtractor(2, 24, 7), DifnetTokenizer(vocab=WORDS))
@@ -301,6 +315,7 @@ def test_a_stop_string_that_no_caption_holds_is_refused(tiny_config: DifnetConfi
         ({"decoder_attention_mask": torch.ones(2, 3)}, "`decoder_input_ids` is missing: give both"),
         ({"grid_attention_mask": torch.ones(2, 11)}, r"\(2, 11\), but the features have \(2, 12\)"),
         ({"encoder_outputs": torch.ones(2, 12, 32)}, r"is what `model\.get_encoder\(\)\(\.\.\)` returns"),
+        ({"encoder_outputs": (torch.ones(2, 12, 32),)}, r"is what `model\.get_encoder\(\)\(\.\.\)` returns"),
         ({"cache_implementation": "paged"}, "is for models that continue texts"),
         ({"prefill_chunk_size": 1}, "`prefill_chunk_size` does nothing here"),
         ({"token_healing": True}, "`token_healing` does nothing here: the tokens of this model are whole words"),
@@ -324,6 +339,36 @@ def test_word_by_word_and_several_hypotheses(tiny_config: DifnetConfig, search: 
     value = TextStreamer(DifnetTokenizer(vocab=WORDS)) if helper == "streamer" else random_model(tiny_config)
     with pytest.raises(ValueError, match=f"`{helper}`.*pass `num_beams=1`"):
         model.generate(**random_pictures(tiny_config, 1), **search, **{helper: value})
+
+
+def test_as_many_prompts_as_encoded_images_and_at_least_one(tiny_config: DifnetConfig) -> None:
+    model, pictures = random_model(tiny_config), random_pictures(tiny_config)
+    with pytest.raises(ValueError, match="`decoder_input_ids` has 6 rows for 2 images"):
+        model.generate(
+            encoder_outputs=model.get_encoder()(**pictures), decoder_input_ids=random_captions(tiny_config, 6)
+        )
+    with pytest.raises(ValueError, match="is given no image"):
+        model.generate(**{name: value[:0] for name, value in pictures.items()})
+    with pytest.raises(ValueError, match="needs `grid_features`"):
+        model.generate(num_beams=2)
+
+
+@pytest.mark.parametrize("drafter", ["assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"])
+def test_drafts_cannot_be_taken_back_from_a_cache_of_fixed_size(tiny_config: DifnetConfig, drafter: str) -> None:
+    model = random_model(tiny_config)
+    value = model if drafter == "assistant_model" else 1
+    with pytest.raises(
+        ValueError, match=f"`{drafter}` needs a cache that .* leave out `cache_implementation='static'`"
+    ):
+        model.generate(
+            **random_pictures(tiny_config, 1), num_beams=1, cache_implementation="static", **{drafter: value}
+        )
+
+
+def test_the_first_layers_of_an_ensemble_are_no_assistant(tiny_config: DifnetConfig) -> None:
+    ensemble = DifnetEnsemble([random_model(tiny_config)])
+    with pytest.raises(ValueError, match="`assistant_early_exit` leaves out layers of one network"):
+        ensemble.generate(**random_pictures(tiny_config, 1), num_beams=1, assistant_early_exit=1)
 
 
 @pytest.mark.parametrize(
