@@ -67,7 +67,10 @@ def run_command(
     make_output_robust()
     try:
         with terminating_signals():
-            return command()
+            code = command()
+            if sys.stdout is not None and not sys.stdout.closed:
+                sys.stdout.flush()  # a full disk or a reader that has gone may show only here
+            return code
     except KeyboardInterrupt as error:
         advice = resume() if callable(resume) else resume
         _print_line(f"{program}: stopped" + (f"; {advice}" if advice else ""))

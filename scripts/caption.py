@@ -434,15 +434,18 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def write_results(arguments: argparse.Namespace, results: list[Captioned], warning: str | None) -> None:
-    for result in results:
-        print(*(f"{result.name}: {caption}" for caption in result.captions), sep="\n")
+    # Files first: printing fails where the reader of the output has gone, as `| head` does.
     if arguments.json is not None:
         atomic_write(arguments.json, coco_results(results))
-        print(f"{len(results)} captions in {printable(arguments.json, 300)}")
     if arguments.contact_sheet is not None:
         sheet = html_sheet if arguments.contact_sheet.suffix == ".html" else png_sheet
         summary = f"{len(results)} pictures, captioned by {printable(arguments.model, 300)}"
         atomic_write(arguments.contact_sheet, sheet(results, summary, warning))
+    for result in results:
+        print(*(f"{result.name}: {caption}" for caption in result.captions), sep="\n")
+    if arguments.json is not None:
+        print(f"{len(results)} captions in {printable(arguments.json, 300)}")
+    if arguments.contact_sheet is not None:
         print(f"contact sheet in {printable(arguments.contact_sheet, 300)}")
 
 

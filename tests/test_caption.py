@@ -1,5 +1,6 @@
 """`scripts/caption.py`: captions of pictures and of feature files, as text, as COCO results and on a contact sheet."""
 
+import argparse
 import base64
 import io
 import json
@@ -254,3 +255,15 @@ def test_a_model_whose_weights_are_no_numbers_is_refused(model, pictures, tmp_pa
     save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     assert run(pictures, "--model", tmp_path / "model", "--untrained") == 2
     assert "NaN or infinity" in capsys.readouterr().err
+
+
+def test_files_are_written_though_the_reader_of_the_output_has_gone(tmp_path, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    output = tmp_path / "captions.json"
+    arguments = argparse.Namespace(json=output, contact_sheet=None)
+    with os.fdopen(writer, "wb", buffering=0) as pipe:
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(pipe, write_through=True))
+        with pytest.raises(BrokenPipeError):
+            caption.write_results(arguments, [caption.Captioned(7, None, ["a man riding a horse"])], None)
+    assert json.loads(output.read_text()) == [{"image_id": 7, "caption": "a man riding a horse"}]
