@@ -152,7 +152,7 @@ def path_inside(folder: str | os.PathLike, name: object) -> Path:
     relative = name.replace("\\", "/")
     path = Path(folder, relative)
     is_absolute = relative.startswith("/") or (len(relative) > 1 and relative[1] == ":")
-    if is_absolute or not path.resolve().is_relative_to(Path(folder).resolve()):
+    if is_absolute or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise ValueError(
             f"the file name {printable(name)} leads out of {printable(folder)}; only files in it are read"
         )
@@ -233,6 +233,12 @@ def _put_in_place(unfinished: Path, output: Path, overwrite: bool) -> None:
                 _check_free(output, overwrite)
             except OSError:  # a disk without links
                 unfinished.rename(output)
+    elif not os.path.lexists(output):
+        unfinished.rename(output)
+    elif output.is_dir() != unfinished.is_dir():
+        # Nobody who names a folder of images as the place of a file means to lose the images.
+        error = errno.EISDIR if output.is_dir() else errno.ENOTDIR
+        raise OSError(error, f"{os.strerror(error)}, and a file never replaces a folder, nor a folder a file", output)
     elif output.is_dir() and not output.is_symlink():
         exchange(unfinished, output)
     else:

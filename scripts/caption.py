@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import errno
 import html
 import io
 import json
@@ -399,6 +400,9 @@ def run(arguments: argparse.Namespace) -> int:
     warning = UNTRAINED_WARNING if arguments.untrained else None
     if warning is not None:
         print(warning, file=sys.stderr)
+    for path in (arguments.json, arguments.contact_sheet, arguments.explain):
+        if path is not None and path.is_dir():  # found out before the work, not after it
+            raise IsADirectoryError(errno.EISDIR, "a folder, where a file is to be written", str(path))
     captioner = make_pipeline(arguments)
     left_out = LeftOut()
     if arguments.features is not None:

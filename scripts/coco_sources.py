@@ -853,7 +853,8 @@ def find_pictures(places: Iterable[str], leave_out: Callable[[Path, str], object
 
 def leads_out(path: Path, folder: Path) -> bool:
     """Whether a path that was found in a folder leads to a place outside it, by symbolic links."""
-    return not path.resolve().is_relative_to(folder.resolve())
+    # Unlike `Path.resolve`, `realpath` does not fail on a link that leads to itself; opening it says what is wrong.
+    return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def image_ids_of(paths: Sequence[Path]) -> list[int]:

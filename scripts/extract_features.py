@@ -667,8 +667,8 @@ def list_pictures(
         if not found:
             raise ExtractionError("none of the pictures is listed in the JSON files (matched by file_name)")
     pictures = [
-        Picture(image_id, str(found[image_id][0]), found[image_id][0].resolve().parent.name, found[image_id][1])
-        for image_id in sorted(found)
+        Picture(image_id, str(path), Path(os.path.realpath(path)).parent.name, size)
+        for image_id, (path, size) in sorted(found.items())
     ]
     return pictures, unusable
 

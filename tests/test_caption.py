@@ -267,3 +267,13 @@ def test_files_are_written_though_the_reader_of_the_output_has_gone(tmp_path, mo
         with pytest.raises(BrokenPipeError):
             caption.write_results(arguments, [caption.Captioned(7, None, ["a man riding a horse"])], None)
     assert json.loads(output.read_text()) == [{"image_id": 7, "caption": "a man riding a horse"}]
+
+
+@pytest.mark.parametrize("option", ["--json", "--contact-sheet"])
+def test_a_folder_in_the_place_of_an_output_file_is_refused_before_the_work(option, tmp_path, capsys):
+    folder = tmp_path / "images.html"
+    folder.mkdir()
+    (folder / "1.jpg").write_text("mine")
+    assert caption.main([str(folder), "--model", str(tmp_path), "--untrained", option, str(folder)]) == 2
+    assert "images.html: a folder, where a file is to be written" in capsys.readouterr().err
+    assert (folder / "1.jpg").read_text() == "mine"

@@ -121,6 +121,10 @@ class TestFileNames:
         assert image_ids_of([Path("000000000042.jpg"), Path("7.jpg")]) == [42, 7]
         assert image_ids_of([Path("9" * 60 + ".jpg"), Path("\u0667.jpg")]) == [1, 2]
 
+    def test_a_link_that_leads_to_itself_does_not_end_the_listing(self, tmp_path):
+        (tmp_path / "1.jpg").symlink_to("1.jpg")
+        assert find_pictures([str(tmp_path)]) == [tmp_path / "1.jpg"]
+
     def test_pipes_in_a_folder_are_found_and_refused_by_name_when_they_are_opened(self, tmp_path):
         os.mkfifo(tmp_path / "1.jpg")
         assert find_pictures([str(tmp_path)]) == [tmp_path / "1.jpg"]

@@ -124,6 +124,23 @@ def test_without_overwrite_nothing_is_replaced(tmp_path, kind, appears):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_file_never_replaces_a_folder_nor_a_folder_a_file(tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "1.jpg").write_text("mine")
+    with pytest.raises(IsADirectoryError, match="images"):
+        atomic_write(images, "captions")
+    with pytest.raises(NotADirectoryError, match=r"1\.jpg"), atomic_output(images / "1.jpg", overwrite=True) as folder:
+        folder.mkdir()
+    assert (images / "1.jpg").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
+def test_a_link_that_leads_to_itself_is_inside_its_folder(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    assert path_inside(tmp_path, "loop") == tmp_path / "loop"
+
+
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_overwriting_leaves_no_moment_without_an_output(tmp_path, kind):
     first, second = tmp_path / "first", tmp_path / "second"

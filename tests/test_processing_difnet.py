@@ -75,7 +75,7 @@ class TestTextToIds:
     @settings(max_examples=100, deadline=None)
     @given(st.text(alphabet=st.one_of(st.sampled_from("aA9 '-.<>\n\t\""), st.characters(codec="utf-8")), max_size=40))
     def test_any_text_is_what_spacy_makes_of_it(self, tokenizer, text):
-        words = [word.text for word in SPACY_RULES(text.lower().rstrip("\n")) if word.text not in PUNCTUATION]
+        words = [word.text for word in SPACY_RULES(text.lower().rstrip("\r\n")) if word.text not in PUNCTUATION]
         assert tokenizer.tokenize(text) == words
         ids = [WORDS.index(word) if word in WORDS else UNK for word in words]
         assert tokenizer.encode_captions([text]) == [ids] == [tokenizer(text, add_special_tokens=False)["input_ids"]]
