@@ -534,7 +534,7 @@ def convert(
     """
     output = Path(output)
     check_license(license)
-    refuse_to_replace(output, overwrite)
+    refuse_to_replace(output, overwrite, [checkpoint, vocab])
     conversion = convert_state_dict(
         load_original_checkpoint(checkpoint), num_heads, fusion_layers, fusion_iterations, name=str(checkpoint)
     )
@@ -588,7 +588,7 @@ def convert_grid_backbone(
         ValueError: as `load_original_checkpoint` and `convert_detectron2_state_dict`; an output that exists.
     """
     checkpoint, output = Path(checkpoint), Path(output)
-    refuse_to_replace(output, overwrite)
+    refuse_to_replace(output, overwrite, [checkpoint])
     state_dict, file_keys, wrappers = without_wrappers(load_original_checkpoint(checkpoint, "model"), str(checkpoint))
     if depths is not None and not 4 <= sum(depths) <= len(state_dict):  # before a network of that many is built
         raise ValueError(
@@ -632,10 +632,22 @@ def written_at_once(output: Path) -> AbstractContextManager[Path]:
     return atomic_output(output, overwrite=True)
 
 
-def refuse_to_replace(output: Path, overwrite: bool) -> None:
-    """ValueError before the work begins, where `atomic_output` would refuse in the end."""
+def refuse_to_replace(output: Path, overwrite: bool, inputs: Sequence[str | Path | None] = ()) -> None:
+    """ValueError before the work begins, where `atomic_output` would refuse in the end, or lose an input.
+
+    Args:
+        output: the folder or file to make.
+        overwrite: whether what is there may be replaced.
+        inputs: files that are read and must outlive `output`.
+    """
     if os.path.lexists(output) and not overwrite and not (output.is_dir() and not any(output.iterdir())):
         raise ValueError(f"{printable(output, 300)} exists: nothing is replaced without `--overwrite`.")
+    for path in filter(None, inputs):
+        if output.is_dir() and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(output)):
+            raise ValueError(
+                f"{printable(path, 300)} lies in {printable(output, 300)}, which `--overwrite` would replace. Choose "
+                "another output, or move the file."
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

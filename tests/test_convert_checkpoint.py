@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -240,6 +241,15 @@ def test_nothing_is_replaced_unasked(checkpoint: Path, tmp_path: Path) -> None:
     assert (output / "thesis.txt").read_text() == "three years"
     convert(checkpoint, output, num_heads=4, overwrite=True)
     assert (output / "model.safetensors").exists()
+
+
+def test_an_input_inside_the_output_is_not_overwritten(checkpoint: Path, tmp_path: Path) -> None:
+    output = tmp_path / "difnet"
+    output.mkdir()
+    source = Path(shutil.copy(checkpoint, output / "DIFNet.pth"))
+    with pytest.raises(ValueError, match=r"DIFNet\.pth lies in .*difnet, which `--overwrite` would replace"):
+        convert(source, output, num_heads=4, overwrite=True)
+    assert source.exists()
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture) -> None:
