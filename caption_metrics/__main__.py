@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import glob
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import signal
 import stat
 import sys
 import tempfile
+import time
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from .scoring import score_captions
+
+SECONDS_TO_WRITE = 60  # the scores of a split are written within a second
 
 _DESCRIPTION = """\
 Score captions: BLEU-1 to 4, ROUGE-L and CIDEr-D, without Java; METEOR and SPICE on request (they need it).
@@ -186,7 +190,12 @@ def _write(path: Path, content: Any) -> None:
     try:
         if path.is_dir():
             raise UserError(f"{path}: a folder, where the scores would go; give a file as --output")
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}-", suffix=".unfinished")
+        prefix, suffix = f".{path.name[:100]}-", ".unfinished"
+        for left in path.parent.glob(f"{glob.escape(prefix)}*{suffix}"):
+            # A killed run leaves its file behind; a young one may belong to a run that is writing now.
+            if time.time() - left.stat().st_mtime > SECONDS_TO_WRITE:
+                left.unlink(missing_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=suffix)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
     try:

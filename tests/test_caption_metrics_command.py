@@ -144,6 +144,17 @@ def test_an_error_that_nobody_foresaw_is_one_line(tmp_path, capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path, capsys):
+    left, young = tmp_path / ".scores.json-a.unfinished", tmp_path / ".scores.json-b.unfinished"
+    left.touch()
+    os.utime(left, (0, 0))
+    young.touch()  # may belong to a run that is writing now
+    arguments = write(tmp_path, *next(iter(FORMATS.values())))
+    assert main([*arguments, "--output", str(tmp_path / "scores.json")]) == 0
+    assert not left.exists()
+    assert young.exists()
+
+
 def test_files_that_cannot_be_read_or_written(tmp_path, capsys):
     arguments = write(tmp_path, *FORMATS["COCO"])
     assert main([*arguments, "--output", str(tmp_path / "no" / "scores.json")]) == 2
