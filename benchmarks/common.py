@@ -22,13 +22,12 @@ import torch
 import transformers
 from torch.utils import benchmark
 
+from difnet_transformers.files import atomic_write
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts"
 GOLDEN = ROOT / "tests" / "golden"
 RESULTS = ROOT / "benchmarks" / "results"
-sys.path[:0] = [str(ROOT), str(SCRIPTS)]
-
-from difnet_transformers.files import atomic_write  # noqa: E402
 
 CPU = torch.device("cpu")
 

@@ -24,7 +24,6 @@ import h5py
 import numpy as np
 import torch
 from common import (
-    SCRIPTS,
     add_output_option,
     call_times,
     make_parser,
@@ -38,7 +37,7 @@ from datasets import load_from_disk
 from torch.utils.data import DataLoader, Dataset
 
 from configuration_difnet import DifnetConfig
-from dataset_difnet import CaptionPairBatches, PackedImages, ReferenceBatches
+from difnet_transformers.data.packed_dataset import CaptionPairBatches, PackedImages, ReferenceBatches
 from modeling_difnet import DifnetForConditionalGeneration
 from processing_difnet import DifnetTokenizer
 
@@ -46,7 +45,7 @@ BATCH = 50
 MIN_IMAGES = 210  # 21 batches of ten images, as many as are read of SCST's
 PACK = """
 import re, sys, time
-import pack_coco
+from difnet_transformers.data import pack as pack_coco
 started = time.perf_counter()
 assert pack_coco.main(sys.argv[1:]) == 0
 print(time.perf_counter() - started, re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1])
@@ -102,7 +101,7 @@ def pack(folder: Path, name: str, *options: str) -> tuple[float, float]:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(SCRIPTS), os.getenv("PYTHONPATH")]))},
+        env=os.environ,
     )
     seconds, kilobytes = run.stdout.split()[-2:]
     return float(seconds), int(kilobytes) / 1024

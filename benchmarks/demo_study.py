@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 from common import make_parser, markdown_table, results_path, write_report
-from demo import Demo
+
+from difnet_transformers.demo.run import Demo
 
 FORMS = {"two flows": ("run", ()), "baseline": ("run_baseline", ("--no-segmentation",))}
 

@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import ROOT, make_parser, markdown_table, write_report
-from demo_corpus import DrawnObject, make_scenes, objects_of
 from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor
 
-from dataset_difnet import PackedImages, load_packed_split
+from difnet_transformers.data.packed_dataset import PackedImages, load_packed_split
+from difnet_transformers.demo.corpus import DrawnObject, make_scenes, objects_of
 from modeling_difnet import relevance
 
 METHODS = ("original", "conservative", "gradient_x_input", "attention_rollout")

@@ -46,7 +46,10 @@ from common import (
     write_report,
 )
 from torch import nn
-from train import (
+
+from caption_metrics import CiderReward
+from convert_checkpoint import convert_state_dict
+from difnet_transformers.training.trainer import (
     SequenceLogProbs,
     caption_rewards,
     cross_entropy_loss,
@@ -56,9 +59,6 @@ from train import (
     self_critical_loss,
     xe_sequences,
 )
-
-from caption_metrics import CiderReward
-from convert_checkpoint import convert_state_dict
 from processing_difnet import DifnetTokenizer
 
 NUM_PAIRS, NUM_IMAGES, NUM_CAPTIONS, LENGTH, MAX_NEW_TOKENS = 50, 10, 5, 15, 20

@@ -28,17 +28,15 @@ from fuzzing import (
 from test_pictures import noise
 from test_pictures import save_captioner as save_picture_captioner
 
-from dataset_difnet import encode_segmentation, packed_features
+from caption_metrics.__main__ import main as score_main
+from difnet_transformers.data import pack as pack_coco
+from difnet_transformers.data.packed_dataset import encode_segmentation, packed_features
+from difnet_transformers.evaluation import evaluate as evaluate_captions
+from difnet_transformers.reports import caption_images as caption
+from difnet_transformers.reports import explain
+from difnet_transformers.vision import extract as extract_features
 
 REPOSITORY = Path(__file__).parent.parent
-sys.path.insert(0, str(REPOSITORY / "scripts"))
-import caption  # noqa: E402
-import evaluate_captions  # noqa: E402
-import explain  # noqa: E402
-import extract_features  # noqa: E402
-import pack_coco  # noqa: E402
-
-from caption_metrics.__main__ import main as score_main  # noqa: E402
 
 IDS = list(range(101, 131))
 BROKEN = [103, 108, 115, 122, 130]

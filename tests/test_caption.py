@@ -17,12 +17,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_pictures import BROKEN, broken_files, noise, save_captioner, thirty_images
 
-from pipeline_difnet import UNTRAINED_WARNING, open_picture
+from difnet_transformers.reports import caption_images as caption
+from difnet_transformers.vision import extract as extract_features
+from modeling_difnet.images_difnet import open_picture
+from modeling_difnet.pipeline_difnet import UNTRAINED_WARNING
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "caption.py"
-sys.path.insert(0, str(SCRIPT.parent))
-import caption  # noqa: E402
-import extract_features  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 REPOSITORY = Path(__file__).parent.parent
 PARENT = """
 import sys
-from child_process import run_child
+from difnet_transformers.child_process import run_child
 from difnet_transformers.command_line import run_command
 sys.exit(run_command("parent", lambda: run_child(["-c", sys.argv[1], sys.argv[2]]), resume="again"))
 """
@@ -44,7 +44,7 @@ def wait_for(path: Path) -> str:
     ("number", "exit_code"), [("SIGTERM", 143), ("SIGHUP", 143), ("SIGKILL", -signal.SIGKILL), ("SIGINT", None)]
 )
 def test_a_child_ends_with_its_parent(number, exit_code, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "scripts")))}
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     with subprocess.Popen(
         [sys.executable, "-c", PARENT, CHILD, str(tmp_path)],
         env=environment,

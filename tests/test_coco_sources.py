@@ -10,8 +10,7 @@ import h5py
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
-from coco_sources import (
+from difnet_transformers.data.sources import (
     BrokenImage,
     GridFiles,
     PackingError,
@@ -32,8 +31,7 @@ from coco_sources import (
     read_npy,
     read_panoptic,
 )
-
-from pipeline_difnet import UnreadablePicture, open_picture
+from modeling_difnet.images_difnet import UnreadablePicture, open_picture
 
 TRIANGLE = [2, 2, 20, 2, 20, 20]
 RUN_LENGTHS = {"size": [30, 40], "counts": [600, 600]}

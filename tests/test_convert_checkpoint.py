@@ -35,6 +35,7 @@ from convert_checkpoint import (
     read_vocabulary,
     to_original_state_dict,
 )
+from difnet_transformers import conversion
 from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration, DifnetProcessor, original_beam_search
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -748,14 +749,14 @@ def test_a_cut_or_changed_file_is_one_line_or_its_numbers(is_zip: bool, tiny: di
 
 def test_a_folder_that_appears_meanwhile_is_kept(tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "out"
-    write = convert_checkpoint.write_model_card
+    write = conversion.write_model_card
 
     def write_and_be_overtaken(*args: object, **kwargs: object) -> None:
         write(*args, **kwargs)
         output.mkdir()
         (output / "thesis.txt").write_text("three years")
 
-    monkeypatch.setattr(convert_checkpoint, "write_model_card", write_and_be_overtaken)
+    monkeypatch.setattr(conversion, "write_model_card", write_and_be_overtaken)
     path = saved(tiny, tmp_path / "x.pth")
     with pytest.raises(OSError, match="nothing is replaced without --overwrite"):
         convert(path, output, num_heads=2)

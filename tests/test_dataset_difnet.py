@@ -11,7 +11,7 @@ from datasets import Dataset, DatasetDict, concatenate_datasets, load_from_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataset_difnet import (
+from difnet_transformers.data.packed_dataset import (
     CaptionPairBatches,
     ImageCaptionBatches,
     PackedImages,

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,15 +11,14 @@ from datasets import load_from_disk
 from PIL import Image
 
 from caption_metrics import CiderD
-from dataset_difnet import PackedImages
-from segmentation_difnet import CLASS_NAMES
+from difnet_transformers.data import pack as pack_coco
+from difnet_transformers.data.packed_dataset import PackedImages
+from difnet_transformers.demo import corpus as demo_corpus
+from difnet_transformers.demo import page as demo_page
+from difnet_transformers.demo import run as demo
+from modeling_difnet.segmentation_difnet import CLASS_NAMES
 
 REPOSITORY = Path(__file__).parent.parent
-sys.path.insert(0, str(REPOSITORY / "scripts"))
-import demo  # noqa: E402
-import demo_corpus  # noqa: E402
-import demo_page  # noqa: E402
-import pack_coco  # noqa: E402
 
 TINY = {"train": 30, "restval": 4, "validation": 4, "test": 5}
 

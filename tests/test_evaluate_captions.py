@@ -16,15 +16,14 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from caption_metrics import score_captions
-from dataset_difnet import decode_segmentation, encode_segmentation, packed_features
+from difnet_transformers.data.packed_dataset import decode_segmentation, encode_segmentation, packed_features
+from difnet_transformers.evaluation import evaluate as evaluate_captions
 from difnet_transformers.files import folder_lock
-from model_card import write_model_card
-from modeling_difnet import DifnetConfig, DifnetEnsemble, DifnetForConditionalGeneration
+from difnet_transformers.model_card import write_model_card
+from modeling_difnet import DifnetConfig, DifnetEnsemble, DifnetForConditionalGeneration, original_beam_search
 from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer
 
 REPOSITORY = Path(__file__).parent.parent
-sys.path.insert(0, str(REPOSITORY / "scripts"))
-import evaluate_captions  # noqa: E402
 
 WORDS = ["a", "man", "dog", "cat", "on", "the", "grass", "runs", "sits", "red", "ball", "with"]
 VOCABULARY = ["<unk>", "<pad>", "<bos>", "<eos>", *WORDS]
@@ -136,7 +135,7 @@ class TestCaptionSplit:
         rows = load_from_disk(packed)["test"]
         assert [image.image_id for image in captioned] == rows["image_id"][:]
         assert [image.references for image in captioned] == rows["captions"][:]
-        expected = one_by_one(captioner, packed, "test", custom_generate=evaluate_captions.original_beam_search)
+        expected = one_by_one(captioner, packed, "test", custom_generate=original_beam_search)
         assert [image.caption for image in captioned] == expected
         assert len(set(expected)) > 3
 
@@ -267,7 +266,7 @@ class TestProgram:
         arguments = ["--num-beams", 3, "--max-new-tokens", 6, "--batch-size", 3]
         run(*arguments)
         done = in_two_processes(
-            evaluate_captions.__file__,
+            REPOSITORY / "scripts" / "evaluate_captions.py",
             *("--model", captioner, "--dataset", packed, "--output", tmp_path / "two"),
             *arguments,
         )
@@ -281,7 +280,8 @@ class TestProgram:
 
     def test_accelerate_launch(self, captioner, packed, tmp_path):
         command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
-        command += [evaluate_captions.__file__, "--model", captioner, "--dataset", packed, "--output", tmp_path]
+        command += [REPOSITORY / "scripts" / "evaluate_captions.py"]
+        command += ["--model", captioner, "--dataset", packed, "--output", tmp_path]
         done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=180, check=False)
         assert done.returncode == 0, done.stderr
         assert (tmp_path / "scores_test.json").is_file()
@@ -380,7 +380,7 @@ class TestBrokenRows:
     def test_a_row_in_another_processs_share(self, captioner, packed, tmp_path):
         folder = broken_copy(packed, tmp_path / "broken", "test", {4: {"segmentation_features": b"x"}})
         words = ["--model", captioner, "--dataset", folder, "--output", tmp_path / "results", "--batch-size", 3]
-        done = in_two_processes(evaluate_captions.__file__, *words)
+        done = in_two_processes(REPOSITORY / "scripts" / "evaluate_captions.py", *words)
         assert done.returncode == 0, done.stderr
         assert done.stderr.count("left out: image 2972: ") == 1
         assert json.loads((tmp_path / "results" / "scores_test.json").read_text())["images"] == 12

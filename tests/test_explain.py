@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -16,14 +15,9 @@ from PIL import Image
 from test_pictures import BROKEN, noise, save_captioner, thirty_images
 from tiny_packed import GRID_FEATURE_SIZE, NUM_CLASSES, SIZES, write_packed
 
-from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration, RelevanceOutput
-from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer
-
-SCRIPTS = Path(__file__).parent.parent / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-import caption  # noqa: E402
-import explain  # noqa: E402
-from relevance_figures import (  # noqa: E402
+from difnet_transformers.reports import caption_images as caption
+from difnet_transformers.reports import explain
+from difnet_transformers.reports.relevance_figures import (
     FOR,
     Curve,
     ExplainedPicture,
@@ -36,6 +30,10 @@ from relevance_figures import (  # noqa: E402
     position_curves,
     unique_names,
 )
+from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration, RelevanceOutput
+from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 SPEAKING = {"suppress_tokens": [0, 1, 2], "min_new_tokens": 4, "max_new_tokens": 5, "num_beams": 2}
 

@@ -20,15 +20,15 @@ from datasets import load_from_disk
 from PIL import Image
 from test_pictures import BROKEN, broken_files, noise, thirty_images
 
-from dataset_difnet import decode_segmentation
+from difnet_transformers.data.packed_dataset import decode_segmentation
+from difnet_transformers.data.sources import find_pictures, image_ids_of
 from difnet_transformers.files import folder_lock
-from pipeline_difnet import UNTRAINED_WARNING, load_grid_backbone, load_segmenter, open_picture
-from segmentation_difnet import CLASS_NAMES
+from difnet_transformers.vision import extract as extract_features
+from modeling_difnet.images_difnet import open_picture
+from modeling_difnet.pipeline_difnet import UNTRAINED_WARNING, load_grid_backbone, load_segmenter
+from modeling_difnet.segmentation_difnet import CLASS_NAMES
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "extract_features.py"
-sys.path.insert(0, str(SCRIPT.parent))
-import extract_features  # noqa: E402
-from coco_sources import find_pictures, image_ids_of  # noqa: E402
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
 CATEGORIES = [{"id": 1, "name": "person"}, {"id": 18, "name": "dog"}]

@@ -55,19 +55,18 @@ from fuzzing import (
 )
 from PIL import EpsImagePlugin, Image
 
-REPOSITORY = Path(__file__).parent.parent
-sys.path.insert(0, str(REPOSITORY / "scripts"))
-import caption  # noqa: E402
-import evaluate_captions  # noqa: E402
-import explain  # noqa: E402
-import extract_features  # noqa: E402
-import pack_coco  # noqa: E402
-import train  # noqa: E402
+import convert_checkpoint
+from caption_metrics.__main__ import main as score_main
+from difnet_transformers.data import pack as pack_coco
+from difnet_transformers.data.packed_dataset import encode_segmentation, packed_features
+from difnet_transformers.evaluation import evaluate as evaluate_captions
+from difnet_transformers.reports import caption_images as caption
+from difnet_transformers.reports import explain
+from difnet_transformers.training import trainer as train
+from difnet_transformers.vision import extract as extract_features
+from modeling_difnet.images_difnet import UnreadablePicture, open_picture
 
-import convert_checkpoint  # noqa: E402
-from caption_metrics.__main__ import main as score_main  # noqa: E402
-from dataset_difnet import encode_segmentation, packed_features  # noqa: E402
-from pipeline_difnet import UnreadablePicture, open_picture  # noqa: E402
+REPOSITORY = Path(__file__).parent.parent
 
 
 @dataclass

@@ -22,7 +22,7 @@ from modeling_difnet import (
     DifnetTokenizer,
     original_beam_search,
 )
-from pipeline_difnet import DifnetImageCaptioningPipeline
+from modeling_difnet.pipeline_difnet import DifnetImageCaptioningPipeline
 
 ORIGINAL = {"custom_generate": original_beam_search, "num_beams": 4, "max_new_tokens": 8}
 NUM_IMAGES = 6

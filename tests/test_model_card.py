@@ -6,7 +6,7 @@ import pytest
 from conftest import random_model
 from huggingface_hub import ModelCard
 
-from model_card import update_results, write_model_card
+from difnet_transformers.model_card import update_results, write_model_card
 from modeling_difnet import DifnetConfig, DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer
 
 WORDS = ["<unk>", "<pad>", "<bos>", "<eos>", *(f"word{index}" for index in range(46))]

@@ -19,12 +19,11 @@ import pytest
 import torch
 from datasets import load_dataset, load_from_disk
 
-from dataset_difnet import PackedImages, decode_segmentation, float16_bound
+from difnet_transformers.data import pack as pack_coco
+from difnet_transformers.data.packed_dataset import PackedImages, decode_segmentation, float16_bound
+from difnet_transformers.data.sources import average_pool
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "pack_coco.py"
-sys.path.insert(0, str(SCRIPT.parent))
-import pack_coco  # noqa: E402
-from coco_sources import average_pool  # noqa: E402
 
 WIDTH = 8
 SIZES = ["--grid-feature-size", str(WIDTH)]
@@ -326,13 +325,12 @@ def test_memory_does_not_grow_with_the_input(tmp_path):
         corpus = Corpus(folder, images)
         program = (
             "import re, sys\n"
-            "sys.path.insert(0, sys.argv[1])\n"
-            "import pack_coco\n"
-            "assert pack_coco.main(sys.argv[2:]) == 0\n"
+            "from difnet_transformers.cli.pack import main\n"
+            "assert main(sys.argv[1:]) == 0\n"
             "print(re.search(r'VmHWM:\\s*(\\d+) kB', open('/proc/self/status').read())[1])"
         )
         options = ["--features", folder / "grids.hdf5", "--annotations", corpus.annotations("karpathy")]
-        run = [sys.executable, "-c", program, SCRIPT.parent, *options, "--output", folder / "packed"]
+        run = [sys.executable, "-c", program, *options, "--output", folder / "packed"]
         ran = subprocess.run([*map(str, run)], check=True, capture_output=True, text=True)
         peaks.append(int(ran.stdout.split()[-1]) / 1024)
         shutil.rmtree(folder)

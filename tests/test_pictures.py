@@ -21,26 +21,18 @@ import torch
 from PIL import Image, PngImagePlugin
 from transformers import Mask2FormerForUniversalSegmentation, pipeline
 
-import pipeline_difnet
 from modeling_difnet import (
     DifnetConfig,
     DifnetForConditionalGeneration,
     GridFeatureBackbone,
     images_difnet,
     original_beam_search,
+    pipeline_difnet,
 )
-from modeling_difnet.images_difnet import open_label_map
-from pipeline_difnet import (
-    UnreadablePicture,
-    fetch,
-    load_grid_backbone,
-    load_segmenter,
-    open_picture,
-    provenance_of,
-    unusual_size,
-)
+from modeling_difnet.images_difnet import UnreadablePicture, fetch, open_label_map, open_picture, unusual_size
+from modeling_difnet.pipeline_difnet import load_grid_backbone, load_segmenter, provenance_of
+from modeling_difnet.segmentation_difnet import CLASS_NAMES, PanopticSegmenter
 from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer
-from segmentation_difnet import CLASS_NAMES, PanopticSegmenter
 
 WORDS = ["<unk>", "<pad>", "<bos>", "<eos>", "a", "man", "horse", "rides", "on", "the", "beach"]
 
@@ -215,7 +207,7 @@ def test_the_repository_opens_images_in_one_place_only():
     """Anywhere else `formats=` could be forgotten."""
     root = Path(__file__).parent.parent
     files = [path for folder in ("", "modeling_difnet", "difnet_transformers", "scripts", "benchmarks")
-             for path in (root / folder).glob("*.py")]  # fmt: skip
+             for path in (root / folder).glob("*.py" if folder == "" else "**/*.py")]  # fmt: skip
     calls = [path.name for path in files for line in path.read_text().splitlines()
              if "Image.open(" in line and ">>>" not in line]  # fmt: skip
     assert calls == ["images_difnet.py"]

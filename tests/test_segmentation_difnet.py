@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import adaptive_avg_pool2d
 
-from segmentation_difnet import (
+from modeling_difnet.segmentation_difnet import (
     CLASS_NAMES,
     LABEL_ORDERS,
     STUFF,

@@ -25,7 +25,7 @@ from transformers import (
     SwinConfig,
 )
 
-from segmentation_difnet import LABEL_ORDERS, PanopticSegmenter
+from modeling_difnet.segmentation_difnet import LABEL_ORDERS, PanopticSegmenter
 
 THINGS_FIRST = LABEL_ORDERS["things-first"]
 SIZE = {"shortest_edge": 64, "longest_edge": 96}

@@ -24,18 +24,17 @@ from transformers import AutoModel, AutoProcessor
 
 from caption_metrics import CiderReward
 from convert_checkpoint import key_pairs
-from dataset_difnet import CaptionPairBatches, ImageCaptionBatches, load_packed_split
+from difnet_transformers.data.packed_dataset import CaptionPairBatches, ImageCaptionBatches, load_packed_split
 from difnet_transformers.files import folder_lock
+from difnet_transformers.training import checkpoint as training_state
+from difnet_transformers.training import trainer as train
+from difnet_transformers.training.config import RECIPES
+from difnet_transformers.training.logging import Log, TrainingFailed
 from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration
 from processing_difnet import DifnetTokenizer
 
 REPOSITORY = Path(__file__).parent.parent
 SCRIPT = REPOSITORY / "scripts" / "train.py"
-sys.path.insert(0, str(SCRIPT.parent))
-import train  # noqa: E402
-import training_state  # noqa: E402
-from training_log import Log, TrainingFailed  # noqa: E402
-from training_options import RECIPES  # noqa: E402
 
 QUICK = {
     "xe-batch-size": 10,
@@ -1156,9 +1155,9 @@ class TestMistakes:
     def test_a_full_disk_while_saving(self, data, tmp_path):
         """A limit on the size of files stands for the full disk; the checkpoint of before is as it was."""
         output = tmp_path / "run"
-        limit = "import resource, sys; sys.path.insert(0, sys.argv.pop(1)); import train; "
+        limit = "import resource, sys; from difnet_transformers.cli.train import main; "
         limit += "size = int(sys.argv.pop(1)); resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)); "
-        limit += "sys.exit(train.main(sys.argv[1:]))"
+        limit += "sys.exit(main(sys.argv[1:]))"
         assert run(*arguments(data, output, xe_epochs=1), "--stage", "xe") == 0
         weights = (output / "last" / "model.safetensors").read_bytes()
         words = arguments(data, output, xe_epochs=2)
@@ -1168,7 +1167,7 @@ class TestMistakes:
         path.unlink()
         path.write_text(json.dumps(progress))
         training_state.write_checksums(output / "last")
-        command = [sys.executable, "-c", limit, str(SCRIPT.parent), "20000", *words, "--stage", "xe", "--cpu"]
+        command = [sys.executable, "-c", limit, "20000", *words, "--stage", "xe", "--cpu"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         result = subprocess.run([*command, "--resume", "last"], capture_output=True, text=True, env=environment)
         assert result.returncode == 2

@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-REPOSITORY = Path(__file__).parent.parent
-sys.path.insert(0, str(REPOSITORY / "scripts"))
-import train_on_pictures  # noqa: E402
+from difnet_transformers.files import folder_lock
+from difnet_transformers.reports import train_on_images as train_on_pictures
 
-from difnet_transformers.files import folder_lock  # noqa: E402
+REPOSITORY = Path(__file__).parent.parent
 
 COLOURS = {"red": (230, 20, 20), "blue": (20, 20, 230), "green": (20, 200, 20)}
 

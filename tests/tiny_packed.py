@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset, DatasetDict
 
-from dataset_difnet import encode_segmentation, packed_features
+from difnet_transformers.data.packed_dataset import encode_segmentation, packed_features
 
 THINGS = ["dog", "cat", "bus", "kite", "horse"]
 COLOURS = ["red", "blue", "green"]

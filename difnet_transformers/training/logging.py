@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from tqdm import tqdm
-from training_state import Progress
 
-from difnet_transformers.files import naming
+from ..files import naming
+from .checkpoint import Progress
 
 
 class TrainingFailed(RuntimeError):

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from difnet_transformers.command_line import requires
-from difnet_transformers.files import check_regular_file, path_inside, printable, read_file, read_json
+from ..command_line import requires
+from ..files import check_regular_file, path_inside, printable, read_file, read_json
 
 if TYPE_CHECKING:
     import h5py

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from difnet_transformers.command_line import describe
+from ..command_line import describe
 
 SECONDS_TO_FREE = 0.2
 

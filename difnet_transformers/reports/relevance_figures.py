@@ -22,12 +22,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from difnet_transformers.command_line import requires
-from difnet_transformers.files import printable
 from modeling_difnet import DifnetForConditionalGeneration, RelevanceOutput, relevance
-from pipeline_difnet import DifnetImageCaptioningPipeline, open_picture
+from modeling_difnet.images_difnet import open_picture
+from modeling_difnet.pipeline_difnet import DifnetImageCaptioningPipeline
+from modeling_difnet.segmentation_difnet import CLASS_NAMES
 from processing_difnet import DifnetTokenizer
-from segmentation_difnet import CLASS_NAMES
+
+from ..command_line import requires
+from ..files import printable
 
 with requires("images"):
     from PIL import Image, ImageDraw, ImageFont

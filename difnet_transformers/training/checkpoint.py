@@ -20,7 +20,6 @@ import os
 import random
 import re
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -35,9 +34,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from difnet_transformers.command_line import describe
-from difnet_transformers.files import check_regular_file, naming, printable, read_file, read_json, sha256_of
+from ..command_line import describe
+from ..files import check_regular_file, naming, printable, read_file, read_json, sha256_of
 
 STATE_FOLDER = "training_state"
 CHECKSUMS = f"{STATE_FOLDER}/SHA256SUMS"

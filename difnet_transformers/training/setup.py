@@ -9,7 +9,6 @@ import argparse
 import json
 import math
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +18,16 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from datasets import Dataset
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration
+from modeling_difnet.ensemble_difnet import first_difference
+from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer
 
-from training_state import Progress, recover  # noqa: E402
-
-from convert_checkpoint import default_generation_config  # noqa: E402
-from dataset_difnet import PackedImages, load_packed_split  # noqa: E402
-from difnet_transformers.checkpoints import load_model, load_processor  # noqa: E402
-from difnet_transformers.command_line import describe  # noqa: E402
-from difnet_transformers.files import printable, read_json  # noqa: E402
-from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration  # noqa: E402
-from modeling_difnet.ensemble_difnet import first_difference  # noqa: E402
-from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer  # noqa: E402
+from ..checkpoints import load_model, load_processor
+from ..command_line import describe
+from ..conversion import default_generation_config
+from ..data.packed_dataset import PackedImages, load_packed_split
+from ..files import printable, read_json
+from .checkpoint import Progress, recover
 
 CHECKPOINTS = ("last", "best", "best_xe")
 MOST_LAYERS = 1000

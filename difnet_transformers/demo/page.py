@@ -11,7 +11,6 @@ import html
 import io
 import json
 import math
-import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,8 +18,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from relevance_figures import ExplainedPicture, heat
+from ..reports.relevance_figures import ExplainedPicture, heat
 
 BLUE, ORANGE, GREEN, GRAY = "#2f6fb0", "#d9782d", "#3f8f58", "#8a8f98"
 

@@ -5,7 +5,6 @@ where its weights come from, how they were trained and what was measured, in the
 """
 
 import argparse
-import importlib.metadata
 import json
 import re
 import string
@@ -15,7 +14,8 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard
 
 from configuration_difnet import DifnetConfig
-from difnet_transformers.files import atomic_write, printable, read_json
+
+from .files import atomic_write, printable, read_json
 
 # Names of `caption_metrics.score_captions` to the metric's id and its name in the literature.
 METRICS = {
@@ -166,23 +166,8 @@ def _features(config: DifnetConfig, grid_size: int | None, grid_backbone: str | 
 
 
 def model_card_template() -> Path:
-    """`model_card.md`, wherever this copy of the project has it."""
-    here = Path(__file__).parent
-    installed = importlib.metadata.distributions(name="difnet-transformers")
-    places = [
-        here / "model_card.md",  # a clone
-        here / "share" / "difnet-transformers" / "model_card.md",  # `pip install --target`
-        *(
-            Path(file.locate())
-            for distribution in installed
-            for file in distribution.files or []
-            if file.name == "model_card.md"
-        ),
-    ]
-    for place in places:
-        if place.is_file():
-            return place
-    raise ValueError(f"{places[0]}: no such file, and no installed copy brings it. Install the project again.")
+    """The template of the card, which comes with the package."""
+    return Path(__file__).with_name("model_card.md")
 
 
 def update_results(

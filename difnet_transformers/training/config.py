@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from difnet_transformers.command_line import add_debug_option
-from model_card import add_license_option
+from ..command_line import add_debug_option
+from ..model_card import add_license_option
 
 # The original's `train.py`, to the letter. Its XE stage has epochs 0 to 20, and at most 100 epochs are trained in all.
 RECIPES = {

@@ -1,0 +1,16 @@
+"""`difnet caption`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    from ..reports.caption_images import main
+
+    return main(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

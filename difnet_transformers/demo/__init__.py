@@ -1,0 +1,1 @@
+"""`difnet demo`: a drawn corpus, from drawing to captions."""

@@ -1,0 +1,1 @@
+"""Captioning and scoring of splits."""
