@@ -19,15 +19,8 @@ LEVELS = [
     {"reports"},
     {"demo"},
     {"cli"},
-    {
-        "convert_checkpoint",
-        "dataset_difnet",
-        "pipeline_difnet",
-        "segmentation_difnet",
-        "scripts",
-        "examples",
-        "benchmarks",
-    },
+    {"convert_checkpoint", "dataset_difnet", "pipeline_difnet", "segmentation_difnet"},
+    {"scripts", "examples", "benchmarks"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 FOLDERS = ("caption_metrics", "modeling_difnet", "difnet_transformers", "scripts", "examples", "benchmarks")

@@ -1,4 +1,4 @@
-"""`Seq2SeqTrainer` and PEFT train the model as they train any other, and docs/transformers_training.md says the truth."""
+"""`Seq2SeqTrainer` and PEFT train the model as any other, and docs/transformers_training.md says the truth."""
 
 import json
 import os
