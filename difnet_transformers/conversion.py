@@ -28,9 +28,9 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from transformers import GenerationConfig
 
 from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration
+from modeling_difnet.generation_difnet import default_generation_config
 from modeling_difnet.grid_backbone_difnet import GridBackboneConversion, convert_detectron2_state_dict
 from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer
 
@@ -492,21 +492,6 @@ def read_vocabulary(path: str | Path) -> list[str]:
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
         raise ValueError(f"{shown} holds no list of tokens (`itos`).")
     return tokens
-
-
-def default_generation_config(config: DifnetConfig) -> GenerationConfig:
-    """As in the original's evaluation: five beams, 20 tokens, hypotheses ranked by their log-probability."""
-    return GenerationConfig(
-        num_beams=5,
-        # With `<bos>`. A stored `max_new_tokens` would win over the `max_length` of a caller.
-        max_length=1 + min(20, config.max_position_embeddings),
-        length_penalty=0.0,
-        early_stopping="never",
-        bos_token_id=config.bos_token_id,
-        pad_token_id=config.pad_token_id,
-        eos_token_id=config.eos_token_id,
-        decoder_start_token_id=config.decoder_start_token_id,
-    )
 
 
 def convert(

@@ -283,7 +283,7 @@ GOOD = [[2, 10, 11], [2, 12, 13]]
         ({"sequences": torch.full((2, 31), 10).index_fill(1, torch.tensor([0]), 2)}, "position table"),
         ({"grid_features": torch.rand(2, 12, 23)}, r"\(batch, cells, 24\)"),
         ({"segmentation_features": None}, "`segmentation_features` are missing"),
-        ({"segmentation_features": torch.rand(2, 7, 3, 3)}, "same pictures on the same grid"),
+        ({"segmentation_features": torch.rand(2, 7, 3, 3)}, "same images on the same grid"),
     ],
 )
 def test_mistakes_are_named(tiny_config: DifnetConfig, changes: dict, message: str) -> None:
