@@ -25,7 +25,7 @@ Print the completion script of a shell. Write it where the shell looks for such 
 
 @dataclass
 class CompletionOptions:
-    shell: str = field(positional=True, choices=["bash", "zsh", "tcsh"], help="whose script")
+    shell: str = field(positional=True, choices=["bash", "zsh", "tcsh"], help="bash, zsh or tcsh")
     debug: bool = debug_option()
 
 

@@ -23,10 +23,10 @@ COMMANDS = {
     "train": "train or fine-tune: cross-entropy, then self-critical training",
     "evaluate": "caption a split with one checkpoint or an ensemble, and score the captions",
     "caption": "caption images",
-    "explain": "show which grid cells and which flow each word of a caption comes from",
+    "explain": "show which grid cells and which flow each word comes from",
     "train-on-images": "from a folder of images and a caption file to a trained captioner",
     "metrics": "score captions: BLEU, ROUGE-L, CIDEr-D, METEOR, SPICE",
-    "demo": "the whole course on a small drawn corpus, in minutes on a CPU",
+    "demo": "all steps on a small drawn corpus, in minutes on a CPU",
     "env": "print versions, device and paths, for a bug report",
     "completion": "print the completion script of a shell",
 }
