@@ -228,6 +228,12 @@ def unusual_size(picture: Image.Image) -> str | None:
     return f"{picture.width} x {picture.height} pixels: done, but the networks never saw such a shape"
 
 
+def fitted_size(size: tuple[int, int], largest_side: int) -> tuple[int, int]:
+    """Width and height scaled down together until neither is larger than `largest_side`; never enlarged."""
+    scale = min(1.0, largest_side / max(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 ORIENTATION_TEXTS = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
 
@@ -447,6 +453,7 @@ __all__ = [
     "UnreadablePicture",
     "as_seen",
     "fetch",
+    "fitted_size",
     "open_label_map",
     "open_picture",
     "unusual_size",

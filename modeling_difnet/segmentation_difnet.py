@@ -22,7 +22,7 @@ import torch
 from torch.nn.functional import interpolate
 from transformers import AutoImageProcessor, AutoModelForUniversalSegmentation, AutoProcessor
 
-from .images_difnet import Image, one_line, require_pillow
+from .images_difnet import Image, fitted_size, one_line, require_pillow
 
 # COCO's panoptic categories: names by category id.
 STUFF = {
@@ -442,12 +442,6 @@ def check_loaded_weights(name: str, model: torch.nn.Module, report: Mapping[str,
     for key, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f"{name}: the tensor `{key}` holds NaN or infinity: the weights file is damaged.")
-
-
-def fitted_size(size: tuple[int, int], largest_side: int) -> tuple[int, int]:
-    """Width and height scaled down together until neither is larger than `largest_side`; never enlarged."""
-    scale = min(1.0, largest_side / max(size))
-    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
 __all__ = [

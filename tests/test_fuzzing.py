@@ -11,7 +11,6 @@ import re
 import shutil
 import signal
 import struct
-import sys
 import threading
 import time
 import zlib
@@ -639,7 +638,8 @@ FORKS.set_forkserver_preload(["test_fuzzing"])
 def forks() -> None:
     """Starts the process that forks the others, which finds this module by PYTHONPATH alone."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+        folders = [str(REPOSITORY), str(REPOSITORY / "tests"), os.environ.get("PYTHONPATH", "")]
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, folders)))
         forkserver.ensure_running()
 
 

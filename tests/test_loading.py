@@ -447,8 +447,8 @@ def test_an_installed_copy(checkpoint: Checkpoint, tmp_path: Path) -> None:
     venv.create(tmp_path / "venv", symlinks=True, with_pip=False)
     python = tmp_path / "venv" / "bin" / "python"
     (site_packages,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
-    dependencies = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
-    (site_packages / "dependencies.pth").write_text("\n".join(dependencies))
+    dependencies = {str(Path(importlib.util.find_spec(name).origin).parents[1]) for name in ("torch", "numpy", "pip")}
+    (site_packages / "dependencies.pth").write_text("\n".join(sorted(dependencies)))
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--disable-pip-version-check"]
     local = ["--no-index", "--no-deps", "--no-build-isolation", "--ignore-installed"]
     subprocess.run([*pip, *local, tmp_path / "source"], check=True, env=clean_environment(tmp_path / "home"))

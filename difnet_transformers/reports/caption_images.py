@@ -24,7 +24,6 @@ from transformers.utils import logging as transformers_logging
 from modeling_difnet import original_beam_search
 from modeling_difnet.images_difnet import open_picture, unusual_size
 from modeling_difnet.pipeline_difnet import TASK, UNTRAINED_WARNING, DifnetImageCaptioningPipeline
-from modeling_difnet.segmentation_difnet import fitted_size
 
 from ..checkpoints import load_captioner
 from ..command_line import (
@@ -41,9 +40,9 @@ with requires("images"):
     from PIL import Image, ImageDraw, ImageFont
 
     from ..data.sources import GridFiles, SegmentationFiles, find_pictures, image_ids_of
+    from ..vision.images import THUMBNAIL_SIDE as THUMBNAIL
+    from ..vision.images import thumbnail
     from .relevance_figures import explain_picture, page, panels, png
-
-THUMBNAIL = 320  # pixels of a picture's longer side in a contact sheet
 
 
 class Captioned(NamedTuple):
@@ -209,15 +208,6 @@ def coco_results(results: list[Captioned]) -> str:
         for result in results
     ]
     return json.dumps(entries, indent=1, ensure_ascii=False) + "\n"
-
-
-def thumbnail(path: Path) -> Image.Image:
-    """A small picture; a grey one where the file is gone or broken since."""
-    try:
-        picture = open_picture(path)
-    except ValueError:
-        return Image.new("RGB", (THUMBNAIL, THUMBNAIL), "#d9d9d6")
-    return picture.resize(fitted_size(picture.size, THUMBNAIL), Image.Resampling.LANCZOS)
 
 
 PAGE = """\

@@ -35,7 +35,7 @@ from ..files import (
     read_json,
 )
 from ..model_card import METRICS, add_license_option
-from .caption_images import thumbnail
+from ..vision.images import thumbnail
 
 MODULES = {
     "extract_features.py": "extract",

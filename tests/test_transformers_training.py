@@ -1,4 +1,4 @@
-"""`Seq2SeqTrainer` and PEFT train the model as they train any other, and docs/library_training.md says the truth."""
+"""`Seq2SeqTrainer` and PEFT train the model as any other, and docs/transformers_training.md says the truth."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from difnet_transformers.data.packed_dataset import CaptionCollator, CaptionPair
 from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration
 from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer
 
-PAGE = Path(__file__).parent.parent / "docs" / "library_training.md"
+PAGE = Path(__file__).parent.parent / "docs" / "transformers_training.md"
 IMAGES = {"train": 18, "validation": 10, "test": 6}  # with three captions each
 WORDS = sorted({*THINGS, *COLOURS, *["a", "on", "the", "grass", "photo", "of", "there", "is", "one", "here"]})
 

@@ -1,0 +1,115 @@
+"""The small files that README and the guides start from: a checkpoint, COCO's files, images, feature networks."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import torch
+from test_grid_backbone_difnet import backbone_layout, random_values
+from transformers import (
+    DetrConfig,
+    MaskFormerConfig,
+    MaskFormerForInstanceSegmentation,
+    MaskFormerImageProcessor,
+    SwinConfig,
+)
+
+from convert_checkpoint import convert, to_original_state_dict
+from difnet_transformers.demo.corpus import make_scenes, write_corpus
+from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration
+from modeling_difnet.pipeline_difnet import load_grid_backbone
+from modeling_difnet.segmentation_difnet import CLASS_NAMES
+from processing_difnet import DifnetTokenizer
+
+SCENES = {"train": 24, "restval": 2, "validation": 3, "test": 4}
+SIZES = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 8,
+    "decoder_attention_heads": 8,
+    "head_dim": 4,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+}
+# A detector's backbone that `--depth 1 2 1 1` names.
+BACKBONE = {"depths": (1, 2, 1, 1), "groups": 4, "width_per_group": 2, "stem": 8, "res2": 16}
+
+
+def make_world(folder: Path) -> Path:
+    """Writes everything that a block of the docs may name, with the names that the docs give it."""
+    write_corpus(folder, make_scenes(0, SCENES))
+    annotations = folder / "annotations"
+    captions = [
+        annotation["caption"]
+        for path in sorted(annotations.glob("captions_*.json"))
+        for annotation in json.loads(path.read_text())["annotations"]
+    ]
+    shutil.copy(annotations / "captions_val2014.json", folder)
+    make_checkpoint(folder, DifnetTokenizer.from_captions(captions, min_count=1))
+    make_images(folder)
+    make_feature_networks(folder)
+    (folder / "network.json").write_text(json.dumps(SIZES))
+    return folder
+
+
+def make_checkpoint(folder: Path, tokenizer: DifnetTokenizer) -> None:
+    """`DIFNet_lrp.pth` and `vocab.pkl` of the original, and what they convert to."""
+    torch.manual_seed(0)
+    model = DifnetForConditionalGeneration(DifnetConfig(vocab_size=len(tokenizer), **SIZES))
+    torch.save({"state_dict": to_original_state_dict(model)}, folder / "DIFNet_lrp.pth")
+    words = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    (folder / "vocab.json").write_text(json.dumps(words))
+    (folder / "vocab.pkl").write_bytes(pickle.dumps(words))
+    convert(folder / "DIFNet_lrp.pth", folder / "difnet", vocab=folder / "vocab.json")
+    for name in ("seed1", "seed2"):
+        shutil.copytree(folder / "difnet", folder / "runs" / name)
+
+
+def make_images(folder: Path) -> None:
+    """`image.jpg`, `images/`, and the splits of one's own images with captions and instances."""
+    scenes = sorted((folder / "val2014").glob("*.png"))
+    (folder / "images").mkdir()
+    for number, path in enumerate(scenes[:2]):
+        shutil.copy(path, folder / "images" / f"{number + 1}.png")
+    from PIL import Image  # only drawn files are opened here
+
+    Image.open(scenes[0]).save(folder / "image.jpg")
+
+
+def make_feature_networks(folder: Path) -> None:
+    """`x101/`, `X-101.pth`, and a panoptic model where the Hub's would be named."""
+    backbone = load_grid_backbone(None, untrained=True)
+    backbone.config.weights_source, backbone.config.weights_sha256 = "X-101.pth", "0" * 64
+    backbone.save_pretrained(folder / "x101")
+    torch.save({"model": random_values(backbone_layout(**BACKBONE))}, folder / "X-101.pth")
+    stages = ["stage1", "stage2", "stage3", "stage4"]
+    config = MaskFormerConfig(
+        backbone_config=SwinConfig(embed_dim=16, depths=[1] * 4, num_heads=[1, 2, 2, 2], out_features=stages),
+        decoder_config=DetrConfig(
+            d_model=32,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_ffn_dim=32,
+            decoder_ffn_dim=32,
+            decoder_attention_heads=2,
+            encoder_attention_heads=2,
+            num_queries=10,
+        ),
+        fpn_feature_size=32,
+        mask_feature_size=32,
+        id2label=dict(enumerate(CLASS_NAMES)),
+    )
+    name = folder / "facebook" / "mask2former-swin-large-coco-panoptic"
+    MaskFormerForInstanceSegmentation(config).save_pretrained(name)
+    MaskFormerImageProcessor(size={"height": 64, "width": 64}, ignore_index=255).save_pretrained(name)
+
+
+def copy_world(world: Path, folder: Path) -> Path:
+    """A copy that shares the files' contents, which nothing changes in place."""
+    shutil.copytree(world, folder, copy_function=os.link, dirs_exist_ok=True)
+    return folder
