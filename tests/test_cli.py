@@ -40,7 +40,7 @@ class TestCommands:
 
     def test_every_module_is_a_command(self):
         modules = {module.name.replace("_", "-") for module in pkgutil.iter_modules(cli.__path__)}
-        assert modules == set(COMMANDS) | {"main", "demo_corpus"}  # the last is a script alone
+        assert modules == set(COMMANDS) | {"main", "demo-corpus"}  # the last is a script alone
 
     @pytest.mark.parametrize("command", READY)
     def test_main_takes_the_words_and_the_name(self, command):
