@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..reports.relevance_figures import ExplainedPicture, heat
+from ..reports.relevance import ExplainedImage as ExplainedPicture
+from ..reports.relevance import heat_map as heat
 
 BLUE, ORANGE, GREEN, GRAY = "#2f6fb0", "#d9782d", "#3f8f58", "#8a8f98"
 
@@ -243,10 +244,10 @@ def _card(shown: Shown) -> str:
 
 
 def _explained(explained: ExplainedPicture) -> str:
-    figures = [(explained.picture, "", "")]
+    figures = [(explained.image, "", "")]
     for number, (word, cells) in enumerate(zip(explained.words, explained.flows["both"], strict=True)):
         strongest = "".join(name.split("-")[0] for name, _ in explained.strongest_classes(number, 1))
-        figures.append((heat(cells, explained.grid_shape, explained.picture), word, strongest))
+        figures.append((heat(cells, explained.grid_shape, explained.image), word, strongest))
     inner = "".join(
         f'<figure><img src="{as_data_url(picture)}" alt="{html.escape(word)}">'
         f"<figcaption>{html.escape(word)}<br><small>{html.escape(name)}</small></figcaption></figure>"

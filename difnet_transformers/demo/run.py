@@ -26,8 +26,9 @@ from ..child_process import run_child
 from ..command_line import add_debug_option, run_command
 from ..data.packed_dataset import PackedImages
 from ..files import folder_lock, naming, printable, read_json
-from ..reports.relevance_figures import ExplainedPicture, explain_captions, panels
-from ..reports.relevance_figures import page as relevance_page
+from ..reports.pages import relevance_page
+from ..reports.relevance import ExplainedImage as ExplainedPicture
+from ..reports.relevance import explain_captions, panels
 from .corpus import SIZES, Scene, draw, make_scenes, new_pairs_of, objects_of, write_corpus
 from .page import Shown, build_page, contact_sheet, curves_of_run
 
@@ -208,7 +209,7 @@ class Demo:
         counts = {split: sum(scene.split == split for scene in scenes) for split in self.sizes}
         explained = explain(self.run / "best", test, by_id, captions)
         if explained:
-            (self.output / "why.html").write_bytes(relevance_page(explained))
+            (self.output / "why.html").write_text(relevance_page(explained), encoding="utf-8")
             panels(explained[-1], columns=5).save(self.output / "why.png")
         page = build_page(
             summary=[
