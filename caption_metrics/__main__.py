@@ -249,11 +249,10 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"written to {_printable(str(output))}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def make_parser(prog: str = "python -m caption_metrics") -> argparse.ArgumentParser:
+    """The options of the program, under the name `prog`."""
     parser = argparse.ArgumentParser(
-        prog="python -m caption_metrics",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=prog, description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--predictions", type=Path, required=True, help="JSON file of captions, one for each image")
     parser.add_argument("--references", type=Path, required=True, help="JSON file of reference captions")
@@ -265,7 +264,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--meteor", action="store_true", help="add METEOR 1.5 (Java)")
     parser.add_argument("--spice", action="store_true", help="add SPICE (Java)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error instead of one line")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "python -m caption_metrics") -> int:
+    arguments = make_parser(prog).parse_args(argv)
     show_warning = warnings.showwarning
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:

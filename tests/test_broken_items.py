@@ -25,8 +25,8 @@ from fuzzing import (
     write_features,
     write_json,
 )
-from test_pictures import noise
-from test_pictures import save_captioner as save_picture_captioner
+from test_images import noise
+from test_images import save_captioner as save_picture_captioner
 
 from caption_metrics.__main__ import main as score_main
 from difnet_transformers.data import pack as pack_coco

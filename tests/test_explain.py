@@ -12,7 +12,7 @@ import pytest
 import torch
 from datasets import load_from_disk
 from PIL import Image
-from test_pictures import BROKEN, noise, save_captioner, thirty_images
+from test_images import BROKEN, noise, save_captioner, thirty_images
 from tiny_packed import GRID_FEATURE_SIZE, NUM_CLASSES, SIZES, write_packed
 
 from difnet_transformers.reports import caption_images as caption

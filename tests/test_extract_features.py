@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from datasets import load_from_disk
 from PIL import Image
-from test_pictures import BROKEN, broken_files, noise, thirty_images
+from test_images import BROKEN, broken_files, noise, thirty_images
 
 from difnet_transformers.data.packed_dataset import decode_segmentation
 from difnet_transformers.data.sources import find_pictures, image_ids_of
