@@ -17,6 +17,7 @@ This file imports nothing of the project: a saved backbone carries it along and 
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 try:
     from PIL import Image
 except ImportError:  # the captioner itself works from feature files and does without
-    Image = None
+    Image = None  # type: ignore[assignment]
 
 STAGES = ("res2", "res3", "res4", "res5")
 
@@ -83,7 +84,8 @@ class GridFeatureBackboneConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         # config.json holds lists
-        self.depths, self.image_mean, self.image_std = map(tuple, (self.depths, self.image_mean, self.image_std))
+        self.depths = tuple(self.depths)
+        self.image_mean, self.image_std = tuple(self.image_mean), tuple(self.image_std)
         for name, length in (("depths", len(STAGES)), ("image_mean", 3), ("image_std", 3)):
             if len(getattr(self, name)) != length:
                 raise ValueError(
@@ -127,6 +129,12 @@ class GridFeatureBackboneOutput(ModelOutput):
 
 class FrozenBatchNorm(nn.Module):
     """Batch norm that is always in evaluation: its four vectors are constants, in training too."""
+
+    weight: torch.Tensor  # (num_channels,), as the others
+    bias: torch.Tensor
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
+    ends_a_block = False
 
     def __init__(self, num_channels: int, eps: float) -> None:
         super().__init__()
@@ -219,7 +227,7 @@ class GridFeatureBackbone(PreTrainedModel):
     config_class = GridFeatureBackboneConfig
     base_model_prefix = "grid_backbone"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities: Any = ("image",)
     _no_split_modules = ["Stem", "Bottleneck"]
 
     def __init__(self, config: GridFeatureBackboneConfig) -> None:
@@ -233,7 +241,7 @@ class GridFeatureBackbone(PreTrainedModel):
         """Values that keep the size of activations; the last norm of a block is small, or blocks would add up."""
         if isinstance(module, FrozenBatchNorm):
             tensors = list(module.buffers())
-            init.constant_(module.weight, 0.25 if getattr(module, "ends_a_block", False) else 1.0)
+            init.constant_(module.weight, 0.25 if module.ends_a_block else 1.0)
             init.zeros_(module.bias)
             init.zeros_(module.running_mean)
             init.ones_(module.running_var)
@@ -293,6 +301,14 @@ class GridFeatureBackbone(PreTrainedModel):
         mean = torch.tensor(self.config.image_mean, dtype=torch.float32).view(3, 1, 1)
         std = torch.tensor(self.config.image_std, dtype=torch.float32).view(3, 1, 1)
         return ((bgr - mean) / std)[None].contiguous()
+
+    @overload
+    def grid_features(self, image: "Image.Image | np.ndarray", pooled: Literal[True] = True) -> torch.Tensor: ...
+
+    @overload
+    def grid_features(
+        self, image: "Image.Image | np.ndarray", pooled: Literal[False]
+    ) -> tuple[torch.Tensor, tuple[int, int]]: ...
 
     @torch.no_grad()
     def grid_features(
@@ -373,7 +389,7 @@ def resized_shape(height: int, width: int, shortest_side: int, longest_side: int
 
 # What its configurations say and its files do not, for the published networks: (blocks, groups) to (stride_in_1x1,
 # image_std). In this order: R-50, X-101, X-152.
-PUBLISHED_NETWORKS = {
+PUBLISHED_NETWORKS: dict[tuple[tuple[int, ...], int], tuple[bool, list[float | int] | tuple[float | int, ...]]] = {
     ((3, 4, 6, 3), 1): (True, (1.0, 1.0, 1.0)),
     ((3, 4, 23, 3), 32): (False, (57.375, 57.120, 58.395)),
     ((3, 8, 36, 3), 32): (False, (1.0, 1.0, 1.0)),

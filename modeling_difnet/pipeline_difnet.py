@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from transformers import Pipeline
+from transformers import Pipeline, PreTrainedModel
 
 from .grid_backbone_difnet import GridFeatureBackbone, GridFeatureBackboneConfig
 from .images_difnet import Image, open_image
@@ -52,7 +52,8 @@ def load_grid_backbone(
         raise ValueError(
             "no grid backbone: give the folder that `convert_checkpoint.py grid-backbone` made of X-101.pth"
         )
-    backbone, report = GridFeatureBackbone.from_pretrained(name, output_loading_info=True)
+    loaded: Any = GridFeatureBackbone.from_pretrained(name, output_loading_info=True)
+    backbone, report = loaded
     check_loaded_weights(name, backbone, report)
     if backbone.config.weights_sha256 is None and not untrained:
         raise ValueError(
@@ -102,9 +103,8 @@ def _small_segmenter(grid_size: int) -> PanopticSegmenter:
         SwinConfig,
     )
 
-    backbone = SwinConfig(
-        embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 2, 2, 2], out_features=[f"stage{n}" for n in range(1, 5)]
-    )
+    stages: dict[str, Any] = {"out_features": [f"stage{n}" for n in range(1, 5)]}
+    backbone = SwinConfig(embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 2, 2, 2], **stages)
     config = Mask2FormerConfig(
         backbone_config=backbone,
         feature_size=32,
@@ -126,7 +126,7 @@ def _small_segmenter(grid_size: int) -> PanopticSegmenter:
     return PanopticSegmenter(model, processor, grid_size)
 
 
-def provenance_of(model: torch.nn.Module, name: str | None) -> dict[str, Any]:
+def provenance_of(model: PreTrainedModel, name: str | None) -> dict[str, Any]:
     """What a feature file should say about the network that made it.
 
     `parameters_sha256` is of all names and values of the loaded network, so it does not depend on the file's format.
@@ -180,10 +180,12 @@ class DifnetImageCaptioningPipeline(Pipeline):
         ValueError: a network that is needed was not given, or its features do not fit the captioner.
     """
 
-    _load_processor = True
-    _load_tokenizer = False
-    _load_image_processor = False
-    _load_feature_extractor = False
+    model: Any  # a captioner or an ensemble
+    processor: Any  # DifnetProcessor
+    _load_processor: Any = True
+    _load_tokenizer: Any = False
+    _load_image_processor: Any = False
+    _load_feature_extractor: Any = False
 
     def __init__(
         self,
@@ -241,7 +243,7 @@ class DifnetImageCaptioningPipeline(Pipeline):
         """Both features of an RGB image, as the processor takes them."""
         if self.grid_backbone is None:
             raise ValueError("an image needs `grid_backbone=` (a folder made by convert_checkpoint.py grid-backbone)")
-        features = {"grid_features": self.grid_backbone.grid_features(image)}
+        features: dict[str, Any] = {"grid_features": self.grid_backbone.grid_features(image)}
         if self.model.config.use_segmentation:
             if self.segmenter is None:
                 raise ValueError("an image needs `segmentation_model=` (a COCO panoptic model of Transformers)")

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.functional import interpolate
-from transformers import AutoImageProcessor, AutoModelForUniversalSegmentation, AutoProcessor
+from transformers import AutoImageProcessor, AutoModelForUniversalSegmentation, AutoProcessor, PreTrainedModel
 
 from .images_difnet import Image, fitted_size, require_pillow
 
@@ -194,11 +194,12 @@ class PanopticSegmenter:
         grid_size: cells along a side of the feature (default 7).
     """
 
-    def __init__(self, model: torch.nn.Module, processor: Any, grid_size: int = 7):
+    def __init__(self, model: PreTrainedModel, processor: Any, grid_size: int = 7):
         self.model = model.eval()
         self.processor = processor
         self.grid_size = grid_size
-        self.channels = channels_of_labels(model.config.id2label)
+        id2label: Any = model.config.id2label
+        self.channels = channels_of_labels(id2label)
 
     @classmethod
     def from_pretrained(cls, name: str, grid_size: int = 7) -> PanopticSegmenter:
