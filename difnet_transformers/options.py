@@ -383,7 +383,8 @@ class _OptionWrapper(FieldWrapper):
 
     @cached_property
     def kind(self) -> _Kind:
-        return _Kind.of(self.field, _hints(self.parent.dataclass)[self.name])
+        options_class: Any = self.parent.dataclass
+        return _Kind.of(self.field, _hints(options_class)[self.name])
 
     @property
     def flag(self) -> bool | None:
