@@ -37,7 +37,8 @@ from datasets import load_from_disk
 from torch.utils.data import DataLoader, Dataset
 
 from configuration_difnet import DifnetConfig
-from difnet_transformers.data.packed_dataset import CaptionPairBatches, PackedImages, ReferenceBatches
+from difnet_transformers.data.batches import CaptionPairBatches, ReferenceBatches
+from difnet_transformers.data.packed_dataset import PackedImages
 from modeling_difnet import DifnetForConditionalGeneration
 from processing_difnet import DifnetTokenizer
 

@@ -33,7 +33,8 @@ from ..command_line import (
 from ..files import atomic_write, printable
 
 with requires("images"):
-    from ..data.sources import GridFiles, SegmentationFiles, find_pictures, image_ids_of
+    from ..data.feature_files import GridFiles, SegmentationFiles
+    from ..data.image_files import find_images, image_ids_from_names
     from .pages import SheetImage, html_sheet, png_sheet, relevance_page
     from .relevance import explain_image, panels, png_file
 
@@ -98,10 +99,10 @@ def generation_options(captioner: DifnetImageCaptioningPipeline, arguments: argp
 def items_of_pictures(
     captioner: DifnetImageCaptioningPipeline, arguments: argparse.Namespace, left_out: LeftOut
 ) -> list[Item]:
-    paths = find_pictures(arguments.pictures, leave_out=left_out.add)
+    paths = find_images(arguments.pictures, leave_out=left_out.add)
     return [
         Item(image_id, path, path, lambda path=path: features_of_picture(captioner, path))
-        for image_id, path in zip(image_ids_of(paths), paths, strict=True)
+        for image_id, path in zip(image_ids_from_names(paths), paths, strict=True)
     ]
 
 

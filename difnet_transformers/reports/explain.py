@@ -33,13 +33,14 @@ from ..command_line import (
     requires,
     run_command,
 )
-from ..data.packed_dataset import ReferenceBatches, load_packed_split
+from ..data.batches import ReferenceBatches
+from ..data.packed_dataset import load_packed_split
 from ..files import atomic_write, path_inside, printable
 
 with requires("images"):
     from PIL import Image
 
-    from ..data.sources import find_pictures
+    from ..data.image_files import find_images
     from ..evaluation.evaluate import load_captioner
     from .caption_images import make_pipeline
     from .charts import Chart, Line, to_png
@@ -71,7 +72,7 @@ def explain_pictures(arguments: argparse.Namespace, left_out: LeftOut, explained
     captioner = make_pipeline(arguments)
     if arguments.caption is not None:
         caption_to_sequence(captioner.processor.tokenizer, arguments.caption)  # a mistake in it is none of a picture
-    paths = find_pictures(arguments.pictures, leave_out=left_out.add)
+    paths = find_images(arguments.pictures, leave_out=left_out.add)
     for path, name in zip(tqdm(paths, unit=" pictures", desc="explaining"), unique_names(paths), strict=True):
         try:
             each = explain_image(

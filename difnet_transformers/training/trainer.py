@@ -45,12 +45,8 @@ from processing_difnet import DifnetTokenizer
 
 from ..checkpoints import load_model
 from ..command_line import run_command
-from ..data.packed_dataset import (
-    CaptionPairBatches,
-    ImageCaptionBatches,
-    ReferenceBatches,
-    split_fingerprint,
-)
+from ..data.batches import CaptionPairBatches, ImageCaptionBatches, ReferenceBatches
+from ..data.packed_dataset import split_fingerprint
 from ..files import folder_lock, naming, printable
 from ..model_card import write_model_card
 from .checkpoint import (

@@ -21,7 +21,7 @@ from modeling_difnet import DifnetEnsemble, DifnetForConditionalGeneration, orig
 from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer
 
 from ..command_line import LeftOut, describe
-from ..data.packed_dataset import ReferenceBatches
+from ..data.batches import ReferenceBatches
 from .processes import raise_for_all
 from .setup import ROW_ERRORS, form_of, usual_row
 
