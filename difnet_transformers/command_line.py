@@ -21,17 +21,20 @@ from .files import printable
 
 MESSAGE_LIMIT = 2000  # characters; the longest useful message lists image ids
 
-# The extra of setup.cfg that brings a package, for the message when it is missing.
+# The extra of setup.cfg that brings a package, by the name that is imported.
 EXTRA_OF = {
     "accelerate": "train",
     "datasets": "data",
     "evaluate": "metrics",
     "h5py": "data",
-    "peft": "train",
+    "jinja2": "reports",
+    "matplotlib": "reports",
     "PIL": "images",
     "pyarrow": "data",
     "pycocoevalcap": "java",
+    "pycocotools": "images",
     "scipy": "images",
+    "shtab": "completion",
     "tensorboard": "train",
 }
 
@@ -189,7 +192,11 @@ class LeftOut:
 
 @contextmanager
 def requires(extra: str) -> Iterator[None]:
-    """Around imports of optional packages: a missing one is an ImportError that names the extra to install."""
+    """Around imports of optional packages: a missing one is an ImportError that names the extra to install.
+
+    Args:
+        extra: the extra of setup.cfg that brings all of them.
+    """
     try:
         yield
     except ModuleNotFoundError as error:

@@ -409,6 +409,7 @@ class _OptionWrapper(FieldWrapper):
         options |= custom
         if not positional:
             return options | {"required": required}
+        options.setdefault("metavar", self.name.upper())
         if not required:
             options["nargs"] = "?" if self.kind.container is None else "*"
         return options

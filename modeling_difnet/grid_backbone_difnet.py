@@ -1,10 +1,10 @@
-"""The grid feature backbone: a picture becomes the grid cells that DIFNet reads.
+"""The grid feature backbone: an image becomes the grid cells that DIFNet reads.
 
 Jiang et al., "In Defense of Grid Features for Visual Question Answering", CVPR 2020: the convolutions of a Faster
 R-CNN that learnt 1600 objects and 400 attributes on Visual Genome (X-101: a ResNeXt-101 32x8d). The captioner's
 features are the output of its last stage, averaged to 7 x 7 cells.
 
-    picture --> BGR, shortest side 600, longest at most 1000 --> stem --> res2 --> res3 --> res4 --> res5 (C, h, w)
+    image --> BGR, shortest side 600, longest at most 1000 --> stem --> res2 --> res3 --> res4 --> res5 (C, h, w)
                                                                                                        |
     (49, C), row by row <-------------------- adaptive average pooling to 7 x 7 ----------------------/
 
@@ -37,7 +37,7 @@ STAGES = ("res2", "res3", "res4", "res5")
 
 @strict
 class GridFeatureBackboneConfig(PreTrainedConfig):
-    r"""Sizes and picture preparation of a grid feature backbone. The defaults are those of X-101.
+    r"""Sizes and image preparation of a grid feature backbone. The defaults are those of X-101.
 
     Args:
         depths (`tuple[int, ...]`, defaults to (3, 4, 23, 3)): blocks in res2 to res5. X-152 has (3, 8, 36, 3).
@@ -52,8 +52,8 @@ class GridFeatureBackboneConfig(PreTrainedConfig):
             0 to 255.
         image_std (`tuple[float, ...]`, defaults to (57.375, 57.120, 58.395)): blue, green, red are divided by these.
             X-152 and R-50 have (1, 1, 1).
-        shortest_side (`int`, defaults to 600): pixels of the resized picture's shortest side, ..
-        longest_side (`int`, defaults to 1000): .. unless its longest side would exceed these.
+        shortest_side (`int`, defaults to 600): pixels of the resized image's shortest side,
+        longest_side (`int`, defaults to 1000): unless its longest side would exceed these.
         grid_size (`int`, defaults to 7): cells on a side of the pooled grid.
         weights_source (`str`, *optional*): name of the file that the weights were converted from. `None` with random
             weights.
@@ -201,14 +201,14 @@ def make_stage(config: GridFeatureBackboneConfig, index: int) -> nn.Sequential:
 
 
 class GridFeatureBackbone(PreTrainedModel):
-    """Grid features of pictures.
+    """Grid features of images.
 
     ```python
     >>> from PIL import Image
     >>> from modeling_difnet import GridFeatureBackbone
 
     >>> backbone = GridFeatureBackbone.from_pretrained("x101/")  # made by `convert_checkpoint.py grid-backbone`
-    >>> grid_features = backbone.grid_features(Image.open("picture.jpg"))  # (49, 2048)
+    >>> grid_features = backbone.grid_features(Image.open("image.jpg"))  # (49, 2048)
     ```
 
     `config.weights_source` and `config.weights_sha256` name the file that all weights came from. They are `None` as
@@ -242,56 +242,54 @@ class GridFeatureBackbone(PreTrainedModel):
             init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
         else:
             return
-        # The library also comes here for a layer whose values were loaded, and leaves those that were.
+        # Transformers also comes here for a layer whose values were loaded, and leaves those that were.
         if not all(getattr(tensor, "_is_hf_initialized", False) for tensor in tensors):
             self.config = copy.deepcopy(self.config)  # the caller's keeps its values
             self.config.weights_source = self.config.weights_sha256 = None
 
     @can_return_tuple
     def forward(self, pixel_values: torch.Tensor, **kwargs) -> GridFeatureBackboneOutput:
-        """The feature map of prepared pictures.
+        """The feature map of prepared images.
 
         Args:
-            pixel_values (`(B, 3, h, w)`): from `preprocess`. Pictures of different sizes must not be padded to one
+            pixel_values (`(B, 3, h, w)`): from `preprocess`. Images of different sizes must not be padded to one
                 batch: the padding would change their features.
         """
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
             raise ValueError(
                 f"`pixel_values` must have the shape (B, 3, h, w), got {tuple(pixel_values.shape)}. "
-                "`preprocess` makes them from a picture."
+                "`preprocess` makes them from an image."
             )
-        hidden_states = self.stem(pixel_values.to(self.dtype))
+        hidden_states = self.stem(pixel_values.to(self.dtype))  # (B, stem_out_channels, h / 4, w / 4)
         for stage in STAGES:
-            hidden_states = getattr(self, stage)(hidden_states)
+            hidden_states = getattr(self, stage)(hidden_states)  # res5: (B, C, h / 32, w / 32)
         return GridFeatureBackboneOutput(feature_map=hidden_states)
 
     def preprocess(self, image: "Image.Image | np.ndarray") -> torch.Tensor:
-        """The network's input for one picture, equal to what detectron2 makes of it.
+        """The network's input for one image, equal to what detectron2 makes of it.
 
-        Bilinear resize of the 8-bit picture by Pillow, BGR, minus `image_mean`, divided by `image_std`.
+        Bilinear resize of the 8-bit image by Pillow, BGR, minus `image_mean`, divided by `image_std`.
 
         Args:
-            image: a Pillow picture, converted by `convert("RGB")` (which drops an alpha channel and leaves an EXIF
+            image: a Pillow image, converted by `convert("RGB")` (which drops an alpha channel and leaves an EXIF
                 orientation as it is), or an array (H, W, 3), `uint8`, RGB.
 
         Returns:
             `(1, 3, h, w)`, float32, on the CPU.
 
         Raises:
-            ValueError: anything else; a picture so narrow that its resized form has no pixels.
+            ValueError: anything else; an image so narrow that its resized form has no pixels.
             ImportError: Pillow is not installed.
         """
         if Image is None:
             raise ImportError(
-                'Pictures need Pillow: `pip install "difnet-transformers[images]"`, or `pip install pillow`.',
+                'Images need Pillow: `pip install "difnet-transformers[images]"`, or `pip install pillow`.',
                 name="PIL",
             )
-        picture = as_rgb(image)
-        height, width = resized_shape(
-            picture.height, picture.width, self.config.shortest_side, self.config.longest_side
-        )
-        pixels = np.array(picture.resize((width, height), Image.Resampling.BILINEAR), dtype=np.float32)
-        bgr = torch.from_numpy(pixels).flip(-1).permute(2, 0, 1)
+        image = as_rgb(image)
+        height, width = resized_shape(image.height, image.width, self.config.shortest_side, self.config.longest_side)
+        pixels = np.array(image.resize((width, height), Image.Resampling.BILINEAR), dtype=np.float32)  # (h, w, 3)
+        bgr = torch.from_numpy(pixels).flip(-1).permute(2, 0, 1)  # (3, h, w)
         mean = torch.tensor(self.config.image_mean, dtype=torch.float32).view(3, 1, 1)
         std = torch.tensor(self.config.image_std, dtype=torch.float32).view(3, 1, 1)
         return ((bgr - mean) / std)[None].contiguous()
@@ -300,7 +298,7 @@ class GridFeatureBackbone(PreTrainedModel):
     def grid_features(
         self, image: "Image.Image | np.ndarray", pooled: bool = True
     ) -> torch.Tensor | tuple[torch.Tensor, tuple[int, int]]:
-        """The grid cells of one picture, row by row.
+        """The grid cells of one image, row by row.
 
         Args:
             image: as for `preprocess`.
@@ -313,7 +311,7 @@ class GridFeatureBackbone(PreTrainedModel):
         Raises:
             ValueError: as `preprocess`; the network gives NaN or infinity for the image.
         """
-        feature_map = self(self.preprocess(image).to(self.device)).feature_map.float()
+        feature_map = self(self.preprocess(image).to(self.device)).feature_map.float()  # (1, C, h, w)
         if not feature_map.isfinite().all():
             raise ValueError(
                 "the grid backbone gives NaN or infinity for this image: its weights are damaged, or its dtype "
@@ -321,35 +319,35 @@ class GridFeatureBackbone(PreTrainedModel):
             )
         if pooled:
             feature_map = F.adaptive_avg_pool2d(feature_map, self.config.grid_size)
-        cells = feature_map[0].flatten(1).T.contiguous()
+        cells = feature_map[0].flatten(1).T.contiguous()  # (h * w, C)
         return cells if pooled else (cells, tuple(feature_map.shape[2:]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Images
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def as_rgb(image: "Image.Image | np.ndarray") -> "Image.Image":
-    """A picture as 8-bit RGB. Raises `ValueError` for what cannot be one without a choice that is the caller's."""
+    """An image as 8-bit RGB. Raises `ValueError` for what cannot be one without a choice that is the caller's."""
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
             raise ValueError(
-                f"A picture given as an array must be uint8 RGB of shape (H, W, 3), got {image.dtype} {image.shape}."
+                f"An image given as an array must be uint8 RGB of shape (H, W, 3), got {image.dtype} {image.shape}."
             )
         return Image.fromarray(np.ascontiguousarray(image))
     if not isinstance(image, Image.Image):
         raise ValueError(
-            f"A picture must be a PIL.Image or a numpy array (H, W, 3), got {type(image).__name__}. Several pictures "
+            f"An image must be a PIL.Image or a numpy array (H, W, 3), got {type(image).__name__}. Several images "
             "go one at a time: a common batch would need padding, which changes the features."
         )
     if image.mode.startswith(("I", "F")):
         raise ValueError(
-            f"The picture has the mode `{image.mode}` (more than 8 bits a channel), of which Pillow's conversion "
+            f"The image has the mode `{image.mode}` (more than 8 bits a channel), of which Pillow's conversion "
             "keeps only the values up to 255. Scale it to 8 bits first."
         )
     if 0 in image.size:
-        raise ValueError(f"The picture has no pixels: {image.width} x {image.height}.")
+        raise ValueError(f"The image has no pixels: {image.width} x {image.height}.")
     return image.convert("RGB")
 
 
@@ -363,7 +361,7 @@ def resized_shape(height: int, width: int, shortest_side: int, longest_side: int
     new_height, new_width = int(new_height + 0.5), int(new_width + 0.5)
     if min(new_height, new_width) == 0:
         raise ValueError(
-            f"The picture is too narrow: {width} x {height} pixels, resized to {longest_side} pixels on its longest "
+            f"The image is too narrow: {width} x {height} pixels, resized to {longest_side} pixels on its longest "
             "side, leave none on the other."
         )
     return new_height, new_width
@@ -393,7 +391,7 @@ class GridBackboneConversion:
     """A converted weights file and where each number came from.
 
     Args:
-        config: sizes and picture preparation.
+        config: sizes and image preparation.
         state_dict: for `GridFeatureBackbone(config).load_state_dict`.
         mapped: the file's key to our key.
         dropped: the file's key to the reason why it has no counterpart.

@@ -4,7 +4,7 @@ The task is `"image-captioning"`; importing `modeling_difnet` registers it, and 
 `config.json`, so that `pipeline("image-captioning", model=.., trust_remote_code=True)` works without the project. The
 original (mrwu-mac/DIFNet, CVPR 2022) has nothing like it: it captions feature files that somebody else made.
 
-    image --> open_picture --> RGB --> GridFeatureBackbone (49, 2048) -----+
+    image --> open_image --> RGB --> GridFeatureBackbone (49, 2048) -----+
                                 |                                          +--> DIFNet --> caption
                                 +----> PanopticSegmenter (133, 7, 7) ------+
 
@@ -22,7 +22,7 @@ import torch
 from transformers import Pipeline
 
 from .grid_backbone_difnet import GridFeatureBackbone, GridFeatureBackboneConfig
-from .images_difnet import Image, open_picture
+from .images_difnet import Image, open_image
 from .segmentation_difnet import CLASS_NAMES, LABEL_ORDERS, PanopticSegmenter, check_loaded_weights
 
 TASK = "image-captioning"
@@ -146,7 +146,7 @@ def provenance_of(model: torch.nn.Module, name: str | None) -> dict[str, Any]:
 
 
 class DifnetImageCaptioningPipeline(Pipeline):
-    """Captions of pictures, or of features that were made before.
+    """Captions of images, or of features that were made before.
 
     ```python
     >>> import modeling_difnet  # registers the task
@@ -158,7 +158,7 @@ class DifnetImageCaptioningPipeline(Pipeline):
     ...     grid_backbone="x101",
     ...     segmentation_model="facebook/mask2former-swin-large-coco-panoptic",
     ... )
-    >>> captioner("picture.jpg")
+    >>> captioner("image.jpg")
     [{'generated_text': 'a man riding a horse on the beach'}]
     ```
 
@@ -168,15 +168,15 @@ class DifnetImageCaptioningPipeline(Pipeline):
             segmentation flow.
         untrained: for checks without weights, see `load_grid_backbone`: a network that is not named is a small one
             with random weights, drawn from `seed`.
-        allow_private_hosts: whether addresses of images may lead to this machine or a private network.
-        num_beams, num_return_sequences, ..: of `generate`; here or in the call. `custom_generate` works too.
+        allow_private_hosts: whether URLs of images may lead to this machine or a private network.
+        num_beams, num_return_sequences, ...: of `generate`; here or in the call. `custom_generate` works too.
 
-    Called with a picture (path, address, bytes, Pillow picture), with `{"grid_features": (49, 2048),
+    Called with an image (path, URL, bytes, Pillow image), with `{"grid_features": (49, 2048),
     "segmentation_features": (133, 7, 7)}`, or with a list or generator of these (`batch_size=` of them are captioned
-    together). One picture gives a list of `{"generated_text": caption}`, as long as `num_return_sequences`.
+    together). One image gives a list of `{"generated_text": caption}`, as long as `num_return_sequences`.
 
     Raises:
-        UnreadablePicture: a picture cannot be opened.
+        UnreadableImage: an image cannot be opened.
         ValueError: a network that is needed was not given, or its features do not fit the captioner.
     """
 
@@ -210,9 +210,9 @@ class DifnetImageCaptioningPipeline(Pipeline):
                 "this captioner has no segmentation flow (use_segmentation=False): drop segmentation_model"
             )
         self.grid_backbone, self.segmenter = grid_backbone, segmentation_model
-        self._raise_for_other_sizes()
+        self._check_sizes()
 
-    def _raise_for_other_sizes(self) -> None:
+    def _check_sizes(self) -> None:
         extractor = self.processor.feature_extractor
         fits = []
         if self.grid_backbone is not None:
@@ -233,19 +233,19 @@ class DifnetImageCaptioningPipeline(Pipeline):
         if isinstance(inputs, Mapping):
             features = inputs
         else:
-            features = self.features_of(open_picture(inputs, allow_private_hosts=self.allow_private_hosts))
+            features = self.features_of(open_image(inputs, allow_private_hosts=self.allow_private_hosts))
         # Images of one batch are put together later, and some may need the mask.
         return self.processor(**features, return_grid_attention_mask=True, return_tensors="pt")
 
-    def features_of(self, picture: Image.Image) -> dict[str, Any]:
-        """Both features of an RGB picture, as the processor takes them."""
+    def features_of(self, image: Image.Image) -> dict[str, Any]:
+        """Both features of an RGB image, as the processor takes them."""
         if self.grid_backbone is None:
-            raise ValueError("a picture needs `grid_backbone=` (a folder made by convert_checkpoint.py grid-backbone)")
-        features = {"grid_features": self.grid_backbone.grid_features(picture)}
+            raise ValueError("an image needs `grid_backbone=` (a folder made by convert_checkpoint.py grid-backbone)")
+        features = {"grid_features": self.grid_backbone.grid_features(image)}
         if self.model.config.use_segmentation:
             if self.segmenter is None:
-                raise ValueError("a picture needs `segmentation_model=` (a COCO panoptic model of Transformers)")
-            features["segmentation_features"] = self.segmenter(picture)
+                raise ValueError("an image needs `segmentation_model=` (a COCO panoptic model of Transformers)")
+            features["segmentation_features"] = self.segmenter(image)
         return features
 
     def _forward(self, model_inputs: Mapping[str, torch.Tensor], **generate_kwargs: Any) -> dict[str, torch.Tensor]:
@@ -253,7 +253,7 @@ class DifnetImageCaptioningPipeline(Pipeline):
         if "grid_attention_mask" in model_inputs and model_inputs["grid_attention_mask"].all():
             del model_inputs["grid_attention_mask"]
         sequences = self.model.generate(**model_inputs, **generate_kwargs)
-        # One row a picture: the base class takes batches apart along the first dimension.
+        # One row for each image: the base class takes batches apart along the first dimension.
         return {"sequences": sequences.reshape(len(model_inputs["grid_features"]), -1, sequences.shape[-1])}
 
     def postprocess(self, model_outputs: Mapping[str, torch.Tensor]) -> list[dict[str, str]]:

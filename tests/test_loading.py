@@ -374,7 +374,7 @@ def test_users_without_the_package(checkpoint: Checkpoint, tmp_path: Path) -> No
 def captioner_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model and a processor that were saved, with weights so that captions have words."""
     from test_explain import speaking
-    from test_pictures import save_captioner
+    from test_images import save_captioner
 
     folder = tmp_path_factory.mktemp("captioner") / "difnet"
     save_captioner(folder)
@@ -392,7 +392,7 @@ def test_a_saved_model_names_and_carries_the_pipeline(captioner_folder: Path) ->
 
 
 def test_the_pipeline_works_where_the_project_is_not_installed(captioner_folder: Path, tmp_path: Path) -> None:
-    from test_pictures import noise
+    from test_images import noise
 
     noise().save(tmp_path / "image.png")
     run_user(user_of_the_pipeline, captioner_folder, tmp_path / "image.png", folder=tmp_path)
