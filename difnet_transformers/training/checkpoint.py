@@ -313,11 +313,16 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 def what_is_wrong(content: Any) -> str | None:
     """Why the content of `progress.json` cannot be what training wrote."""
-    types = {"progress": dict, "options": dict, "num_processes": int, "gradient_scaler": dict | NoneType}
-    types |= {"version": int} if isinstance(content, dict) and "version" in content else {}
-    types |= {"data": dict | NoneType} if isinstance(content, dict) and "data" in content else {}
     if not isinstance(content, dict):
         return f"an object is expected, not {printable(content)}"
+    types: dict[str, Any] = {
+        "progress": dict,
+        "options": dict,
+        "num_processes": int,
+        "gradient_scaler": dict | NoneType,
+        **({"version": int} if "version" in content else {}),
+        **({"data": dict | NoneType} if "data" in content else {}),
+    }
     for name, kind in types.items():
         if name not in content:
             return f"it has no {name}"
@@ -332,14 +337,15 @@ def what_is_wrong(content: Any) -> str | None:
 
 def what_is_wrong_in_progress(progress: dict[str, Any]) -> str | None:
     """Why the numbers of a run's progress cannot be."""
-    names = {field.name: field.type for field in fields(Progress)}
+    types: dict[str, Any] = {"str": str, "int": int, "float": int | float}
+    names = {field.name: str(field.type) for field in fields(Progress)}
     for name in progress:
         if name not in names:
             return f"progress has an unknown {printable(name)}"
     if progress.get("stage") not in STAGES:
         return f"stage is {printable(progress.get('stage'))}, not one of {', '.join(STAGES)}"
     for name, value in progress.items():
-        kind = {"str": str, "int": int, "float": int | float}[names[name]]
+        kind = types[names[name]]
         if not isinstance(value, kind) or isinstance(value, bool):
             return f"{name} is {printable(value)}"
         if kind is not str and not (0 <= value < 2**53 and math.isfinite(value)):

@@ -107,8 +107,7 @@ class TrainingConfig:
         choices=CHOICES["xe_batches"],
         help="(image, caption) pairs, or images with all captions",
     )
-    # An int from `__post_init__` on.
-    xe_batch_size: int = field(
+    xe_batch_size: int | None = field(
         default=None, group=RECIPE, metavar="N", help="pairs (default: 50) or images (default: 10)"
     )
     xe_learning_rate: float = field(default=1e-4, group=RECIPE, metavar="X", help="where the schedule is highest")

@@ -51,17 +51,17 @@ def usual_row(images: PackedImages) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: none of the images can be read; the reason is that of the first.
     """
-    first: Exception | None = None
+    errors: list[Exception] = []
     readable: list[dict[str, torch.Tensor]] = []
     for row in range(len(images)):
         try:
             readable.append(images.read([row]))
         except ROW_ERRORS as error:
-            first = first or error
+            errors.append(error)
         if len(readable) == ROWS_LOOKED_AT:
             break
     if not readable:
-        raise ValueError(f"no image of the split can be read; the first: {describe(first)}") from first
+        raise ValueError(f"no image of the split can be read; the first: {describe(errors[0])}") from errors[0]
     forms = [form_of(batch) for batch in readable]
     return readable[max(range(len(forms)), key=lambda row: forms.count(forms[row]))]
 

@@ -176,8 +176,8 @@ def check_size(config: DifnetConfig, source: object) -> None:
     weights = least_weights(config)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**40
     if 4 * weights > memory:
-        sizes = ("vocab_size", "grid_feature_size", "max_position_embeddings", "d_model", "head_dim")
-        sizes += ("encoder_attention_heads", "decoder_attention_heads", "encoder_ffn_dim", "decoder_ffn_dim")
+        sizes = ["vocab_size", "grid_feature_size", "max_position_embeddings", "d_model", "head_dim"]
+        sizes += ["encoder_attention_heads", "decoder_attention_heads", "encoder_ffn_dim", "decoder_ffn_dim"]
         largest = max(sizes, key=lambda name: getattr(config, name))
         raise ValueError(
             f"{source}: a network of these sizes has {weights:,} weights, {4 * weights / 2**30:,.0f} GiB; this "

@@ -128,8 +128,8 @@ class Log:
                 file.write(json.dumps({**place, **metrics}).encode() + b"\n")
                 file.flush()
                 progress.log_bytes = file.tell()
-            place = f"{progress.stage} epoch {progress.epoch} step {progress.step}"
-            tqdm.write(f"{place} {event}: {readable(metrics)}")
+            where = f"{progress.stage} epoch {progress.epoch} step {progress.step}"
+            tqdm.write(f"{where} {event}: {readable(metrics)}")
         self.accelerator.log(
             {f"{progress.stage}/{event}/{name}": value for name, value in metrics.items()}, step=progress.step
         )

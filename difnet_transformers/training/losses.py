@@ -113,8 +113,9 @@ def decode_for_scst(
     how: dict[str, Any] = {"custom_generate": original_beam_search, "num_beams": num_captions, "do_sample": False}
     if samples == "sample":
         how = {"num_beams": 1, "do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
+    images: dict[str, Any] = dict(features)
     sequences = model.generate(
-        **features, **how, num_return_sequences=num_captions, max_new_tokens=max_new_tokens
+        **images, **how, num_return_sequences=num_captions, max_new_tokens=max_new_tokens
     )  # (B * K, L)
     return sequences.unflatten(0, (-1, num_captions))
 

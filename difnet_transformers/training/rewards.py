@@ -31,7 +31,7 @@ COLLAPSED = 0.5
 def caption_rewards(
     cider_reward: CiderReward,
     tokenizer: DifnetTokenizer,
-    sequences: torch.LongTensor,
+    sequences: torch.Tensor,
     references: Sequence[Sequence[str]],
 ) -> tuple[torch.Tensor, list[str]]:
     """CIDEr-D of decoded captions.

@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import torch
 from accelerate.utils import set_seed
@@ -28,7 +28,7 @@ from datasets import Dataset
 from torch import nn
 from tqdm import tqdm
 
-from modeling_difnet import DifnetForConditionalGeneration
+from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration
 from processing_difnet import DifnetProcessor, DifnetTokenizer
 
 from ..data import CaptionPairBatches, ImageCaptionBatches, ReferenceBatches
@@ -57,7 +57,7 @@ from .validation import caption_split, score_split, validation_loss
 
 RECIPE = "recipe.yaml"
 
-Batches = CaptionPairBatches | ImageCaptionBatches | ReferenceBatches
+Batches: TypeAlias = "CaptionPairBatches | ImageCaptionBatches | ReferenceBatches"
 
 
 class TrainingStopped(KeyboardInterrupt):
@@ -182,10 +182,11 @@ class DifnetTrainer:
             What has changed since the checkpoint, one line each.
         """
         args, notes = self.args, []
+        checkpoint = None
         if resumed is not None:
-            self.checkpoint = read_checkpoint(resumed)
-            notes = check_same_run(self.checkpoint, resumed, args, self.accelerator.num_processes)
-            if not check_files(resumed, self.checkpoint.version):
+            checkpoint = self.checkpoint = read_checkpoint(resumed)
+            notes = check_same_run(checkpoint, resumed, args, self.accelerator.num_processes)
+            if not check_files(resumed, checkpoint.version):
                 notes.append(f"{resumed} has no checksums (an older version wrote it): its files could not be checked")
         given = (self.given_train_dataset, self.given_eval_dataset)
         self.train_images, self.validation_images = (
@@ -195,28 +196,29 @@ class DifnetTrainer:
         set_seed(args.seed)
         self.model, self.processor = self.load_model(resumed)
         self.tokenizer = self.processor.tokenizer
+        self.config = cast(DifnetConfig, self.model.config)
         for images in (self.train_images, self.validation_images):
-            check_data(self.model.config, images, args.dataset, args.max_new_tokens)
+            check_data(self.config, images, args.dataset, args.max_new_tokens)
         self.fingerprints = None
         if self.accelerator.is_main_process:
             splits = {"train": self.train_images, "validation": self.validation_images}
             self.fingerprints = {name: split_fingerprint(images) for name, images in splits.items()}
-            if self.checkpoint is not None and self.checkpoint.data is not None:
+            if resumed is not None and checkpoint is not None and checkpoint.data is not None:
                 names = {"train": args.train_split, "validation": args.validation_split}
-                check_same_data(self.checkpoint.data, self.fingerprints, resumed, args.dataset, names)
-            elif self.checkpoint is not None:
+                check_same_data(checkpoint.data, self.fingerprints, resumed, args.dataset, names)
+            elif resumed is not None:
                 notes.append(f"{resumed} has no fingerprints of its data (an older version wrote it): not compared")
         return notes
 
     def load_model(self, resumed: Path | None) -> tuple[DifnetForConditionalGeneration, DifnetProcessor]:
         """The model to train and its processor: resumed, given, or as `args` say."""
-        if resumed is None and self.given_model is None:
+        if self.given_model is None or self.given_processor is None:
+            if resumed is not None:
+                return load_checkpoint(resumed)
             return make_model(self.args, self.train_images, self.validation_images)
         if resumed is None:
             return self.given_model, self.given_processor
         model, processor = load_checkpoint(resumed)
-        if self.given_model is None:
-            return model, processor
         try:
             self.given_model.load_state_dict(model.state_dict())
         except RuntimeError as error:
@@ -278,7 +280,7 @@ class DifnetTrainer:
             self.train_images,
             self.tokenizer,
             self.args.xe_batch_size,
-            max_length=self.model.config.max_position_embeddings,
+            max_length=self.config.max_position_embeddings,
             seed=self.args.seed,
             **self.process_share(),
         )
@@ -294,7 +296,7 @@ class DifnetTrainer:
             self.args.evaluation_batch_size,
             shuffle=False,
             drop_last=False,
-            max_length=self.model.config.max_position_embeddings,
+            max_length=self.config.max_position_embeddings,
             **self.process_share(),
         )
 
@@ -397,7 +399,7 @@ class DifnetTrainer:
         num_tokens = total(self.accelerator, sum(int((batch["labels"] != -100).sum()) for batch in batches))
         for batch in batches:
             with self.synchronised(is_last=batch is batches[-1]), self.log.timed("backward"):
-                sequences, features = xe_sequences(self.on_device(batch), self.model.config)
+                sequences, features = xe_sequences(self.on_device(batch), self.config)
                 loss = cross_entropy_loss(self.scorer(sequences, **features), num_tokens)
                 self.backward(loss)
             self.log.add(loss=loss, images=len(batch["grid_features"]))
@@ -497,7 +499,7 @@ class DifnetTrainer:
         start, dataset = f"from {Path(weights).name}" if weights else "from scratch", self.args.dataset.name
         write_model_card(
             folder,
-            self.model.config,
+            self.config,
             source=f"Trained {start} on {dataset} by `difnet train`.",
             training=self.training_summary(),
             dataset=dataset,

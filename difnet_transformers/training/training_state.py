@@ -20,6 +20,7 @@ def random_states() -> dict[str, torch.Tensor]:
     assert version == 3
     name, keys, position, has_gauss, cached_gaussian = np.random.get_state()
     assert name == "MT19937"
+    assert isinstance(keys, np.ndarray)
     states = {
         "torch": torch.get_rng_state(),
         "python": torch.tensor(words, dtype=torch.int64),

@@ -7,7 +7,7 @@ processes share the images and every image is captioned exactly once, ensembles,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from caption_metrics import score_captions
 from modeling_difnet import (
+    DifnetConfig,
     DifnetEnsemble,
     DifnetForConditionalGeneration,
     original_beam_search,
@@ -56,7 +57,7 @@ def validation_loss(
     log_prob, tokens = 0.0, 0
     for batch in pairs:
         on_device = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
-        sequences, features = xe_sequences(on_device, model.config)
+        sequences, features = xe_sequences(on_device, cast(DifnetConfig, model.config))
         log_prob += sequence_log_probs(model, sequences, **features).sum().item()
         tokens += int((batch["labels"] != -100).sum())
     return -total(accelerator, log_prob) / total(accelerator, tokens)
@@ -104,7 +105,7 @@ def caption_split(
         num_processes=accelerator.num_processes,
         mask_padded_cells=mask_padded_cells,
     )
-    custom_generate = {"custom_generate": original_beam_search} if original_decoding else {}
+    custom_generate: dict[str, Any] = {"custom_generate": original_beam_search} if original_decoding else {}
     processor = DifnetProcessor(DifnetFeatureExtractor(), tokenizer)
     captions: list[tuple[int, str]] = []  # the row of the dataset, and its caption
     broken: list[tuple[int, str]] = []  # the row of the dataset, and what is wrong with it
