@@ -110,6 +110,11 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {text} (--debug shows where)"
 
 
+def reason_of(error: BaseException) -> str:
+    """What an error says, as a part of a line that says more."""
+    return " ".join(describe(error).removesuffix("(--debug shows where)").split())
+
+
 def _lines_of(error: BaseException) -> str:
     """The text of an error. Its line ends stay where it has several lines on purpose; what is in them is escaped."""
     return "\n".join(printable(line, MESSAGE_LIMIT) for line in str(error).split("\n"))

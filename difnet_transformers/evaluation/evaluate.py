@@ -25,11 +25,11 @@ from modeling_difnet.ensemble_difnet import raise_for_other_vocabularies
 from processing_difnet import DifnetProcessor
 
 from ..checkpoints import checkpoint_folder, load_model, load_processor
-from ..command_line import LeftOut, add_debug_option, add_strict_option, run_command
+from ..command_line import LeftOut, add_debug_option, add_strict_option, reason_of, run_command
 from ..files import atomic_write, folder_lock, naming, printable
 from ..model_card import update_results
+from ..training.data_checks import check_data, open_split
 from ..training.processes import all_or_none, end_training
-from ..training.setup import check_data, open_split, reason_of
 from ..training.validation import GENERATION_OPTIONS, CaptionedImage, caption_split, score_split
 from ..weights import check_finite_weights
 
@@ -78,7 +78,7 @@ def load(
         raise ValueError(f"--update-card: {options.model[0]} is no folder with a README.md, the model card")
     dataset = open_split(options.dataset, options.split)
     model, processor = load_captioner(options.model, DTYPES[options.dtype])
-    check_data(model.config, dataset, options)
+    check_data(model.config, dataset, options.dataset, options.max_new_tokens)
     return dataset, model, processor
 
 
