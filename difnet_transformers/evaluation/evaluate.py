@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from caption_metrics import JavaMissing, check_java
 from modeling_difnet import DifnetEnsemble, DifnetForConditionalGeneration
-from modeling_difnet.ensemble_difnet import raise_for_other_vocabularies
+from modeling_difnet.ensemble_difnet import check_same_vocabulary
 from processing_difnet import DifnetProcessor
 
 from ..checkpoints import checkpoint_folder, load_model, load_processor
@@ -46,7 +46,7 @@ def load_captioner(
     for name in names:
         checkpoint_folder(name)
     try:
-        raise_for_other_vocabularies(names)
+        check_same_vocabulary(names)
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{' '.join(names)}: a vocab.json cannot be read ({reason_of(error)})") from error
     processor = load_processor(names[0])
