@@ -107,7 +107,9 @@ def _open(
         raise UnreadableImage(
             f"{name or 'image'}: a path, a URL, bytes or a Pillow image is expected, got {type(source).__name__}"
         )
-    name = one_line(name or ("image" if isinstance(source, Image.Image | bytes) else os.fspath(source)), 300)
+    if not name:
+        name = "image" if isinstance(source, Image.Image | bytes) else os.fspath(source)
+    name = one_line(name, 300)
     try:
         if isinstance(source, Image.Image):
             return convert(source)
@@ -347,17 +349,17 @@ def _request(parts: SplitResult, allow_private_hosts: bool, largest: int, ends: 
     connection.default_port, connection.auto_open = (443 if is_secure else 80), 0
     sock = _connect(places, ends)
     # Time-outs of a socket start anew with every byte. This ends the request whatever arrives.
-    to_shut = [sock]
-    alarm = threading.Timer(max(0.0, ends - time.monotonic()), _shut, to_shut)
+    sockets = [sock]  # the last one is in use
+    alarm = threading.Timer(max(0.0, ends - time.monotonic()), _shut, [sockets])
     alarm.daemon = True
     alarm.start()
     try:
         if is_secure:
             context = ssl.create_default_context()
             secure = context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
-            to_shut[0] = sock = secure
+            sockets.append(secure)
             secure.do_handshake()
-        connection.sock = sock
+        connection.sock = sockets[-1]
         target = quote(parts.path or "/", safe="/%:=&~+!$,;'()*@") + (
             f"?{quote(parts.query, safe='/%:=&?~+!$,;()*@[]')}" if parts.query else ""
         )
@@ -374,7 +376,7 @@ def _request(parts: SplitResult, allow_private_hosts: bool, largest: int, ends: 
     finally:
         alarm.cancel()
         connection.close()
-        sock.close()
+        sockets[-1].close()
 
 
 def _resolve(host: str, port: int, ends: float) -> list[tuple]:
@@ -423,9 +425,10 @@ def _connect(places: list[tuple], ends: float) -> socket.socket:
     raise problem
 
 
-def _shut(sock: socket.socket) -> None:
+def _shut(sockets: list[socket.socket]) -> None:
     with contextlib.suppress(OSError):
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+        # `SSLSocket.shutdown` would take the TLS state away from the thread that reads.
+        socket.socket.shutdown(sockets[-1], socket.SHUT_RDWR)
 
 
 def _decoded(response: http.client.HTTPResponse, largest: int) -> Iterator[bytes]:

@@ -34,7 +34,10 @@ CLASSES = {
     "AutoFeatureExtractor": "DifnetFeatureExtractor",
     "AutoProcessor": "DifnetProcessor",
 }
-PIPELINE_FILES = {"grid_backbone_difnet.py", "images_difnet.py", "pipeline_difnet.py", "segmentation_difnet.py"}
+PIPELINE_FILES = {
+    *("grid_backbone_difnet.py", "images_difnet.py", "pipeline_difnet.py", "segmentation_difnet.py"),
+    "weights_difnet.py",
+}
 CODE_FILES = {
     *("configuration_difnet.py", "generation_difnet.py", "modeling_difnet.py", "processing_difnet.py"),
     *PIPELINE_FILES,

@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from caption_metrics import JavaMissing, check_java
 from modeling_difnet import DifnetEnsemble, DifnetForConditionalGeneration
 from modeling_difnet.ensemble_difnet import check_same_vocabulary
+from modeling_difnet.weights_difnet import check_finite_weights
 from processing_difnet import DifnetProcessor
 
 from ..checkpoints import checkpoint_folder, load_model, load_processor
@@ -31,7 +32,6 @@ from ..model_card import update_results
 from ..training.data_checks import check_data, open_split
 from ..training.processes import all_or_none, end_training
 from ..training.validation import GENERATION_OPTIONS, CaptionedImage, caption_split, score_split
-from ..weights import check_finite_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -53,7 +53,7 @@ def _is_integer(value: object) -> TypeGuard[int]:
 
 
 def _channel_of(annotation: Mapping[str, Any], channels: Mapping[int, int]) -> int:
-    category = annotation.get("category_id")
+    category: Any = annotation.get("category_id")
     if not _is_integer(category) or category not in channels:
         raise ValueError(f'the category {printable(category, 40)} is not among the "categories" of the file')
     return channels[category]
