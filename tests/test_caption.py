@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from test_images import BROKEN, broken_files, noise, save_captioner, thirty_images
 
 from difnet_transformers.cli import caption
+from difnet_transformers.cli import extract as extract_features
 from difnet_transformers.evaluation import image_captions
 from difnet_transformers.evaluation.image_captions import ImageCaptions
 from difnet_transformers.reports.caption_images import CaptionOutputs, write_captions
-from difnet_transformers.vision import extract as extract_features
 from modeling_difnet.images_difnet import open_image
 from modeling_difnet.pipeline_difnet import UNTRAINED_WARNING
 
