@@ -89,6 +89,14 @@ def run_command(
         return 2
 
 
+def quiet_transformers() -> None:
+    """Errors of Transformers alone are shown, and no progress bars of its own."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 def describe(error: BaseException) -> str:
     """One line on an error: what is wrong, with the file where there is one."""
     if isinstance(error, ModuleNotFoundError) and error.name is not None:
