@@ -217,7 +217,7 @@ def weight_entries(folder: str | os.PathLike) -> dict[str, tuple[str, tuple[int,
     """
     folder = Path(folder)
     if os.path.lexists(folder / WEIGHTS_NAME):
-        files = {WEIGHTS_NAME: None}
+        files: dict[str, set[str] | None] = {WEIGHTS_NAME: None}
     elif os.path.lexists(folder / WEIGHTS_INDEX_NAME):
         index = _check_settings(folder, WEIGHTS_INDEX_NAME).get("weight_map")
         if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):

@@ -17,8 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_images import BROKEN, broken_files, noise, save_captioner, thirty_images
 
+from difnet_transformers.cli import extract as extract_features
 from difnet_transformers.reports import caption_images as caption
-from difnet_transformers.vision import extract as extract_features
 from modeling_difnet.images_difnet import open_picture
 from modeling_difnet.pipeline_difnet import UNTRAINED_WARNING
 

@@ -16,8 +16,10 @@ from difnet_transformers import __version__, cli
 from difnet_transformers.cli.completion import command_tree
 from difnet_transformers.cli.env import report
 from difnet_transformers.cli.main import COMMANDS, main
+from difnet_transformers.command_line import EXTRA_OF
 
-HEAVY = {"torch", "transformers", "datasets", "spacy", "PIL", "matplotlib", "accelerate", "h5py"}
+# What the help must not wait for, or need.
+HEAVY = {"torch", "transformers", "spacy", *EXTRA_OF}
 
 
 def module_of(command: str):
@@ -38,7 +40,7 @@ class TestCommands:
 
     def test_every_module_is_a_command(self):
         modules = {module.name.replace("_", "-") for module in pkgutil.iter_modules(cli.__path__)}
-        assert modules == set(COMMANDS) | {"main"}
+        assert modules == set(COMMANDS) | {"main", "demo_corpus"}  # the last is a script alone
 
     @pytest.mark.parametrize("command", READY)
     def test_main_takes_the_words_and_the_name(self, command):
@@ -121,6 +123,14 @@ def bash_script(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("completion") / "difnet"
     path.write_text(shtab.complete(command_tree(), "bash"))
     return path
+
+
+def test_completion_names_its_extra(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert main(["completion", "bash"]) == 2
+    assert capsys.readouterr().err == (
+        'difnet completion: error: the package shtab is missing: pip install "difnet-transformers[completion]"\n'
+    )
 
 
 @needs_all

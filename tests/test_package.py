@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import venv
 import zipfile
@@ -152,7 +153,7 @@ def installed(wheel, tmp_path_factory) -> Path:
     programs = folder / "env" / ("Scripts" if os.name == "nt" else "bin")
     (packages,) = (folder / "env").glob("lib/python*/site-packages")
     # The other packages as they are, but for this project's own editable installation.
-    (packages / "others.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
+    (packages / "others.pth").write_text("\n".join({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}))
     done = run(
         sys.executable, "-m", "pip", "--python", programs / "python", "install", "--no-deps", "--no-index", wheel,
         cwd=folder,

@@ -6,13 +6,9 @@ The original (mrwu-mac/DIFNet, CVPR 2022) has no such program: it can only capti
 from __future__ import annotations
 
 import argparse
-import base64
 import errno
-import html
-import io
 import json
 import sys
-import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,12 +33,9 @@ from ..command_line import (
 from ..files import atomic_write, printable
 
 with requires("images"):
-    from PIL import Image, ImageDraw, ImageFont
-
     from ..data.sources import GridFiles, SegmentationFiles, find_pictures, image_ids_of
-    from ..vision.images import THUMBNAIL_SIDE as THUMBNAIL
-    from ..vision.images import thumbnail
-    from .relevance_figures import explain_picture, page, panels, png
+    from .pages import SheetImage, html_sheet, png_sheet, relevance_page
+    from .relevance import explain_image, panels, png_file
 
 
 class Captioned(NamedTuple):
@@ -210,73 +203,6 @@ def coco_results(results: list[Captioned]) -> str:
     return json.dumps(entries, indent=1, ensure_ascii=False) + "\n"
 
 
-PAGE = """\
-<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Captions</title>
-<style>
-  body {{ font: 16px/1.4 system-ui, sans-serif; margin: 24px; background: #f6f6f4; color: #1c1c1c }}
-  main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); gap: 20px }}
-  figure {{ margin: 0; background: #fff; border: 1px solid #ddd; border-radius: 6px; overflow: hidden }}
-  img {{ display: block; width: 100%; height: 220px; object-fit: contain; background: #ececea }}
-  figcaption {{ padding: 10px 12px; overflow-wrap: anywhere }}
-  figcaption p {{ margin: 0 0 4px }}
-  figcaption p + p {{ color: #666 }}
-  small {{ color: #777 }}
-  .warning {{ background: #fff3cd; border: 1px solid #d9b84a; border-radius: 6px; padding: 10px 14px }}
-</style>
-<p>{summary}</p>
-{warning}<main>
-{figures}
-</main>
-</html>
-"""
-
-
-def html_sheet(results: list[Captioned], summary: str, warning: str | None) -> bytes:
-    """One page with the pictures inside it."""
-    figures = []
-    for result in results:
-        buffer = io.BytesIO()
-        thumbnail(result.path).save(buffer, "JPEG", quality=85)
-        data = base64.b64encode(buffer.getvalue()).decode()
-        captions = "".join(f"<p>{html.escape(caption)}</p>" for caption in result.captions)
-        name = html.escape(printable(result.path.name, 300))
-        figures.append(
-            f'<figure><img loading="lazy" src="data:image/jpeg;base64,{data}" alt="{html.escape(result.captions[0])}">'
-            f"<figcaption>{captions}<small>{name}</small></figcaption></figure>"
-        )
-    marked = "" if warning is None else f'<p class="warning">{html.escape(warning)}</p>\n'
-    return PAGE.format(summary=html.escape(summary), warning=marked, figures="\n".join(figures)).encode()
-
-
-def png_sheet(results: list[Captioned], summary: str, warning: str | None) -> bytes:
-    """The pictures in rows of four, each above its first caption."""
-    columns, margin, text_height = min(4, len(results)), 16, 84
-    font, small = ImageFont.load_default(size=16), ImageFont.load_default(size=12)
-    header = [summary] + ([] if warning is None else [warning])
-    width = columns * (THUMBNAIL + margin) + margin
-    lines = [line for text in header for line in textwrap.wrap(text, width // 9)]
-    top = margin + 22 * len(lines)
-    rows = -(-len(results) // columns)
-    sheet = Image.new("RGB", (width, top + rows * (THUMBNAIL + text_height + margin) + margin), "#f6f6f4")
-    draw = ImageDraw.Draw(sheet)
-    draw.multiline_text((margin, margin // 2), "\n".join(lines), "#1c1c1c", font, spacing=4)
-    for index, result in enumerate(results):
-        left = margin + index % columns * (THUMBNAIL + margin)
-        upper = top + index // columns * (THUMBNAIL + text_height + margin)
-        picture = thumbnail(result.path)
-        sheet.paste(picture, (left + (THUMBNAIL - picture.width) // 2, upper + (THUMBNAIL - picture.height) // 2))
-        caption = textwrap.wrap(result.captions[0], 38, max_lines=3, placeholder=" ..")
-        draw.multiline_text((left, upper + THUMBNAIL + 4), "\n".join(caption), "#1c1c1c", font, spacing=3)
-        draw.text((left, upper + THUMBNAIL + 66), printable(result.path.name, 46), "#777777", small)
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def write_explanation(
     captioner: DifnetImageCaptioningPipeline,
     arguments: argparse.Namespace,
@@ -288,9 +214,12 @@ def write_explanation(
         raise ValueError(
             f"--explain takes one picture, {printable(arguments.pictures[0])} holds {len(results)}; see explain.py"
         )
-    explained = explain_picture(captioner, results[0].path, **generation_options(captioner, arguments))
+    explained = explain_image(captioner, results[0].path, **generation_options(captioner, arguments))
+    warnings = [] if warning is None else [warning]
     is_page = arguments.explain.suffix == ".html"
-    atomic_write(arguments.explain, page([explained], warning=warning) if is_page else png(panels(explained)))
+    atomic_write(
+        arguments.explain, relevance_page([explained], warnings=warnings) if is_page else png_file(panels(explained))
+    )
 
 
 # The command
@@ -428,9 +357,15 @@ def write_results(arguments: argparse.Namespace, results: list[Captioned], warni
     if arguments.json is not None:
         atomic_write(arguments.json, coco_results(results))
     if arguments.contact_sheet is not None:
-        sheet = html_sheet if arguments.contact_sheet.suffix == ".html" else png_sheet
-        summary = f"{len(results)} pictures, captioned by {printable(arguments.model, 300)}"
-        atomic_write(arguments.contact_sheet, sheet(results, summary, warning))
+        summary = f"{len(results)} images, captioned by {printable(arguments.model, 300)}"
+        warnings = [] if warning is None else [warning]
+        if arguments.contact_sheet.suffix == ".html":
+            images = [SheetImage(each.path, each.captions, printable(each.path.name, 300)) for each in results]
+            sheet: bytes | str = html_sheet({"": images}, summary=summary, warnings=warnings)
+        else:
+            images = [SheetImage(each.path, each.captions, printable(each.path.name, 46)) for each in results]
+            sheet = png_sheet(images, header=[summary, *warnings])
+        atomic_write(arguments.contact_sheet, sheet)
     for result in results:
         print(*(f"{result.name}: {caption}" for caption in result.captions), sep="\n")
     if arguments.json is not None:

@@ -42,20 +42,19 @@ with requires("images"):
     from ..data.sources import find_pictures
     from ..evaluation.evaluate import load_captioner
     from .caption_images import make_pipeline
-    from .relevance_figures import (
+    from .charts import Chart, Line, to_png
+    from .pages import relevance_page
+    from .relevance import (
         Curve,
-        ExplainedPicture,
-        arrays_of,
-        chart,
+        ExplainedImage,
+        caption_to_sequence,
         explain_captions,
-        explain_picture,
-        npz,
-        page,
+        explain_image,
+        npz_file,
         panels,
-        png,
+        png_file,
         position_curves,
-        side_by_side,
-        tokens_of,
+        relevance_arrays,
         unique_names,
     )
 
@@ -67,15 +66,15 @@ REMOVED_SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 # Pictures
 
 
-def explain_pictures(arguments: argparse.Namespace, left_out: LeftOut, explained: list[ExplainedPicture]) -> None:
+def explain_pictures(arguments: argparse.Namespace, left_out: LeftOut, explained: list[ExplainedImage]) -> None:
     """Adds every picture that can be explained to `explained`, and writes its panels."""
     captioner = make_pipeline(arguments)
     if arguments.caption is not None:
-        tokens_of(captioner.processor.tokenizer, arguments.caption)  # a mistake in it is none of a picture
+        caption_to_sequence(captioner.processor.tokenizer, arguments.caption)  # a mistake in it is none of a picture
     paths = find_pictures(arguments.pictures, leave_out=left_out.add)
     for path, name in zip(tqdm(paths, unit=" pictures", desc="explaining"), unique_names(paths), strict=True):
         try:
-            each = explain_picture(
+            each = explain_image(
                 captioner,
                 path,
                 name=name,
@@ -83,15 +82,15 @@ def explain_pictures(arguments: argparse.Namespace, left_out: LeftOut, explained
                 method=arguments.method,
                 **generation_options(arguments),
             )
-            drawn = png(panels(each))
+            drawn = png_file(panels(each))
         except Exception as error:
             left_out.add(path, error)
             continue
         atomic_write(arguments.output / f"{name}.png", drawn)
         # The page shows it small, and a thousand photographs of full size would not fit into memory.
-        if max(each.picture.size) > LARGEST_SIDE_OF_PAGE:
-            size = fitted_size(each.picture.size, LARGEST_SIDE_OF_PAGE)
-            each = dataclasses.replace(each, picture=each.picture.resize(size, Image.Resampling.LANCZOS))
+        if max(each.image.size) > LARGEST_SIDE_OF_PAGE:
+            size = fitted_size(each.image.size, LARGEST_SIDE_OF_PAGE)
+            each = dataclasses.replace(each, image=each.image.resize(size, Image.Resampling.LANCZOS))
         explained.append(each)
 
 
@@ -151,9 +150,7 @@ def in_parts(images: CaptionedImages, work: Callable[[CaptionedImages], None], l
             in_parts(images.rows([row]), work, left_out)
 
 
-def explain_split(
-    arguments: argparse.Namespace, folder: Path, left_out: LeftOut, shown: list[ExplainedPicture]
-) -> int:
+def explain_split(arguments: argparse.Namespace, folder: Path, left_out: LeftOut, shown: list[ExplainedImage]) -> int:
     """Writes the curves of every model, and adds the first model's explanations of the first images to `shown`.
 
     Returns:
@@ -227,6 +224,10 @@ def short_name(model: str) -> str:
     return f"{run}/{last}" if last in ("best", "best_xe", "last") else last
 
 
+def as_line(curve: Curve) -> Line:
+    return Line(curve.name, curve.positions, curve.values)
+
+
 def often_reached(curve: Curve) -> Curve:
     """Without the positions that fewer than a tenth of the captions reach: means of a few words jump about."""
     often = curve.counts >= 0.1 * curve.counts.max()
@@ -284,16 +285,18 @@ def write_curves(folder: Path, curves: dict[str, list[Curve]], removal: list[Cur
         "entropy": ("Over how many cells it spreads", "entropy over cells, nats"),
     }
     charts = [
-        chart(title, "position of the word in the caption", up, [often_reached(curve) for curve in curves[kind]])
+        Chart(
+            title, "position of the word in the caption", up, [as_line(often_reached(curve)) for curve in curves[kind]]
+        )
         for kind, (title, up) in titles.items()
         if curves[kind]  # captions of one word, not finished, have no second
     ]
     if charts:
-        atomic_write(folder / "contribution.png", png(side_by_side(charts)))
+        atomic_write(folder / "contribution.png", to_png(charts))
     if removal:
         title = "Words without the most relevant cells"
-        removed = chart(title, "share of cells removed", "probability of the word", removal)
-        atomic_write(folder / "faithfulness.png", png(removed))
+        chart = Chart(title, "share of cells removed", "probability of the word", list(map(as_line, removal)))
+        atomic_write(folder / "faithfulness.png", to_png([chart]))
         for curve in removal:
             print(f"{curve.name:>18}: mean probability {curve.values[1:].mean():.4f}, cells removed")
     arrays = {}
@@ -301,7 +304,7 @@ def write_curves(folder: Path, curves: dict[str, list[Curve]], removal: list[Cur
         for curve in lines:
             for part in ("positions", "values", "counts"):
                 arrays[f"{kind}/{curve.name}/{part}"] = getattr(curve, part)
-    atomic_write(folder / "curves.npz", npz(arrays))
+    atomic_write(folder / "curves.npz", npz_file(arrays))
 
 
 # The command
@@ -385,7 +388,7 @@ def run(arguments: argparse.Namespace) -> int:
     if warning is not None:
         print(warning, file=sys.stderr)
     left_out = LeftOut()
-    explained: list[ExplainedPicture] = []
+    explained: list[ExplainedImage] = []
     arguments.output.mkdir(parents=True, exist_ok=True)
     try:
         if arguments.dataset is not None:
@@ -409,10 +412,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def write_explanations(
-    folder: Path, explained: list[ExplainedPicture], warning: str | None = None, with_panels: bool = True
+    folder: Path, explained: list[ExplainedImage], warning: str | None = None, with_panels: bool = True
 ) -> None:
     """index.html, relevance.npz and, with panels, NAME.png for each picture."""
-    atomic_write(folder / "index.html", page(explained, warning=warning))
+    atomic_write(folder / "index.html", relevance_page(explained, warnings=[] if warning is None else [warning]))
     for each in explained if with_panels else []:
-        atomic_write(folder / f"{each.name}.png", png(panels(each)))
-    atomic_write(folder / "relevance.npz", npz(arrays_of(explained)))
+        atomic_write(folder / f"{each.name}.png", png_file(panels(each)))
+    atomic_write(folder / "relevance.npz", npz_file(relevance_arrays(explained)))
