@@ -32,7 +32,6 @@ from difnet_transformers.reports.relevance import (
 from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration, RelevanceOutput
 from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer
 
-
 SPEAKING = {"suppress_tokens": [0, 1, 2], "min_new_tokens": 4, "max_new_tokens": 5, "num_beams": 2}
 
 
