@@ -4,13 +4,56 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from .files import printable
+
 PR_SET_PDEATHSIG = 1
+SHOWN_LENGTH = 4000  # characters of a command line that are printed
+
+
+def run_difnet(
+    command: str,
+    arguments: Sequence[object],
+    cwd: str | os.PathLike | None = None,
+    env: Mapping[str, str] | None = None,
+) -> None:
+    """Runs `difnet COMMAND` in a child process that ends with this one. Its command line is printed first.
+
+    Args:
+        command: such as "train".
+        arguments: of the command.
+        cwd: the folder that it runs in.
+        env: its environment.
+
+    Raises:
+        ValueError: it ended with an error, which it has printed itself.
+        KeyboardInterrupt: it, or this process, was asked to stop.
+    """
+    module = f"difnet_transformers.cli.{command.replace('-', '_')}"
+    run_shown(["difnet", command, *arguments], ["-m", module, *arguments], cwd, env)
+
+
+def run_shown(
+    shown: Sequence[object],
+    words: Sequence[object],
+    cwd: str | os.PathLike | None = None,
+    env: Mapping[str, str] | None = None,
+) -> None:
+    """`run_child`, with the command line `shown` printed first and its exit codes as exceptions."""
+    print(f"\n$ {printable(shlex.join(map(str, shown)), SHOWN_LENGTH)}", flush=True)
+    exit_code = run_child(words, cwd, env)
+    if exit_code in (130, 143, -signal.SIGTERM, -signal.SIGINT):
+        raise KeyboardInterrupt
+    if exit_code != 0:
+        raise ValueError(
+            f"{shlex.join(map(str, shown[:2]))} ended with exit code {exit_code}; the same command resumes"
+        )
 
 
 def run_child(

@@ -21,19 +21,25 @@ from .files import printable
 
 MESSAGE_LIMIT = 2000  # characters; the longest useful message lists image ids
 
-# The extra of setup.cfg that brings a package, for the message when it is missing.
+# The extra of setup.cfg that brings a package, by the name that is imported.
 EXTRA_OF = {
     "accelerate": "train",
     "datasets": "data",
     "evaluate": "metrics",
     "h5py": "data",
-    "peft": "train",
+    "jinja2": "reports",
+    "matplotlib": "reports",
     "PIL": "images",
     "pyarrow": "data",
     "pycocoevalcap": "java",
+    "pycocotools": "images",
     "scipy": "images",
+    "shtab": "completion",
     "tensorboard": "train",
 }
+
+
+OWN_PACKAGES = ("caption_metrics", "difnet_transformers", "modeling_difnet")
 
 
 class Terminated(KeyboardInterrupt):
@@ -86,6 +92,14 @@ def run_command(
         return 2
 
 
+def quiet_transformers() -> None:
+    """Errors of Transformers alone are shown, and no progress bars of its own."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 def describe(error: BaseException) -> str:
     """One line on an error: what is wrong, with the file where there is one."""
     if isinstance(error, ModuleNotFoundError) and error.name is not None:
@@ -105,6 +119,11 @@ def describe(error: BaseException) -> str:
         return text
     # No error that the program foresaw: its type says more than its text.
     return f"{type(error).__name__}: {text} (--debug shows where)"
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error says, as a part of a line that says more."""
+    return " ".join(describe(error).removesuffix("(--debug shows where)").split())
 
 
 def _lines_of(error: BaseException) -> str:
@@ -184,10 +203,16 @@ class LeftOut:
 
 @contextmanager
 def requires(extra: str) -> Iterator[None]:
-    """Around imports of optional packages: a missing one is an ImportError that names the extra to install."""
+    """Around imports of optional packages: a missing one is an ImportError that names the extra to install.
+
+    Args:
+        extra: the extra of setup.cfg that brings all of them.
+    """
     try:
         yield
     except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in OWN_PACKAGES:
+            raise
         raise ImportError(
             f'the package {error.name} is missing: pip install "difnet-transformers[{extra}]"', name=error.name
         ) from error

@@ -182,6 +182,11 @@ class Storage:
     location: str
     offset: int = 0  # in elements, of a view of an old file
 
+    @property
+    def num_bytes(self) -> int:
+        assert self.dtype is not None, "a quantized storage is not read"
+        return self.num_elements * self.dtype.itemsize
+
     def __setstate__(self, state: object) -> None:
         raise pickle.UnpicklingError("a storage has no state")
 
@@ -205,7 +210,8 @@ class ArrayType:
     """`numpy.dtype`."""
 
     def __init__(self, name: object = None, *args: object) -> None:
-        self.name, self.order = name, "="
+        self.name = name
+        self.order: Any = "="
 
     def __setstate__(self, state: object) -> None:
         if isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">", "=", "|"):
@@ -224,7 +230,7 @@ class ArrayType:
 class ArrayEntry:
     """A `numpy.ndarray` or scalar of the file, not made yet."""
 
-    def __init__(self, dtype: object = None, content: object = None, shape: object = (), order: str = "C") -> None:
+    def __init__(self, dtype: object = None, content: object = None, shape: Any = (), order: Any = "C") -> None:
         self.dtype, self.content, self.shape, self.order = dtype, content, shape, order
 
     def __setstate__(self, state: object) -> None:
@@ -336,7 +342,7 @@ def encoded(text: object, encoding: object = "utf-8", *args: object) -> bytes:
 
 
 def rebuilt_tensor(
-    storage: object, offset: object, shape: object, stride: object, requires_grad: object = False,
+    storage: object, offset: Any, shape: Any, stride: Any, requires_grad: object = False,
     hooks: object = None, metadata: object = None, dtype: torch.dtype | None = None,
 ) -> TensorEntry:  # fmt: skip
     if not isinstance(storage, Storage) or type(offset) is not int:
@@ -432,7 +438,7 @@ class TorchFile:
                 member = members[f"{folder}data/{storage.key}"]
             except KeyError:
                 raise ValueError(f"it lacks the numbers `data/{printable(storage.key)}`") from None
-            num_bytes = storage.num_elements * storage.dtype.itemsize
+            num_bytes = storage.num_bytes
             if member.file_size != num_bytes:
                 raise ValueError(
                     f"`data/{printable(storage.key)}` has {member.file_size:,} bytes where {num_bytes:,} are expected"
@@ -466,7 +472,7 @@ class TorchFile:
             file.seek(place)
             num_elements = int.from_bytes(file.read(8), "little")
             places[key] = place + 8
-            place += 8 + storage.num_elements * storage.dtype.itemsize
+            place += 8 + storage.num_bytes
             if num_elements != storage.num_elements or place > self.size:
                 raise ValueError("the file is truncated or damaged (sizes of storages)")
 
@@ -475,7 +481,7 @@ class TorchFile:
                 raise ValueError(f"it lacks the numbers of the storage {printable(storage.key)}")
             with self.path.open("rb") as stream:
                 stream.seek(places[storage.key])
-                return stream.read(storage.num_elements * storage.dtype.itemsize)
+                return stream.read(storage.num_bytes)
 
         self._read_storage = read
         return content
@@ -489,7 +495,9 @@ class TorchFile:
         if entry.unsupported is not None:
             raise ValueError(f"is {entry.unsupported}; save it as an ordinary one")
         storage, dtype = entry.storage, entry.dtype
-        num_elements = storage.num_elements * storage.dtype.itemsize // dtype.itemsize
+        assert storage is not None, "only an unsupported tensor has no storage"
+        assert dtype is not None
+        num_elements = storage.num_bytes // dtype.itemsize
         size = math.prod(entry.shape)
         if len(entry.shape) != len(entry.stride) or min((entry.offset, *entry.shape, *entry.stride)) < 0:
             raise ValueError(f"has the shape {printable(entry.shape)} and strides {printable(entry.stride)}")
@@ -504,7 +512,7 @@ class TorchFile:
             return torch.empty(entry.shape, dtype=dtype)
         if storage.key not in self._tensors:
             content = bytearray(self._read_storage(storage))
-            if len(content) != storage.num_elements * storage.dtype.itemsize:
+            if len(content) != storage.num_bytes:
                 raise ValueError("is cut: the file is truncated")
             self._tensors[storage.key] = torch.frombuffer(content, dtype=torch.uint8)
         numbers = self._tensors[storage.key][: num_elements * dtype.itemsize].view(dtype)

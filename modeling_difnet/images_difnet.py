@@ -1,8 +1,9 @@
-"""Opening images, from files, addresses and bytes, as a person sees them; nothing that an image holds is trusted.
+"""Opens images, from files, URLs and bytes, as a person sees them; nothing that an image holds is trusted.
 
-Only raster formats are opened (Pillow would start Ghostscript for an EPS file called x.jpg), only regular files and
-public hosts are read, sizes and times are bounded, and whatever goes wrong is one `UnreadablePicture` that names the
-image.
+The original (mrwu-mac/DIFNet, CVPR 2022) opens no images. `transformers.image_utils.load_image` opens whatever Pillow
+can (an EPS file called x.jpg starts Ghostscript) from any URL and of any size. Here only raster formats are opened,
+only regular files and public hosts are read, sizes and times are bounded, and whatever goes wrong is one
+`UnreadableImage` that names the image.
 
 This file imports nothing of the project: a checkpoint carries it along.
 """
@@ -23,35 +24,36 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from typing import Any
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 import numpy as np
 
 try:
     from PIL import Image, ImageOps
-except ImportError:  # captioning features does without
-    Image = ImageOps = None
+except ImportError:  # captions of features need no Pillow
+    Image = ImageOps = None  # type: ignore[assignment]
 
 RASTER_FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 """Pillow's names of the formats that are opened, whatever a file is called."""
 
-LARGEST_FILE = 2**30  # bytes; an uncompressed image of 32 bits and of as many pixels as Pillow opens takes 0.7 GB
-LARGEST_DOWNLOAD = 50 * 2**20  # bytes, after decoding
-SECONDS_TO_DOWNLOAD = 30  # all redirects included
-MOST_REDIRECTS = 5
+MAX_FILE_SIZE = 2**30  # bytes; the largest image that Pillow opens takes 0.7 GB, uncompressed and of 32 bits
+MAX_DOWNLOAD_SIZE = 50 * 2**20  # bytes, after decoding
+DOWNLOAD_TIMEOUT = 30  # seconds, all redirects included
+MAX_REDIRECTS = 5
 
-SMALLEST_USUAL_SIDE = 32
-LARGEST_USUAL_RATIO = 10
+MIN_USUAL_SIDE = 32  # pixels
+MAX_USUAL_RATIO = 10  # of the longer side to the shorter one
 
 ORIENTATION_TAG = 0x0112  # of EXIF
 STRIP_VALUES = 2**20  # values that are converted at once, so that large images need no second copy
 
 
-class UnreadablePicture(ValueError):
+class UnreadableImage(ValueError):
     """An image that cannot be opened; the text names it and says why, in one line."""
 
 
-def open_picture(
+def open_image(
     source: str | os.PathLike | bytes | Image.Image,
     apply_orientation: bool = True,
     name: str | None = None,
@@ -59,23 +61,23 @@ def open_picture(
 ) -> Image.Image:
     """An image as a person sees it: 8-bit RGB, upright.
 
-    The EXIF orientation is applied; what is transparent becomes white; grey, palette and CMYK images are converted;
+    The EXIF orientation is applied; transparent pixels become white; grey, palette and CMYK images are converted;
     16-bit values are scaled to 8 bits, and pixels of 32 bits, which have no agreed range, from their smallest to their
     largest finite value; of animations and of files with several pages the first image is taken.
 
     Args:
-        source: a path, an `http(s)` address (see `fetch`), the bytes of a file, or an open Pillow image.
+        source: a path, an `http(s)` URL (see `fetch`), the bytes of a file, or an open Pillow image.
         apply_orientation: False leaves the pixels as they lie in the file.
         name: how errors call the image; by default its path.
-        allow_private_hosts: whether an address may lead to this machine or a private network.
+        allow_private_hosts: whether a URL may lead to this machine or a private network.
 
     Raises:
-        UnreadablePicture: no such file, no regular one, an empty one, none of `RASTER_FORMATS`, a damaged one, more
-            than 178 million pixels, or an address that cannot be fetched.
+        UnreadableImage: no such file, no regular one, an empty one, none of `RASTER_FORMATS`, a damaged one, more
+            than 178 million pixels, or a URL that cannot be fetched.
         ImportError: Pillow is not installed.
     """
     return _open(
-        source, name, lambda opened: as_seen(opened, apply_orientation), allow_private_hosts=allow_private_hosts
+        source, name, lambda opened: to_rgb(opened, apply_orientation), allow_private_hosts=allow_private_hosts
     )
 
 
@@ -83,7 +85,7 @@ def open_label_map(source: str | os.PathLike | bytes, name: str | None = None) -
     """An image whose values are labels: unlike a photograph it is taken as it lies in the file.
 
     Raises:
-        UnreadablePicture: as `open_picture`.
+        UnreadableImage: as `open_image`.
         ImportError: Pillow is not installed.
     """
 
@@ -101,18 +103,19 @@ def _open(
     allow_private_hosts: bool = False,
 ) -> Image.Image:
     require_pillow()
-    is_open = isinstance(source, Image.Image)
-    if not is_open and not isinstance(source, str | bytes | os.PathLike):
-        raise UnreadablePicture(
-            f"{name or 'image'}: a path, an address, bytes or a Pillow image is expected, got {type(source).__name__}"
+    if not isinstance(source, Image.Image | str | bytes | os.PathLike):
+        raise UnreadableImage(
+            f"{name or 'image'}: a path, a URL, bytes or a Pillow image is expected, got {type(source).__name__}"
         )
-    name = one_line(name or ("image" if is_open or isinstance(source, bytes) else os.fspath(source)), 300)
+    if not name:
+        name = "image" if isinstance(source, Image.Image | bytes) else os.fspath(source)
+    name = one_line(name, 300)
     try:
-        if is_open:
+        if isinstance(source, Image.Image):
             return convert(source)
         content = _read(source, allow_private_hosts)
         if not content:
-            raise UnreadablePicture("the file is empty")
+            raise UnreadableImage("the file is empty")
         try:
             return _decode(content, convert)
         except ValueError:
@@ -121,10 +124,10 @@ def _open(
             if without == content:
                 raise
             return _decode(without, convert)
-    except UnreadablePicture as error:
-        raise UnreadablePicture(f"{name}: {error}") from None
+    except UnreadableImage as error:
+        raise UnreadableImage(f"{name}: {error}") from None
     except Exception as error:  # decoders raise whatever comes up, from KeyError to RuntimeError
-        raise UnreadablePicture(f"{name}: {_reason(error)}") from None
+        raise UnreadableImage(f"{name}: {_reason(error)}") from None
 
 
 def _decode(content: bytes, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
@@ -136,7 +139,7 @@ def _decode(content: bytes, convert: Callable[[Image.Image], Image.Image]) -> Im
 
 def _reason(error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
-        return f"not a picture that Pillow can read in one of the formats {', '.join(RASTER_FORMATS)}"
+        return f"not an image that Pillow can read in one of the formats {', '.join(RASTER_FORMATS)}"
     if isinstance(error, Image.DecompressionBombError):
         return one_line(error)
     if isinstance(error, MemoryError):
@@ -168,64 +171,64 @@ def one_line(value: object, limit: int = 200) -> str:
 # Pixels
 
 
-def as_seen(picture: Image.Image, apply_orientation: bool = True) -> Image.Image:
-    """An open Pillow image as 8-bit RGB; see `open_picture`."""
-    picture.load()
+def to_rgb(image: Image.Image, apply_orientation: bool = True) -> Image.Image:
+    """An open Pillow image as 8-bit RGB; see `open_image`."""
+    image.load()
     # Without an orientation to apply, `exif_transpose` would copy the image.
-    if apply_orientation and picture.getexif().get(ORIENTATION_TAG, 1) != 1:
-        picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I;16"):
-        return _grey_of(picture, lambda values: (values.astype(np.uint32) + 128) // 257)
-    if picture.mode in ("I", "F"):
-        low, high = _range_of(picture)
+    if apply_orientation and image.getexif().get(ORIENTATION_TAG, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        return _grey_to_rgb(image, lambda values: (values.astype(np.uint32) + 128) // 257)
+    if image.mode in ("I", "F"):
+        low, high = _range_of(image)
         factor = 255 / max(high - low, 1e-30)
 
         def scaled(values: np.ndarray) -> np.ndarray:
             values = np.nan_to_num(values.astype(np.float64), nan=low, posinf=high, neginf=low)
             return (values - low) * factor + 0.5
 
-        return _grey_of(picture, scaled)
-    if picture.has_transparency_data:
-        result = Image.new("RGB", picture.size)
-        for box in _strips(picture):
-            strip = picture.crop(box).convert("RGBA")
+        return _grey_to_rgb(image, scaled)
+    if image.has_transparency_data:
+        result = Image.new("RGB", image.size)
+        for box in _strips(image):
+            strip = image.crop(box).convert("RGBA")
             white = Image.new("RGBA", strip.size, "white")
             result.paste(Image.alpha_composite(white, strip).convert("RGB"), box)
         return result
-    return picture.convert("RGB")
+    return image.convert("RGB")
 
 
-def _strips(picture: Image.Image) -> Iterator[tuple[int, int, int, int]]:
-    rows = max(1, STRIP_VALUES // max(1, picture.width))
-    for upper in range(0, picture.height, rows):
-        yield 0, upper, picture.width, min(upper + rows, picture.height)
+def _strips(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
+    rows = max(1, STRIP_VALUES // max(1, image.width))
+    for upper in range(0, image.height, rows):
+        yield 0, upper, image.width, min(upper + rows, image.height)
 
 
-def _range_of(picture: Image.Image) -> tuple[float, float]:
+def _range_of(image: Image.Image) -> tuple[float, float]:
     low, high = np.inf, -np.inf
-    for box in _strips(picture):
-        values = np.asarray(picture.crop(box))
+    for box in _strips(image):
+        values = np.asarray(image.crop(box))
         values = values[np.isfinite(values)]
         if values.size:
             low, high = min(low, float(values.min())), max(high, float(values.max()))
     return (low, high) if low <= high else (0.0, 0.0)
 
 
-def _grey_of(picture: Image.Image, to_eight_bits: Callable[[np.ndarray], np.ndarray]) -> Image.Image:
+def _grey_to_rgb(image: Image.Image, to_eight_bits: Callable[[np.ndarray], np.ndarray]) -> Image.Image:
     """RGB from values of more bits, strip by strip."""
-    result = Image.new("RGB", picture.size)
-    for box in _strips(picture):
-        values = to_eight_bits(np.asarray(picture.crop(box))).astype(np.uint8)
+    result = Image.new("RGB", image.size)
+    for box in _strips(image):
+        values = to_eight_bits(np.asarray(image.crop(box))).astype(np.uint8)
         result.paste(Image.fromarray(values).convert("RGB"), box)
     return result
 
 
-def unusual_size(picture: Image.Image) -> str | None:
+def unusual_size(image: Image.Image) -> str | None:
     """A remark on an image so small or so narrow that the networks have never seen its like; None for the others."""
-    short, long = sorted(picture.size)
-    if short >= SMALLEST_USUAL_SIDE and long <= LARGEST_USUAL_RATIO * short:
+    short, long = sorted(image.size)
+    if short >= MIN_USUAL_SIDE and long <= MAX_USUAL_RATIO * short:
         return None
-    return f"{picture.width} x {picture.height} pixels: done, but the networks never saw such a shape"
+    return f"{image.width} x {image.height} pixels: done, but the networks never saw such a shape"
 
 
 def fitted_size(size: tuple[int, int], largest_side: int) -> tuple[int, int]:
@@ -264,23 +267,23 @@ def without_metadata(content: bytes) -> bytes:
 def _read(source: str | os.PathLike | bytes, allow_private_hosts: bool) -> bytes:
     if isinstance(source, bytes):
         return source
-    if isinstance(source, str) and is_address(source):
+    if isinstance(source, str) and is_url(source):
         return fetch(source, allow_private_hosts=allow_private_hosts)
     path = os.fspath(source)
     if "\0" in path if isinstance(path, str) else b"\0" in path:
-        raise UnreadablePicture("not a file name")
+        raise UnreadableImage("not a file name")
     status = os.stat(path)
     if stat.S_ISDIR(status.st_mode):
-        raise UnreadablePicture("a folder, where a file is expected")
+        raise UnreadableImage("a folder, where a file is expected")
     if not stat.S_ISREG(status.st_mode):
-        raise UnreadablePicture("not a regular file (a pipe, device or socket)")
-    if status.st_size > LARGEST_FILE:
-        raise UnreadablePicture(f"{status.st_size:,} bytes; at most {LARGEST_FILE:,} are read")
+        raise UnreadableImage("not a regular file (a pipe, device or socket)")
+    if status.st_size > MAX_FILE_SIZE:
+        raise UnreadableImage(f"{status.st_size:,} bytes; at most {MAX_FILE_SIZE:,} are read")
     with open(path, "rb") as file:
-        return file.read(LARGEST_FILE)
+        return file.read(MAX_FILE_SIZE)
 
 
-def is_address(source: str) -> bool:
+def is_url(source: str) -> bool:
     """Whether `source` is a URL and not a path. A single letter before the colon is a drive."""
     return re.match(r"[a-z][a-z0-9+.-]+://|(data|file|ftp|javascript|mailto):", source, re.IGNORECASE) is not None
 
@@ -288,74 +291,75 @@ def is_address(source: str) -> bool:
 def fetch(
     address: str,
     allow_private_hosts: bool = False,
-    largest: int = LARGEST_DOWNLOAD,
-    seconds: float = SECONDS_TO_DOWNLOAD,
+    largest: int = MAX_DOWNLOAD_SIZE,
+    seconds: float = DOWNLOAD_TIMEOUT,
 ) -> bytes:
-    """What an `http` or `https` address gives.
+    """The content of an `http` or `https` URL.
 
     The host's name is resolved once, every address that it has is checked, and the connection goes to one of these, so
     that a second answer of the name server cannot lead elsewhere. Proxies of the environment are not used.
 
     Args:
-        address: of at most `MOST_REDIRECTS` redirects.
+        address: the URL; at most `MAX_REDIRECTS` redirects are followed.
         allow_private_hosts: whether this machine, private networks, link-local and multicast addresses are allowed.
         largest: bytes, counted after decoding.
         seconds: for everything together.
 
     Raises:
-        UnreadablePicture: why nothing came; the text does not repeat the address.
+        UnreadableImage: why nothing came; the text does not repeat the URL.
     """
     ends = time.monotonic() + seconds
-    for _ in range(MOST_REDIRECTS + 1):
+    for _ in range(MAX_REDIRECTS + 1):
         try:
             parts = urlsplit(address)
             parts.port  # noqa: B018 (the check is in the property)
         except ValueError as error:
-            raise UnreadablePicture(f"not an address ({one_line(error)})") from None
+            raise UnreadableImage(f"not a URL ({one_line(error)})") from None
         if parts.scheme not in ("http", "https"):
-            raise UnreadablePicture(f"{one_line(parts.scheme, 20)}: addresses are not read, only http: and https:")
+            raise UnreadableImage(f"{one_line(parts.scheme, 20)}: URLs are not read, only http: and https:")
         if not parts.hostname:
-            raise UnreadablePicture("an address without a host")
+            raise UnreadableImage("a URL without a host")
         try:
             content, location = _request(parts, allow_private_hosts, largest, ends)
-        except UnreadablePicture:
+        except UnreadableImage:
             raise
         except (OSError, http.client.HTTPException, ValueError, zlib.error) as error:
             if time.monotonic() >= ends:
-                raise UnreadablePicture(f"no complete answer within {seconds:g} seconds") from None
+                raise UnreadableImage(f"no complete answer within {seconds:g} seconds") from None
             said = one_line(getattr(error, "strerror", None) or error) or type(error).__name__
-            raise UnreadablePicture(f"cannot be fetched ({said})") from None
+            raise UnreadableImage(f"cannot be fetched ({said})") from None
         if location is None:
             return content
         address = urljoin(address, location)
-    raise UnreadablePicture(f"more than {MOST_REDIRECTS} redirects")
+    raise UnreadableImage(f"more than {MAX_REDIRECTS} redirects")
 
 
 def _request(parts: SplitResult, allow_private_hosts: bool, largest: int, ends: float) -> tuple[bytes, str | None]:
     """The content, or where the server redirects to."""
     is_secure = parts.scheme == "https"
-    host, port = parts.hostname, parts.port or (443 if is_secure else 80)
+    host, port = parts.hostname or "", parts.port or (443 if is_secure else 80)
     places = _resolve(host, port, ends)
     if not allow_private_hosts:
         private = next((place for place in places if not is_public(place[4][0])), None)
         if private is not None:
-            raise UnreadablePicture(
+            raise UnreadableImage(
                 f"the host {one_line(host)} is not public ({private[4][0]}); allow_private_hosts=True allows it"
             )
     connection = http.client.HTTPConnection(host, port)
     connection.default_port, connection.auto_open = (443 if is_secure else 80), 0
     sock = _connect(places, ends)
     # Time-outs of a socket start anew with every byte. This ends the request whatever arrives.
-    alarm = threading.Timer(max(0.0, ends - time.monotonic()), _shut, [sock])
+    sockets = [sock]  # the last one is in use
+    alarm = threading.Timer(max(0.0, ends - time.monotonic()), _shut, [sockets])
     alarm.daemon = True
     alarm.start()
     try:
         if is_secure:
             context = ssl.create_default_context()
             secure = context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
-            alarm.args[0] = sock = secure
+            sockets.append(secure)
             secure.do_handshake()
-        connection.sock = sock
+        connection.sock = sockets[-1]
         target = quote(parts.path or "/", safe="/%:=&~+!$,;'()*@") + (
             f"?{quote(parts.query, safe='/%:=&?~+!$,;()*@[]')}" if parts.query else ""
         )
@@ -364,7 +368,7 @@ def _request(parts: SplitResult, allow_private_hosts: bool, largest: int, ends: 
         if response.status in (301, 302, 303, 307, 308) and response.headers.get("Location"):
             return b"", response.headers["Location"]
         if response.status != 200:
-            raise UnreadablePicture(f"the server answers {response.status}")
+            raise UnreadableImage(f"the server answers {response.status}")
         content = b"".join(_decoded(response, largest))
         if time.monotonic() >= ends:
             raise TimeoutError
@@ -372,12 +376,12 @@ def _request(parts: SplitResult, allow_private_hosts: bool, largest: int, ends: 
     finally:
         alarm.cancel()
         connection.close()
-        sock.close()
+        sockets[-1].close()
 
 
 def _resolve(host: str, port: int, ends: float) -> list[tuple]:
     """All addresses of a host. Name servers have no time-out of their own, so a thread waits for them."""
-    answer: list[object] = []
+    answer: list[Any] = []
 
     def ask() -> None:
         try:
@@ -391,7 +395,7 @@ def _resolve(host: str, port: int, ends: float) -> list[tuple]:
     if not answer:
         raise TimeoutError
     if isinstance(answer[0], Exception):
-        raise UnreadablePicture(f"the host {one_line(host)} is not known ({one_line(answer[0])})")
+        raise UnreadableImage(f"the host {one_line(host)} is not known ({one_line(answer[0])})")
     return answer[0]
 
 
@@ -421,18 +425,19 @@ def _connect(places: list[tuple], ends: float) -> socket.socket:
     raise problem
 
 
-def _shut(sock: socket.socket) -> None:
+def _shut(sockets: list[socket.socket]) -> None:
     with contextlib.suppress(OSError):
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+        # `SSLSocket.shutdown` would take the TLS state away from the thread that reads.
+        socket.socket.shutdown(sockets[-1], socket.SHUT_RDWR)
 
 
 def _decoded(response: http.client.HTTPResponse, largest: int) -> Iterator[bytes]:
-    """The body in pieces, decoded; UnreadablePicture as soon as it is too large."""
+    """The body in pieces, decoded; UnreadableImage as soon as it is too large."""
     encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
     if encoding not in ("identity", "gzip", "x-gzip", "deflate", ""):
-        raise UnreadablePicture(f"the server sends the encoding {one_line(encoding, 40)}, which was not asked for")
+        raise UnreadableImage(f"the server sends the encoding {one_line(encoding, 40)}, which was not asked for")
     decoder = None if encoding in ("identity", "") else zlib.decompressobj(47 if "gzip" in encoding else 15)
-    too_large = UnreadablePicture(f"more than {largest:,} bytes")
+    too_large = UnreadableImage(f"more than {largest:,} bytes")
     if (response.length or 0) > largest:
         raise too_large
     received = decoded = 0
@@ -445,16 +450,19 @@ def _decoded(response: http.client.HTTPResponse, largest: int) -> Iterator[bytes
             raise too_large
         yield piece
     if response.length or (decoder is not None and not decoder.eof):
-        raise UnreadablePicture("the server's answer ends too early")
+        raise UnreadableImage("the server's answer ends too early")
 
+
+# Names of version 0.1.
 
 __all__ = [
     "RASTER_FORMATS",
-    "UnreadablePicture",
-    "as_seen",
+    "UnreadableImage",
     "fetch",
     "fitted_size",
+    "is_url",
+    "open_image",
     "open_label_map",
-    "open_picture",
+    "to_rgb",
     "unusual_size",
 ]

@@ -1,4 +1,4 @@
-"""The segmentation feature of a picture: the share of each of COCO's 133 panoptic classes in each cell of a grid.
+"""The segmentation feature of an image: the share of each of COCO's 133 panoptic classes in each cell of a grid.
 
 The original (mrwu-mac/DIFNet, CVPR 2022) reads these features from files that its authors made with UPSNet, and has no
 code to make them. What the authors say they did is done here: one bit map for each class, averaged over 7 x 7 cells.
@@ -14,15 +14,16 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.functional import interpolate
-from transformers import AutoImageProcessor, AutoModelForUniversalSegmentation, AutoProcessor
+from transformers import AutoImageProcessor, AutoModelForUniversalSegmentation, AutoProcessor, PreTrainedModel
 
-from .images_difnet import Image, fitted_size, one_line, require_pillow
+from .images_difnet import Image, fitted_size, require_pillow
+from .weights_difnet import load_complete
 
 # COCO's panoptic categories: names by category id.
 STUFF = {
@@ -63,9 +64,7 @@ LABEL_ORDERS: dict[str, dict[int, str]] = {
 }
 """How label maps number the classes: as the original, as Transformers and detectron2, or by COCO's category ids."""
 
-LARGEST_COORDINATE = 2**24  # of a polygon; what lies further out is no picture's
-
-LARGEST_LABEL_MAP_SIDE = 640  # COCO's own; keeps the masks of a hundred queries for a large photograph in memory
+MAX_LABEL_MAP_SIDE = 640  # COCO's own; keeps the masks of a hundred queries for a large photograph in memory
 
 
 # Which class is which
@@ -83,10 +82,10 @@ def normal_name(name: str) -> str:
     return "".join(words)
 
 
-_CHANNEL_OF_NAME = {normal_name(name): channel for channel, name in enumerate(CLASS_NAMES)}
+CHANNEL_OF_NAME: dict[str, int] = {normal_name(name): channel for channel, name in enumerate(CLASS_NAMES)}
 
 
-def channels_of_labels(id2label: Mapping[int, str]) -> dict[int, int]:
+def channels_of_labels(id2label: Mapping[int, str] | Mapping[str, str]) -> dict[int, int]:
     """The original's channel for each label of a model, matched by name.
 
     A model that numbers its labels as COCO's categories (DETR: `person` is 1) is matched by these ids, because its
@@ -105,9 +104,9 @@ def channels_of_labels(id2label: Mapping[int, str]) -> dict[int, int]:
     if all(normal_name(names.get(category, "")) == normal_name(name) for category, name in THINGS.items()):
         return _channels_of_category_ids(names)
     channels = {
-        label: _CHANNEL_OF_NAME[normal_name(name)]
+        label: CHANNEL_OF_NAME[normal_name(name)]
         for label, name in names.items()
-        if normal_name(name) in _CHANNEL_OF_NAME
+        if normal_name(name) in CHANNEL_OF_NAME
     }
     counts = Counter(channels.values())
     doubled = [CLASS_NAMES[channel] for channel, count in counts.items() if count > 1]
@@ -136,41 +135,22 @@ def _channels_of_category_ids(names: dict[int, str]) -> dict[int, int]:
     }
 
 
-def channels_of_categories(categories: Iterable[Mapping[str, Any]]) -> dict[int, int]:
-    """The original's channel for each of the `"categories"` of a COCO file (`{"id": .., "name": ..}`), by name.
-
-    An instance file has the things alone. ValueError for a category that is no panoptic class.
-    """
-    channels = {}
-    for category in categories:
-        if not isinstance(category, Mapping) or not _is_integer(category.get("id")) or "name" not in category:
-            raise ValueError(f'a category lacks an integer "id" or a "name": {one_line(category, 80)}')
-        name = normal_name(str(category["name"]))
-        if name not in _CHANNEL_OF_NAME:
-            raise ValueError(
-                f"category {category['id']} ({one_line(repr(category['name']), 80)}) is none of COCO's 133 panoptic "
-                "classes"
-            )
-        channels[category["id"]] = _CHANNEL_OF_NAME[name]
-    return channels
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _channel_of(annotation: Mapping[str, Any], channels: Mapping[int, int]) -> int:
-    category = annotation.get("category_id")
-    if not _is_integer(category) or category not in channels:
-        raise ValueError(f'the category {one_line(category, 40)} is not among the "categories" of the file')
-    return channels[category]
-
-
 # From a label map to the feature
 
 
 def channel_map(label_map: np.ndarray, channels: Mapping[int, int]) -> np.ndarray:
-    """A (H, W) map of labels or segments as a uint8 map of channels; what `channels` does not name becomes void."""
+    """The channel of each pixel of a label map.
+
+    Args:
+        label_map: (H, W), integers or whole floating point numbers.
+        channels: the original's channels by label; pixels of other labels become `VOID`.
+
+    Returns:
+        uint8 (H, W).
+
+    Raises:
+        ValueError: another shape or type, or values that are no numbers.
+    """
     if label_map.ndim != 2 or label_map.size == 0 or label_map.dtype.kind not in "iuf":
         raise ValueError(f"expected a label map of shape (height, width), got {label_map.dtype} {label_map.shape}")
     if label_map.dtype.kind == "f" and not np.isfinite(label_map).all():
@@ -197,9 +177,9 @@ def pool_channel_map(channel_map: np.ndarray, grid_size: int = 7) -> np.ndarray:
     if channel_map.ndim != 2 or channel_map.size == 0 or channel_map.dtype.kind not in "iu":
         raise ValueError(f"expected channels of shape (height, width), got {channel_map.dtype} {channel_map.shape}")
     classes = len(CLASS_NAMES)
-    known = (channel_map >= 0) & (channel_map < classes)
+    known = (channel_map >= 0) & (channel_map < classes)  # (H, W)
     channel_map = np.where(known, channel_map, classes).astype(np.int64)
-    feature = np.zeros((classes, grid_size, grid_size), dtype=np.float32)
+    feature = np.zeros((classes, grid_size, grid_size), dtype=np.float32)  # (133, grid_size, grid_size)
     height, width = channel_map.shape
     for row, column in itertools.product(range(grid_size), repeat=2):
         cell = channel_map[_extent(row, height, grid_size), _extent(column, width, grid_size)]
@@ -210,152 +190,6 @@ def pool_channel_map(channel_map: np.ndarray, grid_size: int = 7) -> np.ndarray:
 
 def _extent(cell: int, length: int, cells: int) -> slice:
     return slice(cell * length // cells, -(-(cell + 1) * length // cells))
-
-
-# COCO's annotations
-
-
-def panoptic_channel_map(
-    segment_image: Image.Image, segments: Iterable[Mapping[str, Any]], channels: Mapping[int, int]
-) -> np.ndarray:
-    """The map of channels of one picture of COCO panoptic.
-
-    Args:
-        segment_image: the PNG; a pixel's segment id is red + 256 green + 65536 blue.
-        segments: `"segments_info"` of the picture's annotation.
-        channels: what `channels_of_categories` makes of the file's categories.
-    """
-    channel_of = {}
-    for segment in segments:
-        if not isinstance(segment, Mapping) or not _is_integer(segment.get("id")):
-            raise ValueError(f'an entry of "segments_info" lacks an integer "id": {one_line(segment, 80)}')
-        channel_of[segment["id"]] = _channel_of(segment, channels)
-    red, green, blue = np.moveaxis(np.asarray(segment_image.convert("RGB"), dtype=np.int32), -1, 0)
-    ids = red + 256 * green + 65536 * blue
-    if channel_of and not np.isin(ids, list(channel_of)).any():
-        raise ValueError('no pixel has an id of "segments_info": the colours of the label map are not COCO\'s ids')
-    return channel_map(ids, channel_of)
-
-
-def instance_channel_map(
-    annotations: Iterable[Mapping[str, Any]], channels: Mapping[int, int], height: int, width: int
-) -> np.ndarray:
-    """The map of channels of one picture of COCO instances; what no instance covers is void.
-
-    Where instances overlap, the smaller one wins (by its pixels; of equal ones the later in the file), because what
-    lies in front is mostly smaller. Crowds (`iscrowd`) lie below everything else.
-
-    Raises:
-        ValueError: an annotation has a category that `channels` lacks, or a segmentation that
-            `mask_of_segmentation` refuses; the text names the annotation.
-    """
-    layers = []
-    for position, annotation in enumerate(annotations):
-        try:
-            if not isinstance(annotation, Mapping):
-                raise ValueError(f"expected an object, got {one_line(annotation, 40)}")
-            channel = _channel_of(annotation, channels)
-            mask = mask_of_segmentation(annotation.get("segmentation"), height, width)
-        except ValueError as error:
-            named = annotation.get("id", f"number {position}") if isinstance(annotation, Mapping) else position
-            raise ValueError(f"annotation {one_line(named, 40)}: {error}") from None
-        layers.append((not annotation.get("iscrowd", 0), -int(mask.sum()), channel, mask))
-    result = np.full((height, width), VOID, dtype=np.uint8)
-    for _, _, channel, mask in sorted(layers, key=lambda layer: layer[:2]):
-        result[mask] = channel
-    return result
-
-
-def mask_of_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """The pixels of one instance: bool (height, width).
-
-    Args:
-        segmentation: run lengths, compressed or not, or a list whose parts together are the instance: polygons, and
-            run lengths too. A list of numbers is one polygon.
-        height, width: of the picture.
-
-    Raises:
-        ValueError: none of these; run lengths of another size, or that do not add up to it; a polygon with an odd
-            number of values, or with values that are no finite numbers.
-    """
-    if isinstance(segmentation, Mapping):
-        return _mask_of_run_lengths(segmentation, height, width)
-    if not isinstance(segmentation, list | tuple):
-        raise ValueError(f"its segmentation is {one_line(segmentation, 40)}, neither polygons nor run lengths")
-    if segmentation and not any(isinstance(part, list | tuple | Mapping) for part in segmentation):
-        segmentation = [segmentation]
-    mask = np.zeros((height, width), dtype=bool)
-    for part in segmentation:
-        if isinstance(part, Mapping):
-            mask |= _mask_of_run_lengths(part, height, width)
-            continue
-        if not isinstance(part, list | tuple) or not all(_is_coordinate(value) for value in part):
-            raise ValueError(f"a polygon is no list of finite numbers: {one_line(part, 40)}")
-        if len(part) % 2:
-            raise ValueError(f"a polygon has {len(part)} values, which are no pairs")
-        mask |= mask_of_polygon(np.array(part, dtype=np.float64).reshape(-1, 2), height, width)
-    return mask
-
-
-def _is_coordinate(value: object) -> bool:
-    # A comparison with NaN is false.
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_COORDINATE
-
-
-def _mask_of_run_lengths(segmentation: Mapping[str, Any], height: int, width: int) -> np.ndarray:
-    size, counts = segmentation.get("size"), segmentation.get("counts")
-    if not isinstance(size, list | tuple) or list(size) != [height, width]:
-        raise ValueError(f"run lengths are of {one_line(size, 40)}, the picture of {[height, width]}")
-    if isinstance(counts, str):
-        counts = _uncompressed_counts(counts)
-    if not isinstance(counts, list | tuple) or not all(_is_integer(count) for count in counts):
-        raise ValueError(f"the counts of run lengths are {one_line(counts, 40)}, no list of integers")
-    if min(counts, default=0) < 0 or sum(counts) != height * width:
-        raise ValueError(
-            f"run lengths add up to {one_line(sum(counts), 40)}, the picture has {height * width} pixels"
-            if min(counts, default=0) >= 0
-            else "run lengths are negative"
-        )
-    values = np.arange(len(counts)) % 2 == 1
-    return np.repeat(values, counts).reshape(width, height).T
-
-
-def mask_of_polygon(points: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The pixels whose centres lie within a polygon, by the even-odd rule: bool (height, width).
-
-    Args:
-        points: (N, 2), x and y of the corners; pixel (0, 0) covers the square from 0 to 1.
-    """
-    # Every edge that crosses the line through the centres of a row flips all pixels to the right of the crossing.
-    flips = np.zeros((height, width + 1), dtype=bool)
-    for (x0, y0), (x1, y1) in zip(points, np.roll(points, -1, axis=0), strict=True):
-        if y0 > y1:
-            x0, y0, x1, y1 = x1, y1, x0, y0
-        rows = np.arange(np.clip(np.ceil(y0 - 0.5), 0, height), np.clip(np.ceil(y1 - 0.5), 0, height), dtype=np.int64)
-        if len(rows):
-            crossings = x0 + (rows + 0.5 - y0) * ((x1 - x0) / (y1 - y0))
-            flips[rows, np.clip(np.ceil(crossings - 0.5), 0, width).astype(np.int64)] ^= True
-    return np.logical_xor.accumulate(flips, axis=1)[:, :width]
-
-
-def _uncompressed_counts(text: str) -> list[int]:
-    """COCO's string of run lengths: five bits a character, from the third on as differences to the one before last."""
-    counts: list[int] = []
-    value = shift = 0
-    for character in text:
-        bits = ord(character) - 48
-        if not 0 <= bits < 64 or shift > 60:
-            raise ValueError("the text of run lengths is damaged")
-        value |= (bits & 31) << shift
-        shift += 5
-        if not bits & 32:
-            if bits & 16:
-                value -= 1 << shift
-            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
-            value = shift = 0
-    if shift:
-        raise ValueError("the text of run lengths ends within a number")
-    return counts
 
 
 # Models
@@ -372,37 +206,36 @@ class PanopticSegmenter:
         grid_size: cells along a side of the feature (default 7).
     """
 
-    def __init__(self, model: torch.nn.Module, processor: Any, grid_size: int = 7):
+    def __init__(self, model: PreTrainedModel, processor: Any, grid_size: int = 7) -> None:
         self.model = model.eval()
         self.processor = processor
         self.grid_size = grid_size
-        self.channels = channels_of_labels(model.config.id2label)
+        self.channels = channels_of_labels(model.config.id2label or {})
 
     @classmethod
     def from_pretrained(cls, name: str, grid_size: int = 7) -> PanopticSegmenter:
         """Load a folder or a repository of the Hub.
 
         Raises:
-            ValueError: the weights are incomplete (the library would leave random numbers in their place and only
-                warn) or not finite, or the model was not trained on COCO panoptic.
+            ValueError: the weights are incomplete or not finite, or the model was not trained on COCO panoptic.
+            ImportError: Pillow is not installed.
         """
         require_pillow()
-        model, report = AutoModelForUniversalSegmentation.from_pretrained(name, output_loading_info=True)
-        check_loaded_weights(name, model, report)
+        model = load_complete(AutoModelForUniversalSegmentation, name)
         return cls(model, cls.processor_of(name, model.config.model_type), grid_size)
 
     @staticmethod
     def processor_of(name: str, model_type: str) -> Any:
-        """What prepares pictures for the model. OneFormer reads its task as text, which takes its full processor."""
+        """What prepares images for the model. OneFormer reads its task as text, which takes its full processor."""
         return (AutoProcessor if model_type == "oneformer" else AutoImageProcessor).from_pretrained(name)
 
     @torch.no_grad()
-    def label_map(self, picture: Image.Image) -> np.ndarray:
-        """(H, W) of the original's channels, uint8, `VOID` elsewhere. H and W are the picture's, at most 640."""
+    def label_map(self, image: Image.Image) -> np.ndarray:
+        """(H, W) of the original's channels, uint8, `VOID` elsewhere. H and W are the image's, at most 640."""
         model_type = self.model.config.model_type
-        size = fitted_size(picture.size, LARGEST_LABEL_MAP_SIDE)[::-1]
+        size = fitted_size(image.size, MAX_LABEL_MAP_SIDE)[::-1]
         inputs = self.processor(
-            images=picture, return_tensors="pt", **({"task_inputs": ["panoptic"]} if model_type == "oneformer" else {})
+            images=image, return_tensors="pt", **({"task_inputs": ["panoptic"]} if model_type == "oneformer" else {})
         )
         outputs = self.model(**inputs.to(self.model.device))
         options: dict[str, Any] = {"target_sizes": [size]}
@@ -421,30 +254,13 @@ class PanopticSegmenter:
         }
         return channel_map(result["segmentation"].cpu().numpy(), segments)
 
-    def __call__(self, picture: Image.Image) -> np.ndarray:
-        """The segmentation feature of an RGB picture, float32 (133, grid_size, grid_size)."""
-        return pool_channel_map(self.label_map(picture), self.grid_size)
-
-
-def raise_for_random_weights(name: str, report: Mapping[str, Any]) -> None:
-    """ValueError if loading (`output_loading_info=True`) left parameters at their random initial values."""
-    random = [*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])]
-    if random:
-        raise ValueError(
-            f"{name}: {len(random)} parameters are not in the weights file or have another shape there "
-            f"({', '.join(sorted(map(str, random))[:3])}, ..): this is not the complete file of this network."
-        )
-
-
-def check_loaded_weights(name: str, model: torch.nn.Module, report: Mapping[str, Any]) -> None:
-    """ValueError if loading (`output_loading_info=True`) left parameters random, or if values are not finite."""
-    raise_for_random_weights(name, report)
-    for key, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f"{name}: the tensor `{key}` holds NaN or infinity: the weights file is damaged.")
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        """The segmentation feature of an RGB image, float32 (133, grid_size, grid_size)."""
+        return pool_channel_map(self.label_map(image), self.grid_size)
 
 
 __all__ = [
+    "CHANNEL_OF_NAME",
     "CLASS_NAMES",
     "LABEL_ORDERS",
     "STUFF",
@@ -452,15 +268,7 @@ __all__ = [
     "VOID",
     "PanopticSegmenter",
     "channel_map",
-    "channels_of_categories",
     "channels_of_labels",
-    "check_loaded_weights",
-    "fitted_size",
-    "instance_channel_map",
-    "mask_of_polygon",
-    "mask_of_segmentation",
     "normal_name",
-    "panoptic_channel_map",
     "pool_channel_map",
-    "raise_for_random_weights",
 ]

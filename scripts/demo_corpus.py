@@ -2,7 +2,7 @@
 
 import sys
 
-from difnet_transformers.demo.corpus import main
+from difnet_transformers.cli.demo_corpus import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -79,6 +79,15 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"Transformers {expected} is to be tested, but {loaded} is loaded.")
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """With FAIL_ON_SKIP=WORD in the environment, a test that is skipped for a reason with this word fails the run."""
+    word = os.environ.get("FAIL_ON_SKIP")
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if word and reporter and any(word in str(report.longrepr) for report in reporter.stats.get("skipped", [])):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 def pytest_report_header(config: pytest.Config) -> str:
     return f"transformers {transformers.__version__} of {transformers.__file__}, torch {torch.__version__}"
 

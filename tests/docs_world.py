@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from convert_checkpoint import convert, to_original_state_dict
-from difnet_transformers.demo.corpus import make_scenes, write_corpus
+from difnet_transformers.demo.corpus import write_corpus
+from difnet_transformers.demo.scenes import make_scenes
 from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration
 from modeling_difnet.pipeline_difnet import load_grid_backbone
 from modeling_difnet.segmentation_difnet import CLASS_NAMES

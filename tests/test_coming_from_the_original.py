@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from difnet_transformers.cli.main import main
 
 ROOT = Path(__file__).parent.parent

@@ -1,4 +1,4 @@
-"""`scripts/demo.py` and its corpus: scenes that are always the same, honest splits, files that pack, a page."""
+"""`difnet demo` and its corpus: reproducible scenes, splits without overlap, files that pack, a page."""
 
 import json
 import re
@@ -13,9 +13,22 @@ from PIL import Image
 from caption_metrics import CiderD
 from difnet_transformers.data import pack as pack_coco
 from difnet_transformers.data.packed_dataset import PackedImages
-from difnet_transformers.demo import corpus as demo_corpus
 from difnet_transformers.demo import page as demo_page
-from difnet_transformers.demo import run as demo
+from difnet_transformers.demo.captions import make_captions
+from difnet_transformers.demo.corpus import write_corpus
+from difnet_transformers.demo.drawings import COLOURS
+from difnet_transformers.demo.features import grid_features, segmentation_features
+from difnet_transformers.demo.rendering import draw_scene, drawn_objects
+from difnet_transformers.demo.run import TRAINING, Demo
+from difnet_transformers.demo.scenes import (
+    OBJECT_KINDS,
+    SPLIT_SIZES,
+    Scene,
+    held_out_pairs,
+    held_out_pairs_of,
+    make_scenes,
+    word_pairs,
+)
 from modeling_difnet.segmentation_difnet import CLASS_NAMES
 
 REPOSITORY = Path(__file__).parent.parent
@@ -24,18 +37,18 @@ TINY = {"train": 30, "restval": 4, "validation": 4, "test": 5}
 
 
 @pytest.fixture(scope="module")
-def scenes() -> list[demo_corpus.Scene]:
-    return demo_corpus.make_scenes(0)
+def scenes() -> list[Scene]:
+    return make_scenes(0)
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> demo.Demo:
+def tiny(tmp_path_factory) -> Demo:
     """The whole demo at its smallest: a few scenes, two epochs of each stage."""
-    training = {**demo.TRAINING, "xe-epochs": 2, "scst-epochs": 2, "min-word-count": 1, "log-every": 1}
-    return demo.Demo(tmp_path_factory.mktemp("demo") / "output", 3, TINY, training)
+    training = {**TRAINING, "xe-epochs": 2, "scst-epochs": 2, "min-word-count": 1, "log-every": 1}
+    return Demo(tmp_path_factory.mktemp("demo") / "output", 3, TINY, training)
 
 
-def of_split(scenes: list[demo_corpus.Scene], *splits: str) -> list[demo_corpus.Scene]:
+def of_split(scenes: list[Scene], *splits: str) -> list[Scene]:
     return [scene for scene in scenes if scene.split in splits]
 
 
@@ -43,19 +56,17 @@ def of_split(scenes: list[demo_corpus.Scene], *splits: str) -> list[demo_corpus.
 
 
 def test_the_same_seed_gives_the_same_corpus_and_another_seed_another(scenes):
-    assert demo_corpus.make_scenes(0) == scenes
-    assert demo_corpus.make_scenes(1) != scenes
+    assert make_scenes(0) == scenes
+    assert make_scenes(1) != scenes
     for scene in scenes[:5]:
-        first, second = demo_corpus.draw(scene), demo_corpus.draw(scene)
-        assert first.picture.tobytes() == second.picture.tobytes()
-        assert np.array_equal(
-            demo_corpus.read_like_a_backbone(scene, first), demo_corpus.read_like_a_backbone(scene, second)
-        )
-        assert demo_corpus.captions_of(scene) == demo_corpus.captions_of(scene)
+        first, second = draw_scene(scene), draw_scene(scene)
+        assert first.image.tobytes() == second.image.tobytes()
+        assert np.array_equal(grid_features(scene, first), grid_features(scene, second))
+        assert make_captions(scene) == make_captions(scene)
 
 
 def test_splits_have_their_sizes_and_no_scene_comes_twice(scenes):
-    for split, size in demo_corpus.SIZES.items():
+    for split, size in SPLIT_SIZES.items():
         assert len(of_split(scenes, split)) == size
     assert len({scene.image_id for scene in scenes}) == len(scenes)
     assert len({scene[2:] for scene in scenes}) == len(scenes)
@@ -63,51 +74,51 @@ def test_splits_have_their_sizes_and_no_scene_comes_twice(scenes):
 
 def test_every_held_out_scene_has_a_pair_that_training_lacks(scenes):
     def pairs(*splits: str) -> set:
-        return {pair for scene in of_split(scenes, *splits) for pair in demo_corpus.word_pairs(scene)}
+        return {pair for scene in of_split(scenes, *splits) for pair in word_pairs(scene)}
 
     trained = pairs("train", "restval")
     new = {}
     for split in ("validation", "test"):
         new[split] = pairs(split) - trained
-        assert all(demo_corpus.word_pairs(scene) & new[split] for scene in of_split(scenes, split))
+        assert all(word_pairs(scene) & new[split] for scene in of_split(scenes, split))
         for scene in of_split(scenes, split):
-            assert set(demo_corpus.new_pairs_of(scene)) <= new[split]
-    held_out = demo_corpus.held_out_pairs()
+            assert set(held_out_pairs_of(scene)) <= new[split]
+    held_out = held_out_pairs()
     assert not {pair for pair in new["validation"] & new["test"] if pair in held_out}
 
 
 def test_every_word_of_the_held_out_pairs_is_learnt_from_other_pairs(scenes):
-    parts = {(about, part) for scene in of_split(scenes, "train") for about, part, _ in demo_corpus.word_pairs(scene)}
-    assert {(about, part) for about, part, _ in demo_corpus.held_out_pairs()} <= parts
+    parts = {(about, part) for scene in of_split(scenes, "train") for about, part, _ in word_pairs(scene)}
+    assert {(about, part) for about, part, _ in held_out_pairs()} <= parts
 
 
 # Captions, drawings and features fit the scene
 
 
 def test_captions_name_the_subject_and_never_a_wrong_colour_or_thing(scenes):
-    words_of = {
-        name: {word.split()[-1] for pair in kind.words for word in pair} for name, kind in demo_corpus.KINDS.items()
+    nouns_of = {
+        name: {word.split()[-1] for pair in kind.nouns for word in pair} for name, kind in OBJECT_KINDS.items()
     }
     for scene in scenes:
         things = [scene.subject] + ([scene.companion] if scene.companion else [])
-        captions = demo_corpus.captions_of(scene)
+        captions = make_captions(scene)
         assert len(captions) == 5
         assert len(set(captions)) > 1
         for caption in captions:
             words = set(re.findall(r"[a-z]+", caption.lower()))
-            assert words & words_of[scene.subject.kind]
-            assert words & set(demo_corpus.COLOURS) <= {thing.colour for thing in things}
-            named = {name for name, theirs in words_of.items() if words & theirs}
+            assert words & nouns_of[scene.subject.kind]
+            assert words & set(COLOURS) <= {thing.colour for thing in things}
+            named = {name for name, theirs in nouns_of.items() if words & theirs}
             assert named <= {thing.kind for thing in things}
 
 
 def test_objects_lie_where_the_segmentation_has_their_class(scenes):
     for scene in scenes[::20]:
-        drawing = demo_corpus.draw(scene)
-        segmentation = demo_corpus.segmentation_of(drawing)
+        drawing = draw_scene(scene)
+        segmentation = segmentation_features(drawing)
         assert segmentation.shape == (133, 7, 7)
         assert np.allclose(segmentation.sum(axis=0), 1)
-        for thing in demo_corpus.objects_of(scene, drawing):
+        for thing in drawn_objects(scene, drawing):
             assert thing.cells().any()
             assert (segmentation[CLASS_NAMES.index(thing.class_name)] >= thing.shares - 1e-6).all()
 
@@ -115,10 +126,10 @@ def test_objects_lie_where_the_segmentation_has_their_class(scenes):
 def test_the_grid_shows_colour_which_the_segmentation_does_not(scenes):
     scene = next(scene for scene in scenes if scene.subject.kind == "bus" and scene.companion is None)
     red, blue = (scene._replace(subject=scene.subject._replace(colour=colour)) for colour in ("red", "blue"))
-    drawings = [demo_corpus.draw(scene) for scene in (red, blue)]
-    assert np.array_equal(*(demo_corpus.segmentation_of(drawing) for drawing in drawings))
-    grids = [demo_corpus.read_like_a_backbone(red, drawing) for drawing in drawings]
-    (thing,) = demo_corpus.objects_of(red)
+    drawings = [draw_scene(scene) for scene in (red, blue)]
+    assert np.array_equal(*(segmentation_features(drawing) for drawing in drawings))
+    grids = [grid_features(red, drawing) for drawing in drawings]
+    (thing,) = drawn_objects(red)
     changed = np.abs(grids[0] - grids[1]).max(axis=1).reshape(7, 7) > 1e-6
     assert changed[thing.shares > 0.5].all()  # wheels are black on every bus
     near = np.zeros((9, 9), dtype=bool)  # an edge may touch the cell beside it
@@ -159,21 +170,21 @@ def test_the_demo_from_drawing_to_page(tiny):
     tiny.train()
     results = tiny.evaluate()
     captions = tiny.caption()
-    page = tiny.show(scenes, results, captions, took="")
+    page = tiny.write_page(scenes, results, captions, took="")
 
     packed = load_from_disk(str(tiny.packed))
     assert {split: len(rows) for split, rows in packed.items()} == {"train": 34, "validation": 4, "test": 5}
     by_id = {scene.image_id: scene for scene in scenes}
     test = packed["test"]
     for row, index in enumerate(test["image_id"]):
-        drawing = demo_corpus.draw(by_id[index])
+        drawing = draw_scene(by_id[index])
         features = PackedImages(test).read([row])
         assert np.array_equal(
-            features["segmentation_features"][0].numpy(), demo_corpus.segmentation_of(drawing).astype(np.float16)
+            features["segmentation_features"][0].numpy(), segmentation_features(drawing).astype(np.float16)
         )
-        expected = demo_corpus.read_like_a_backbone(by_id[index], drawing).astype(np.float16)
+        expected = grid_features(by_id[index], drawing).astype(np.float16)
         assert np.array_equal(features["grid_features"][0].numpy(), expected)
-        assert test["captions"][row] == demo_corpus.captions_of(by_id[index])
+        assert test["captions"][row] == make_captions(by_id[index])
         assert (tiny.corpus / "val2014" / test["file_name"][row]).is_file()
 
     assert set(captions) == set(test["image_id"])
@@ -191,14 +202,12 @@ def test_the_demo_from_drawing_to_page(tiny):
     assert Image.open(page.with_suffix(".png")).width > 900
 
     with pytest.raises(ValueError, match="other settings"):
-        demo.Demo(tiny.output, 4, TINY, tiny.training)
+        Demo(tiny.output, 4, TINY, tiny.training)
 
 
 def test_the_packed_corpus_equals_its_sources(tmp_path):
     corpus = tmp_path / "corpus"
-    demo_corpus.write_corpus(
-        corpus, demo_corpus.make_scenes(5, {"train": 3, "restval": 1, "validation": 1, "test": 1})
-    )
+    write_corpus(corpus, make_scenes(5, {"train": 3, "restval": 1, "validation": 1, "test": 1}))
     arguments = ["--features", str(corpus / "coco_grid_feats2.hdf5"), "--segmentation", str(corpus / "segmentations")]
     arguments += ["--annotations", str(corpus / "annotations"), "--output", str(tmp_path / "packed")]
     assert pack_coco.main(arguments) == 0

@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
 from convert_checkpoint import convert_grid_backbone, main
+from difnet_transformers.grid_feats_vqa import convert_detectron2_state_dict
 from modeling_difnet import GridFeatureBackbone, GridFeatureBackboneConfig, grid_backbone_difnet
-from modeling_difnet.grid_backbone_difnet import convert_detectron2_state_dict, resized_shape
+from modeling_difnet.grid_backbone_difnet import resized_shape
 
 X101 = {"depths": (3, 4, 23, 3), "groups": 32, "width_per_group": 8, "stem": 64, "res2": 256}
 X152 = {**X101, "depths": (3, 8, 36, 3)}
@@ -128,12 +129,12 @@ def reference_pixel_values(rgb: np.ndarray, mean, std, shortest: int = 600, long
     return ((bgr.astype("float32") - np.float32(mean)) / np.float32(std)).transpose(2, 0, 1)[None]
 
 
-def noise_picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+def noise_image(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 def tiny_backbone(**settings) -> GridFeatureBackbone:
-    """A converted tiny backbone for small pictures."""
+    """A converted tiny backbone for small images."""
     model = convert_detectron2_state_dict(random_values(backbone_layout(**TINY)), TINY["depths"]).model()
     for name, value in {"shortest_side": 64, "longest_side": 160, **settings}.items():
         setattr(model.config, name, value)
@@ -193,10 +194,10 @@ def test_the_default_network_has_the_weights_of_a_resnext_101_32x8d() -> None:
 
 def test_norms_are_frozen_in_training_too() -> None:
     model = tiny_backbone()
-    picture = noise_picture(64, 64)
+    image = noise_image(64, 64)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    expected = model.grid_features(picture)
-    assert torch.equal(model.train().grid_features(picture), expected)
+    expected = model.grid_features(image)
+    assert torch.equal(model.train().grid_features(image), expected)
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
@@ -205,7 +206,7 @@ def test_half_precision_is_close_and_gives_float32_features(tmp_path: Path) -> N
     model.save_pretrained(tmp_path)
     half = GridFeatureBackbone.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert {tensor.dtype for tensor in half.state_dict().values()} == {torch.bfloat16}
-    features, expected = half.grid_features(noise_picture(64, 90)), model.grid_features(noise_picture(64, 90))
+    features, expected = half.grid_features(noise_image(64, 90)), model.grid_features(noise_image(64, 90))
     assert features.dtype == torch.float32
     assert (features - expected).norm() < 0.03 * expected.norm()
 
@@ -232,7 +233,7 @@ def test_sizes_that_make_no_network_are_refused(settings: dict, message: str) ->
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Images
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -259,74 +260,74 @@ def test_sides_are_rounded_as_detectron2_rounds_them(size: tuple[int, int], resi
 
 @pytest.mark.parametrize("size", [(480, 640), (427, 640), (640, 359), (1, 1), (100, 2000), (600, 1000)])
 @pytest.mark.parametrize("std", [(57.375, 57.120, 58.395), (1.0, 1.0, 1.0)], ids=["X-101", "X-152"])
-def test_pictures_are_prepared_bit_for_bit_as_by_detectron2(size: tuple[int, int], std: tuple) -> None:
-    model, picture = tiny_backbone(shortest_side=600, longest_side=1000, image_std=std), noise_picture(*size)
-    pixel_values = model.preprocess(picture)
+def test_images_are_prepared_bit_for_bit_as_by_detectron2(size: tuple[int, int], std: tuple) -> None:
+    model, image = tiny_backbone(shortest_side=600, longest_side=1000, image_std=std), noise_image(*size)
+    pixel_values = model.preprocess(image)
     assert pixel_values.dtype == torch.float32
-    assert np.array_equal(pixel_values.numpy(), reference_pixel_values(picture, model.config.image_mean, std))
-    assert torch.equal(model.preprocess(Image.fromarray(picture)), pixel_values)
+    assert np.array_equal(pixel_values.numpy(), reference_pixel_values(image, model.config.image_mean, std))
+    assert torch.equal(model.preprocess(Image.fromarray(image)), pixel_values)
 
 
 @settings(max_examples=100, deadline=None)
 @given(height=st.integers(1, 3000), width=st.integers(1, 3000))
 def test_any_size_is_prepared_as_by_detectron2(height: int, width: int) -> None:
     assume(max(height, width) < 2000 * min(height, width))  # the others are refused, which is tested below
-    picture = np.broadcast_to(np.uint8([[[10, 20, 30]]]), (height, width, 3))
+    image = np.broadcast_to(np.uint8([[[10, 20, 30]]]), (height, width, 3))
     mean, std = GridFeatureBackboneConfig.image_mean, GridFeatureBackboneConfig.image_std
-    expected = reference_pixel_values(picture, mean, std)
+    expected = reference_pixel_values(image, mean, std)
     assert resized_shape(height, width, 600, 1000) == expected.shape[2:]
 
 
 def test_blue_comes_first() -> None:
     model = tiny_backbone(image_mean=(0.0, 0.0, 0.0), image_std=(1.0, 1.0, 1.0))
     red, green, blue = 200, 100, 50
-    picture = Image.new("RGB", (64, 64), (red, green, blue))
-    assert model.preprocess(picture)[0, :, 0, 0].tolist() == [blue, green, red]
+    image = Image.new("RGB", (64, 64), (red, green, blue))
+    assert model.preprocess(image)[0, :, 0, 0].tolist() == [blue, green, red]
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "LA", "YCbCr"])
 def test_other_modes_are_converted_by_pillow(mode: str) -> None:
-    model, picture = tiny_backbone(), Image.fromarray(noise_picture(48, 64)).convert(mode)
-    assert torch.equal(model.preprocess(picture), model.preprocess(picture.convert("RGB")))
+    model, image = tiny_backbone(), Image.fromarray(noise_image(48, 64)).convert(mode)
+    assert torch.equal(model.preprocess(image), model.preprocess(image.convert("RGB")))
 
 
 @pytest.mark.parametrize(
-    ("picture", "message"),
+    ("image", "message"),
     [
-        (noise_picture(8, 8).astype(np.float32), r"must be uint8 RGB of shape \(H, W, 3\), got float32 \(8, 8, 3\)"),
-        (noise_picture(8, 8)[:, :, 0], r"got uint8 \(8, 8\)"),
+        (noise_image(8, 8).astype(np.float32), r"must be uint8 RGB of shape \(H, W, 3\), got float32 \(8, 8, 3\)"),
+        (noise_image(8, 8)[:, :, 0], r"got uint8 \(8, 8\)"),
         (np.zeros((0, 8, 3), np.uint8), r"got uint8 \(0, 8, 3\)"),
         (Image.new("RGB", (0, 8)), "has no pixels: 0 x 8"),
         (Image.new("I;16", (8, 8)), "has the mode `I;16` .* Scale it to 8 bits first"),
         (Image.new("F", (8, 8)), "has the mode `F`"),
-        ([noise_picture(8, 8)], "got list. Several pictures go one at a time"),
-        ("picture.jpg", "got str"),
+        ([noise_image(8, 8)], "got list. Several images go one at a time"),
+        ("image.jpg", "got str"),
         (Image.new("RGB", (8000, 2)), "too narrow: 8000 x 2 pixels"),
     ],
 )
-def test_what_is_no_picture_is_refused(picture: object, message: str) -> None:
+def test_what_is_no_image_is_refused(image: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        tiny_backbone(shortest_side=600, longest_side=1000).grid_features(picture)
+        tiny_backbone(shortest_side=600, longest_side=1000).grid_features(image)
 
 
 def test_without_pillow_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grid_backbone_difnet, "Image", None)
     with pytest.raises(ImportError, match="pip install pillow"):
-        tiny_backbone().grid_features(noise_picture(8, 8))
+        tiny_backbone().grid_features(noise_image(8, 8))
 
 
 @pytest.mark.parametrize("size", [(300, 400), (64, 64), (10, 160), (160, 10), (1, 1)])
 def test_cells_are_averages_of_the_feature_map_row_by_row(size: tuple[int, int]) -> None:
-    model, picture = tiny_backbone(shortest_side=300, longest_side=400), noise_picture(*size)
+    model, image = tiny_backbone(shortest_side=300, longest_side=400), noise_image(*size)
     with torch.no_grad():
-        feature_map = model(model.preprocess(picture)).feature_map[0]  # (C, h, w)
+        feature_map = model(model.preprocess(image)).feature_map[0]  # (C, h, w)
     channels, height, width = feature_map.shape
 
-    cells, shape = model.grid_features(picture, pooled=False)
+    cells, shape = model.grid_features(image, pooled=False)
     assert shape == (height, width)
     assert torch.equal(cells.view(height, width, channels), feature_map.permute(1, 2, 0))
 
-    pooled = model.grid_features(picture)
+    pooled = model.grid_features(image)
     assert pooled.shape == (49, channels)
     assert pooled.is_contiguous()
     for row in range(7):
@@ -364,7 +365,7 @@ def test_every_key_of_the_published_files_is_accounted_for(network: dict) -> Non
 
 
 def test_the_last_stage_may_be_the_heads() -> None:
-    """As grid-feats-vqa's `updn` configurations write it: res5 is applied to regions, and to the whole picture."""
+    """As grid-feats-vqa's `updn` configurations write it: res5 is applied to regions, and to the whole image."""
     at_home = random_values(backbone_layout(**TINY))
     in_the_head = {key.replace("backbone.res5.", "roi_heads.res5."): value for key, value in at_home.items()}
     in_the_head["roi_heads.box_predictor.cls_score.bias"] = torch.zeros(3)
@@ -500,11 +501,11 @@ def test_a_whole_x101_file_converts(tmp_path: Path, capsys: pytest.CaptureFixtur
     torch.save({"model": weights, "iteration": 89999}, source)
     assert main(["grid-backbone", str(source), "--output", str(output)]) == 0
     assert "520 keys mapped, 20 dropped" in capsys.readouterr().out
-    model, picture = GridFeatureBackbone.from_pretrained(output), noise_picture(480, 640)
-    cells, shape = model.grid_features(picture, pooled=False)
+    model, image = GridFeatureBackbone.from_pretrained(output), noise_image(480, 640)
+    cells, shape = model.grid_features(image, pooled=False)
     assert shape == (19, 25)
     config = model.config
-    pixel_values = torch.from_numpy(reference_pixel_values(picture, config.image_mean, config.image_std))
+    pixel_values = torch.from_numpy(reference_pixel_values(image, config.image_mean, config.image_std))
     expected = reference_feature_map(weights, pixel_values, X101["depths"], 32)
     torch.testing.assert_close(cells.double(), expected[0].flatten(1).T, rtol=1e-4, atol=1e-4)
 
@@ -527,13 +528,13 @@ def provenance(model: GridFeatureBackbone) -> tuple[str | None, str | None]:
 
 
 def test_a_saved_backbone_loads_with_its_provenance(folder: Path, tmp_path: Path) -> None:
-    model, picture = GridFeatureBackbone.from_pretrained(folder), noise_picture(48, 64)
+    model, image = GridFeatureBackbone.from_pretrained(folder), noise_image(48, 64)
     assert provenance(model)[0] == "T-9.pth"
     model.save_pretrained(tmp_path / "again")
     again = AutoModel.from_pretrained(tmp_path / "again")
     assert provenance(again) == provenance(model)
     assert again.config.to_diff_dict() == model.config.to_diff_dict()
-    assert torch.equal(again.grid_features(picture), model.grid_features(picture))
+    assert torch.equal(again.grid_features(image), model.grid_features(image))
 
 
 def test_random_weights_have_no_provenance(folder: Path) -> None:
@@ -557,7 +558,7 @@ def test_random_weights_keep_activations_in_range() -> None:
     torch.manual_seed(0)
     sizes = {"groups": 4, "width_per_group": 2, "stem_out_channels": 8, "res2_out_channels": 16}
     model = GridFeatureBackbone(GridFeatureBackboneConfig(depths=(3, 8, 36, 3), shortest_side=64, **sizes)).eval()
-    assert 0.1 < model.grid_features(noise_picture(64, 64)).std() < 100
+    assert 0.1 < model.grid_features(noise_image(64, 64)).std() < 100
 
 
 USER_WITHOUT_THE_PACKAGE = """
@@ -568,15 +569,15 @@ from transformers import AutoModel
 model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
 assert type(model).__module__.startswith("transformers_modules"), type(model)
 assert model.config.weights_source == "T-9.pth"
-picture = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
-torch.save(model.grid_features(picture), "features.pt")
+image = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+torch.save(model.grid_features(image), "features.pt")
 model.save_pretrained("again")
 """
 
 
 def test_a_folder_brings_its_code(folder: Path, tmp_path: Path) -> None:
     """In a fresh process without this project, twice: what the first one saves, the second one loads."""
-    expected = GridFeatureBackbone.from_pretrained(folder).grid_features(noise_picture(48, 64))
+    expected = GridFeatureBackbone.from_pretrained(folder).grid_features(noise_image(48, 64))
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     for source in (folder, "again"):

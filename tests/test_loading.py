@@ -39,7 +39,10 @@ MODEL_FILES = {
     *("cache_difnet.py", "checks_difnet.py", "dropout_difnet.py", "generation_difnet.py", "loss_difnet.py"),
     *("modeling_difnet.py", "outputs_difnet.py"),
 }
-PIPELINE_FILES = {"grid_backbone_difnet.py", "images_difnet.py", "pipeline_difnet.py", "segmentation_difnet.py"}
+PIPELINE_FILES = {
+    *("grid_backbone_difnet.py", "images_difnet.py", "pipeline_difnet.py", "segmentation_difnet.py"),
+    "weights_difnet.py",
+}
 CODE_FILES = {"configuration_difnet.py", "processing_difnet.py", *MODEL_FILES, *PIPELINE_FILES}
 SETTINGS_FILES = {
     "config.json",
@@ -191,10 +194,10 @@ def user_without_pillow() -> None:
     """Everything but images works; where an image is needed, the error says what to install."""
     sys.modules["PIL"] = None
     from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration, GridFeatureBackbone  # noqa: F401
-    from modeling_difnet.images_difnet import open_picture
+    from modeling_difnet.images_difnet import open_image
 
     with pytest.raises(ImportError, match=r"difnet-transformers\[images\]"):
-        open_picture("image.jpg")
+        open_image("image.jpg")
 
 
 def user_of_the_hub(pictures: str, *names: str) -> None:
@@ -376,7 +379,7 @@ def test_users_without_the_package(checkpoint: Checkpoint, tmp_path: Path) -> No
 def captioner_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model and a processor that were saved, with weights so that captions have words."""
     from test_explain import speaking
-    from test_pictures import save_captioner
+    from test_images import save_captioner
 
     folder = tmp_path_factory.mktemp("captioner") / "difnet"
     save_captioner(folder)
@@ -404,7 +407,7 @@ def test_a_saved_model_carries_every_file_that_its_files_import(captioner_folder
 
 
 def test_the_pipeline_works_where_the_project_is_not_installed(captioner_folder: Path, tmp_path: Path) -> None:
-    from test_pictures import noise
+    from test_images import noise
 
     noise().save(tmp_path / "image.png")
     run_user(user_of_the_pipeline, captioner_folder, tmp_path / "image.png", folder=tmp_path)

@@ -4,11 +4,20 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pycocotools.mask
 import pytest
 import torch
 from PIL import Image
 from torch.nn.functional import adaptive_avg_pool2d
 
+from difnet_transformers.vision.coco_annotations import (
+    channels_of_categories,
+    instance_channel_map,
+    mask_of_polygon,
+    mask_of_segmentation,
+    panoptic_channel_map,
+)
+from modeling_difnet.images_difnet import fitted_size
 from modeling_difnet.segmentation_difnet import (
     CLASS_NAMES,
     LABEL_ORDERS,
@@ -16,14 +25,8 @@ from modeling_difnet.segmentation_difnet import (
     THINGS,
     VOID,
     channel_map,
-    channels_of_categories,
     channels_of_labels,
-    fitted_size,
-    instance_channel_map,
-    mask_of_polygon,
-    mask_of_segmentation,
     normal_name,
-    panoptic_channel_map,
     pool_channel_map,
 )
 
@@ -181,27 +184,16 @@ def test_a_polygon_equals_the_even_odd_rule_point_by_point():
             assert mask[row, column] == inside
 
 
-def compressed(counts: list[int]) -> str:
-    """The encoder of COCO's run lengths, from their description: what the decoder must undo."""
-    text = ""
-    for index, count in enumerate(counts):
-        value = count - (counts[index - 2] if index > 2 else 0)
-        more = True
-        while more:
-            bits, value = value & 31, value >> 5
-            more = value != (-1 if bits & 16 else 0)
-            text += chr((bits | (32 if more else 0)) + 48)
-    return text
-
-
 @pytest.mark.parametrize("seed", range(5))
 def test_run_lengths_plain_and_compressed(seed):
+    """What pycocotools encodes is decoded."""
     mask = np.repeat(np.random.default_rng(seed).integers(0, 2, (30, 8)), 10, axis=1).astype(bool)
     flat = mask.T.reshape(-1)
     edges = np.flatnonzero(np.diff(flat)) + 1
     counts = np.diff([0, *edges, len(flat)]).tolist()
     counts = [0, *counts] if flat[0] else counts
-    for form in (counts, compressed(counts)):
+    compressed = pycocotools.mask.encode(np.asfortranarray(mask, dtype=np.uint8))["counts"].decode()
+    for form in (counts, compressed):
         assert (mask_of_segmentation({"size": [30, 80], "counts": form}, 30, 80) == mask).all()
 
 
@@ -304,5 +296,5 @@ def test_of_overlapping_instances_the_smaller_one_wins_and_crowds_lie_below(reve
     ("size", "fitted"),
     [((640, 480), (640, 480)), ((1, 1), (1, 1)), ((4000, 3000), (640, 480)), ((20000, 100), (640, 3))],
 )
-def test_label_maps_of_large_pictures_are_smaller(size, fitted):
+def test_label_maps_of_large_images_are_smaller(size, fitted):
     assert fitted_size(size, 640) == fitted

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_pictures import noise
+from test_images import noise
 from transformers import (
     CLIPTokenizer,
     DetrConfig,

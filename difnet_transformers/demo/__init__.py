@@ -1,1 +1,1 @@
-"""`difnet demo`: a drawn corpus, from drawing to captions."""
+"""`difnet demo`: the whole way from drawn scenes to a page of captions. `run.py` has the steps."""

@@ -1,20 +1,20 @@
-"""The pictures of the demo corpus: flat drawings of COCO classes, with a map of which pixel belongs to what.
+"""Flat drawings of COCO's classes, with a map of the part of the scene that each pixel belongs to.
 
-Nothing of the original corresponds to it. `Canvas` keeps two images of the same shapes: the picture, drawn large and
-scaled down so that edges are smooth, and the owner map, whose pixels say which part of the scene is seen there. The
-functions below it draw one thing each, in coordinates from 0 to 1 within the thing's box, y pointing down.
+Nothing of the original implementation corresponds to it. `Canvas` draws the same shapes twice: into the image, drawn
+large and scaled down so that edges are smooth, and into the part map. The functions below it draw one object each, in
+coordinates from 0 to 1 within the object's box, y pointing down.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-SIDE = 224  # pixels of a picture; 32 for each of the 7 x 7 cells
-SMOOTHNESS = 3
+SIDE = 224  # pixels; 32 for each of the 7 x 7 cells
+SUPERSAMPLING = 3
 
 COLOURS = {
     "red": (214, 62, 54),
@@ -30,46 +30,49 @@ COLOURS = {
 }
 
 Colour = tuple[int, int, int]
-Box = tuple[float, float, float, float]  # left, top, right, bottom, in shares of the picture
-SKIN, HAIR, DARK, GLASS, WOOD, METAL = (
-    (226, 178, 142), (78, 54, 42), (54, 52, 58), (196, 224, 240), (166, 118, 74), (120, 122, 130),
+Box = tuple[float, float, float, float]  # left, top, right, bottom, as fractions of the image
+SKIN, HAIR, DARK, GLASS, WOOD = (
+    (226, 178, 142), (78, 54, 42), (54, 52, 58), (196, 224, 240), (166, 118, 74),
 )  # fmt: skip
 
 
 def shade(colour: Colour, factor: float) -> Colour:
     """The colour darker (factor below 1) or lighter."""
-    return tuple(int(min(255, max(0, channel * factor))) for channel in colour)
+    red, green, blue = (int(min(255, max(0, channel * factor))) for channel in colour)
+    return red, green, blue
 
 
 class Canvas:
-    """A picture and its owner map, both drawn with the same shapes. Owners are numbered from 0 by the caller."""
+    """An image and its part map, both drawn with the same shapes."""
 
     def __init__(self) -> None:
-        self._picture = Image.new("RGB", (SIDE * SMOOTHNESS, SIDE * SMOOTHNESS), (255, 255, 255))
-        self._owners = Image.new("L", (SIDE, SIDE), 0)
-        self._brushes = (
-            (ImageDraw.Draw(self._picture), SIDE * SMOOTHNESS),
-            (ImageDraw.Draw(self._owners), SIDE),
-        )
+        self._image = Image.new("RGB", (SIDE * SUPERSAMPLING, SIDE * SUPERSAMPLING), (255, 255, 255))
+        self._part_map = Image.new("L", (SIDE, SIDE), 0)
 
-    def pen(self, box: Box, owner: int, mirrored: bool = False) -> Pen:
-        """What draws within `box` on behalf of `owner`."""
-        return Pen(self._brushes, box, owner, mirrored)
+    def pen(self, box: Box, part: int, mirrored: bool = False) -> Pen:
+        """A pen that draws the part of index `part` within `box`."""
+        return Pen(self._image, self._part_map, box, part, mirrored)
 
-    def picture(self) -> Image.Image:
+    def image(self) -> Image.Image:
         """RGB, `SIDE` x `SIDE`."""
-        return self._picture.reduce(SMOOTHNESS)
+        return self._image.reduce(SUPERSAMPLING)
 
-    def owners(self) -> np.ndarray:
-        """(SIDE, SIDE) uint8: the number of whatever is seen at each pixel."""
-        return np.asarray(self._owners)
+    def part_map(self) -> np.ndarray:
+        """(SIDE, SIDE) uint8: the index of the part that is visible at each pixel."""
+        return np.asarray(self._part_map)
 
 
 class Pen:
     """Draws shapes given in coordinates from 0 to 1 within a box."""
 
-    def __init__(self, brushes: Sequence, box: Box, owner: int, mirrored: bool) -> None:
-        self.brushes, self.box, self.owner, self.mirrored = brushes, box, owner, mirrored
+    def __init__(self, image: Image.Image, part_map: Image.Image, box: Box, part: int, mirrored: bool) -> None:
+        self._image, self._part_map = ImageDraw.Draw(image), ImageDraw.Draw(part_map)
+        self.box, self.part, self.mirrored = box, part, mirrored
+
+    def _targets(self, colour: Colour) -> Iterator[tuple[ImageDraw.ImageDraw, int, Colour | int]]:
+        """Both images, with the side in pixels and the fill of each."""
+        yield self._image, SIDE * SUPERSAMPLING, colour
+        yield self._part_map, SIDE, self.part
 
     def _places(self, points: Sequence[tuple[float, float]], side: int) -> list[tuple[float, float]]:
         left, top, right, bottom = self.box
@@ -79,8 +82,8 @@ class Pen:
         ]
 
     def polygon(self, points: Sequence[tuple[float, float]], colour: Colour) -> None:
-        for brush, side in self.brushes:
-            brush.polygon(self._places(points, side), fill=colour if side > SIDE else self.owner)
+        for target, side, fill in self._targets(colour):
+            target.polygon(self._places(points, side), fill=fill)
 
     def rectangle(self, left: float, top: float, right: float, bottom: float, colour: Colour) -> None:
         self.polygon([(left, top), (right, top), (right, bottom), (left, bottom)], colour)
@@ -91,12 +94,10 @@ class Pen:
         self.polygon([(x + width * math.cos(angle), y + height * math.sin(angle)) for angle in angles], colour)
 
     def line(self, points: Sequence[tuple[float, float]], colour: Colour, width: float) -> None:
-        """`width` in shares of the box's height."""
-        for brush, side in self.brushes:
+        """`width` as a fraction of the box's height."""
+        for target, side, fill in self._targets(colour):
             pixels = max(1, round(width * (self.box[3] - self.box[1]) * side))
-            brush.line(
-                self._places(points, side), fill=colour if side > SIDE else self.owner, width=pixels, joint="curve"
-            )
+            target.line(self._places(points, side), fill=fill, width=pixels, joint="curve")
 
 
 # Animals
@@ -271,7 +272,7 @@ def draw_surfboard(pen: Pen, colour: Colour, pose: str) -> None:
     pen.ellipse(0.1, 0.34, 0.9, 0.62, shade(colour, 1.25))
 
 
-# Things that people hold
+# Objects that people hold
 
 
 def draw_kite(pen: Pen, colour: Colour, pose: str) -> None:
@@ -319,7 +320,7 @@ def draw_couch(pen: Pen, colour: Colour, pose: str) -> None:
         pen.rectangle(x, 0.92, x + 0.07, 1.0, DARK)
 
 
-# Small things on tables
+# Objects on tables
 
 
 def draw_cup(pen: Pen, colour: Colour, pose: str) -> None:
@@ -383,7 +384,7 @@ def draw_laptop(pen: Pen, colour: Colour, pose: str) -> None:
     pen.polygon([(0.1, 0.7), (0.86, 0.7), (1.0, 1.0), (0.0, 1.0)], colour)
 
 
-# Backgrounds: the bands of a setting are drawn before; these add what makes them look like something
+# Backgrounds: details on the band of colour that is there
 
 
 def decorate_sky(pen: Pen, colour: Colour, rng: np.random.Generator) -> None:

@@ -1,4 +1,4 @@
-"""From pictures to captions: pictures are opened as a person sees them, networks are never silently random."""
+"""From images to captions: images are opened as a person sees them, networks are never silently random."""
 
 import contextlib
 import gzip
@@ -21,6 +21,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from transformers import Mask2FormerForUniversalSegmentation, pipeline
 
+from difnet_transformers.vision.images import thumbnail
 from modeling_difnet import (
     DifnetConfig,
     DifnetForConditionalGeneration,
@@ -29,7 +30,7 @@ from modeling_difnet import (
     original_beam_search,
     pipeline_difnet,
 )
-from modeling_difnet.images_difnet import UnreadablePicture, fetch, open_label_map, open_picture, unusual_size
+from modeling_difnet.images_difnet import UnreadableImage, fetch, open_image, open_label_map, unusual_size
 from modeling_difnet.pipeline_difnet import load_grid_backbone, load_segmenter, provenance_of
 from modeling_difnet.segmentation_difnet import CLASS_NAMES, PanopticSegmenter
 from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer
@@ -38,7 +39,7 @@ WORDS = ["<unk>", "<pad>", "<bos>", "<eos>", "a", "man", "horse", "rides", "on",
 
 
 def colours(width: int = 12, height: int = 8) -> np.ndarray:
-    """A picture whose four quarters differ, so that turning it shows."""
+    """An image whose four quarters differ, so that turning it shows."""
     pixels = np.zeros((height, width, 3), dtype=np.uint8)
     pixels[: height // 2, : width // 2] = (255, 0, 0)
     pixels[: height // 2, width // 2 :] = (0, 255, 0)
@@ -47,16 +48,16 @@ def colours(width: int = 12, height: int = 8) -> np.ndarray:
     return pixels
 
 
-def file_of(picture: Image.Image, form: str = "PNG", **options) -> bytes:
+def file_of(image: Image.Image, form: str = "PNG", **options) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, form, **options)
+    image.save(buffer, form, **options)
     return buffer.getvalue()
 
 
 def opened(content: bytes) -> np.ndarray:
-    picture = open_picture(content)
-    assert picture.mode == "RGB"
-    return np.asarray(picture)
+    image = open_image(content)
+    assert image.mode == "RGB"
+    return np.asarray(image)
 
 
 # Opening
@@ -80,7 +81,7 @@ def test_exif_orientation_is_applied(orientation):
     exif[0x0112] = orientation
     content = file_of(stored, exif=exif)
     assert (opened(content) == colours()).all()
-    assert (np.asarray(open_picture(content, apply_orientation=False)) == np.asarray(stored)).all()
+    assert (np.asarray(open_image(content, apply_orientation=False)) == np.asarray(stored)).all()
 
 
 def test_grey_palette_and_bits():
@@ -92,13 +93,13 @@ def test_grey_palette_and_bits():
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
 def test_what_is_transparent_becomes_white(mode):
-    picture = Image.new("RGBA", (2, 1), (0, 0, 0, 255))
-    picture.putpixel((1, 0), (0, 0, 0, 0))
+    image = Image.new("RGBA", (2, 1), (0, 0, 0, 255))
+    image.putpixel((1, 0), (0, 0, 0, 0))
     if mode == "PA":
-        picture = picture.quantize(4)
+        image = image.quantize(4)
     elif mode == "LA":
-        picture = picture.convert("LA")
-    assert opened(file_of(picture)).tolist() == [[[0] * 3, [255] * 3]]
+        image = image.convert("LA")
+    assert opened(file_of(image)).tolist() == [[[0] * 3, [255] * 3]]
 
 
 def test_half_transparent_mixes_with_white():
@@ -123,24 +124,24 @@ def test_values_of_no_agreed_range_go_from_the_smallest_to_the_largest(kind):
 
 
 @pytest.mark.parametrize("form", ["GIF", "PNG", "WEBP", "TIFF"])
-def test_of_several_pictures_in_a_file_the_first_is_taken(form):
+def test_of_several_images_in_a_file_the_first_is_taken(form):
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue", "green")]
     pixels = opened(file_of(frames[0], form, save_all=True, append_images=frames[1:], lossless=True))
     assert (np.abs(pixels.astype(int) - (255, 0, 0)) <= 3).all()
 
 
 def broken_files(folder: Path) -> dict[str, str]:
-    """Files that are no readable picture, and what should be said about each."""
+    """Files that are no readable image, and what should be said about each."""
     jpeg = file_of(Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 120, 3), dtype=np.uint8)), "JPEG")
     (folder / "corrupt.jpg").write_bytes(jpeg[: len(jpeg) // 2])
     (folder / "empty.jpg").write_bytes(b"")
-    (folder / "text.jpg").write_text("no picture at all")
+    (folder / "text.jpg").write_text("no image at all")
     (folder / "cut.png").write_bytes(file_of(Image.fromarray(colours(100, 100)))[:60])
     return {
         "corrupt.jpg": "damaged",
         "empty.jpg": "the file is empty",
-        "text.jpg": "not a picture that Pillow can read",
-        "cut.png": "damaged|not a picture",
+        "text.jpg": "not an image that Pillow can read",
+        "cut.png": "damaged|not an image",
         "missing.jpg": "No such file",
     }
 
@@ -164,16 +165,16 @@ def thirty_images(folder: Path) -> Path:
 
 def test_what_cannot_be_opened_is_named_in_one_line(tmp_path):
     for name, message in broken_files(tmp_path).items():
-        with pytest.raises(UnreadablePicture, match=message) as caught:
-            open_picture(tmp_path / name)
+        with pytest.raises(UnreadableImage, match=message) as caught:
+            open_image(tmp_path / name)
         assert name in str(caught.value)
         assert "\n" not in str(caught.value)
 
 
-def test_a_picture_of_too_many_pixels_is_refused(monkeypatch):
+def test_an_image_of_too_many_pixels_is_refused(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    with pytest.raises(UnreadablePicture, match="exceeds limit"):
-        open_picture(file_of(Image.fromarray(colours())))
+    with pytest.raises(UnreadableImage, match="exceeds limit"):
+        open_image(file_of(Image.fromarray(colours())))
 
 
 # What must not happen
@@ -187,8 +188,8 @@ def test_no_program_is_started_for_a_file_that_is_no_raster_image(tmp_path, monk
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
     (tmp_path / "x.jpg").write_bytes(file_of(Image.new("RGB", (4, 4)), "EPS"))
-    for opener in (open_picture, open_label_map):
-        with pytest.raises(UnreadablePicture, match=r"x\.jpg: not a picture that Pillow can read"):
+    for opener in (open_image, open_label_map):
+        with pytest.raises(UnreadableImage, match=r"x\.jpg: not an image that Pillow can read"):
             opener(tmp_path / "x.jpg")
     assert not (tmp_path / "started").exists()
 
@@ -199,8 +200,8 @@ def test_other_formats_than_those_listed_are_refused(form):
         content = b"SIMPLE  =                    T".ljust(2880)
     else:
         content = file_of(Image.new("1" if form == "XBM" else "P" if form == "BLP" else "RGB", (16, 16)), form)
-    with pytest.raises(UnreadablePicture, match="not a picture that Pillow can read"):
-        open_picture(content)
+    with pytest.raises(UnreadableImage, match="not an image that Pillow can read"):
+        open_image(content)
 
 
 def test_the_repository_opens_images_in_one_place_only():
@@ -216,18 +217,18 @@ def test_the_repository_opens_images_in_one_place_only():
 def test_only_regular_files_of_bounded_size_are_read(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "folder.jpg").mkdir()
-    with pytest.raises(UnreadablePicture, match="not a regular file"):
-        open_picture(tmp_path / "pipe.jpg")
-    with pytest.raises(UnreadablePicture, match="not a regular file"):
-        open_picture("/dev/zero")
-    with pytest.raises(UnreadablePicture, match="a folder"):
-        open_picture(tmp_path / "folder.jpg")
-    with pytest.raises(UnreadablePicture, match="not a file name"):
-        open_picture("a\0b.png")
+    with pytest.raises(UnreadableImage, match="not a regular file"):
+        open_image(tmp_path / "pipe.jpg")
+    with pytest.raises(UnreadableImage, match="not a regular file"):
+        open_image("/dev/zero")
+    with pytest.raises(UnreadableImage, match="a folder"):
+        open_image(tmp_path / "folder.jpg")
+    with pytest.raises(UnreadableImage, match="not a file name"):
+        open_image("a\0b.png")
     with open(tmp_path / "large.jpg", "wb") as large:
-        large.truncate(images_difnet.LARGEST_FILE + 1)
-    with pytest.raises(UnreadablePicture, match="at most 1,073,741,824 are read"):
-        open_picture(tmp_path / "large.jpg")
+        large.truncate(images_difnet.MAX_FILE_SIZE + 1)
+    with pytest.raises(UnreadableImage, match="at most 1,073,741,824 are read"):
+        open_image(tmp_path / "large.jpg")
 
 
 def test_an_image_with_much_metadata_is_intact():
@@ -248,27 +249,27 @@ def test_whatever_a_decoder_raises_names_the_image(error, tmp_path, monkeypatch)
     path = tmp_path / "a\nb.png"
     path.write_bytes(file_of(Image.fromarray(colours())))
     monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", fail)
-    with pytest.raises(UnreadablePicture, match=r"a\\nb\.png: damaged \(") as caught:
-        open_picture(path)
+    with pytest.raises(UnreadableImage, match=r"a\\nb\.png: damaged \(") as caught:
+        open_image(path)
     assert "\n" not in str(caught.value)
 
 
 def test_names_that_are_not_utf8_are_escaped(tmp_path):
     path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jpg")
-    with pytest.raises(UnreadablePicture, match=r"caf\\udce9\.jpg: No such file"):
-        open_picture(path)
+    with pytest.raises(UnreadableImage, match=r"caf\\udce9\.jpg: No such file"):
+        open_image(path)
 
 
 def test_large_images_of_32_bits_take_no_copies_of_64():
     values = np.linspace(-5, 5, 3000 * 3000, dtype=np.float32).reshape(3000, 3000)
     content = file_of(Image.fromarray(values), "TIFF")
     tracemalloc.start()
-    picture = open_picture(content)
+    image = open_image(content)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 100e6, "numpy's share; the image itself is Pillow's"
-    assert picture.getpixel((0, 0)) == (0, 0, 0)
-    assert picture.getpixel((2999, 2999)) == (255, 255, 255)
+    assert image.getpixel((0, 0)) == (0, 0, 0)
+    assert image.getpixel((2999, 2999)) == (255, 255, 255)
 
 
 def test_values_that_are_no_numbers_do_not_set_the_range():
@@ -335,9 +336,9 @@ def site():
 
 
 @pytest.mark.parametrize("path", ["/image.png", "/gzip", "/redirect/5"])
-def test_addresses(site, path):
+def test_urls(site, path):
     for address in (site + path, site.replace("http", "HTTP", 1) + path):
-        assert (np.asarray(open_picture(address, allow_private_hosts=True)) == colours()).all()
+        assert (np.asarray(open_image(address, allow_private_hosts=True)) == colours()).all()
 
 
 @pytest.mark.parametrize(
@@ -345,8 +346,8 @@ def test_addresses(site, path):
     [
         ("/elsewhere.png", "the server answers 404"),
         ("/redirect/6", "more than 5 redirects"),
-        ("/ftp", "ftp: addresses are not read"),
-        ("/file", "file: addresses are not read"),
+        ("/ftp", "ftp: URLs are not read"),
+        ("/file", "file: URLs are not read"),
         ("/bomb", "more than 52,428,800 bytes"),
         ("/long", "more than 52,428,800 bytes"),
         ("/endless", "more than 52,428,800 bytes"),
@@ -355,16 +356,16 @@ def test_addresses(site, path):
         ("/rubbish", "cannot be fetched"),
     ],
 )
-def test_addresses_that_give_no_image_are_one_line(site, path, message):
-    with pytest.raises(UnreadablePicture, match=message) as caught:
-        open_picture(site + path, allow_private_hosts=True)
+def test_urls_that_give_no_image_are_one_line(site, path, message):
+    with pytest.raises(UnreadableImage, match=message) as caught:
+        open_image(site + path, allow_private_hosts=True)
     assert str(caught.value).startswith(site + path)
     assert "\n" not in str(caught.value)
 
 
 def test_a_slow_server_is_left_although_it_keeps_sending(site):
     begin = time.monotonic()
-    with pytest.raises(UnreadablePicture, match=r"no complete answer within 0\.5 seconds"):
+    with pytest.raises(UnreadableImage, match=r"no complete answer within 0\.5 seconds"):
         fetch(f"{site}/slow", allow_private_hosts=True, seconds=0.5)
     assert time.monotonic() - begin < 3
 
@@ -386,34 +387,34 @@ def test_a_slow_server_is_left_although_it_keeps_sending(site):
     ],
 )
 def test_private_hosts_are_not_asked(address):
-    with pytest.raises(UnreadablePicture, match=r"is not public|is not known"):
-        open_picture(address)
+    with pytest.raises(UnreadableImage, match=r"is not public|is not known"):
+        open_image(address)
 
 
 def test_a_host_with_one_private_address_is_not_asked(monkeypatch):
     """Neither first nor last: each of the addresses might be taken."""
     answer = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (ip, 80)) for ip in ("93.184.215.14", "10.1.2.3")]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: answer)
-    with pytest.raises(UnreadablePicture, match=r"is not public \(10\.1\.2\.3\)"):
-        open_picture("http://example.com/a.png")
+    with pytest.raises(UnreadableImage, match=r"is not public \(10\.1\.2\.3\)"):
+        open_image("http://example.com/a.png")
 
 
 @pytest.mark.parametrize(
     ("address", "message"),
     [
-        ("data:image/png;base64,AAAA", "data: addresses are not read"),
-        ("DATA:,x", "data: addresses are not read"),
-        ("file:///etc/hostname", "file: addresses are not read"),
-        ("ftp://example.com/a.png", "ftp: addresses are not read"),
+        ("data:image/png;base64,AAAA", "data: URLs are not read"),
+        ("DATA:,x", "data: URLs are not read"),
+        ("file:///etc/hostname", "file: URLs are not read"),
+        ("ftp://example.com/a.png", "ftp: URLs are not read"),
         ("http:///a.png", "without a host"),
-        ("http://[1/a.png", "not an address"),
-        ("http://example.com:99999/", "not an address"),
+        ("http://[1/a.png", "not a URL"),
+        ("http://example.com:99999/", "not a URL"),
         ("http://no-such-host.invalid/a.png", "is not known"),
     ],
 )
-def test_addresses_that_are_not_read_are_named(address, message):
-    with pytest.raises(UnreadablePicture, match=message):
-        open_picture(address)
+def test_urls_that_are_not_read_are_named(address, message):
+    with pytest.raises(UnreadableImage, match=message):
+        open_image(address)
 
 
 @pytest.mark.parametrize(
@@ -421,6 +422,21 @@ def test_addresses_that_are_not_read_are_named(address, message):
 )
 def test_unusual_sizes_get_a_remark(size, is_usual):
     assert (unusual_size(Image.new("RGB", size)) is None) == is_usual
+
+
+@pytest.mark.parametrize(("size", "small"), [((640, 480), (320, 240)), ((20000, 100), (320, 2)), ((40, 30), (40, 30))])
+def test_thumbnails_keep_the_shape_and_are_never_larger(size, small, tmp_path):
+    image = Image.new("RGB", size, "red")
+    image.save(tmp_path / "image.png")
+    for source in (image, tmp_path / "image.png"):
+        assert thumbnail(source).size == small
+        assert thumbnail(source).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_the_thumbnail_of_a_broken_file_is_a_grey_square(tmp_path):
+    (tmp_path / "broken.jpg").write_text("no image")
+    for name in ("broken.jpg", "missing.jpg"):
+        assert thumbnail(tmp_path / name, 50).getcolors() == [(2500, (0xD9, 0xD9, 0xD6))]
 
 
 # The networks
@@ -432,7 +448,7 @@ def networks() -> tuple[GridFeatureBackbone, PanopticSegmenter]:
 
 
 def noise(seed: int = 0, width: int = 64, height: int = 48) -> Image.Image:
-    """A picture that a random segmentation network finds something in."""
+    """An image that a random segmentation network finds something in."""
     coarse = np.random.default_rng(seed).integers(0, 255, (4, 5, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -489,7 +505,7 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path, kind):
     network.save_pretrained(tmp_path, state_dict=state)
     segmenter.processor.save_pretrained(tmp_path)
     load = load_grid_backbone if kind == "grid" else load_segmenter
-    with pytest.raises(ValueError, match=f"`{re.escape(damaged)}` holds NaN or infinity"):
+    with pytest.raises(ValueError, match=rf"NaN or infinity among the weights: {re.escape(damaged)} \(1 of"):
         load(str(tmp_path), untrained=True)
 
 
@@ -515,20 +531,20 @@ def test_a_saved_segmentation_model_gives_the_same_features(tmp_path):
 
 
 def test_a_segmentation_feature_holds_the_classes_that_the_model_names():
-    """The library's own result for the picture, put into channels by name, pixel by pixel."""
+    """Transformers' own result for the image, put into channels by name, pixel by pixel."""
     segmenter = networks()[1]
-    picture = noise()
-    inputs = segmenter.processor(images=picture, return_tensors="pt")
+    image = noise()
+    inputs = segmenter.processor(images=image, return_tensors="pt")
     with torch.no_grad():
         outputs = segmenter.model(**inputs)
     result = segmenter.processor.post_process_panoptic_segmentation(
-        outputs, target_sizes=[(picture.height, picture.width)], label_ids_to_fuse=set()
+        outputs, target_sizes=[(image.height, image.width)], label_ids_to_fuse=set()
     )[0]
     names = {
         segment["id"]: segmenter.model.config.id2label[segment["label_id"]] for segment in result["segments_info"]
     }
     assert names
-    label_map = segmenter.label_map(picture)
+    label_map = segmenter.label_map(image)
     for segment, channel in zip(result["segmentation"].flatten().tolist(), label_map.flatten().tolist(), strict=True):
         assert (CLASS_NAMES[channel] if channel < 133 else None) == names.get(segment)
 
@@ -574,9 +590,9 @@ def captioner(captioner_folder):
     return make_captioner(captioner_folder, grid_backbone=backbone, segmentation_model=segmenter)
 
 
-def test_a_picture_in_every_form_gives_the_same_caption(captioner, tmp_path):
-    noise().save(tmp_path / "picture.png")
-    path = tmp_path / "picture.png"
+def test_an_image_in_every_form_gives_the_same_caption(captioner, tmp_path):
+    noise().save(tmp_path / "image.png")
+    path = tmp_path / "image.png"
     features = captioner.features_of(noise())
     answers = [captioner(form) for form in (noise(), path, str(path), path.read_bytes(), features)]
     assert all(answer == answers[0] for answer in answers)
@@ -592,11 +608,11 @@ def test_the_caption_is_what_model_and_processor_give(captioner):
 
 
 def test_lists_generators_and_batches(captioner):
-    pictures = [noise(seed) for seed in range(5)]
-    one_by_one = [captioner(picture) for picture in pictures]
-    assert captioner(pictures) == one_by_one
-    assert captioner(pictures, batch_size=2) == one_by_one
-    assert list(captioner((picture for picture in pictures), batch_size=4)) == one_by_one
+    images = [noise(seed) for seed in range(5)]
+    one_by_one = [captioner(image) for image in images]
+    assert captioner(images) == one_by_one
+    assert captioner(images, batch_size=2) == one_by_one
+    assert list(captioner((image for image in images), batch_size=4)) == one_by_one
 
 
 def test_grids_with_and_without_padding_share_a_batch(captioner):
