@@ -46,7 +46,7 @@ BATCH = 50
 MIN_IMAGES = 210  # 21 batches of ten images, as many as are read of SCST's
 PACK = """
 import re, sys, time
-from difnet_transformers.data import pack as pack_coco
+from difnet_transformers.cli import pack as pack_coco
 started = time.perf_counter()
 assert pack_coco.main(sys.argv[1:]) == 0
 print(time.perf_counter() - started, re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1])
