@@ -1,8 +1,8 @@
 """The packed dataset: its columns, the codec of its values, opening it, and its rows as tensors.
 
-`difnet pack` writes it, `datasets.load_from_disk` opens it. In place of the original's `data/field.py`, which opens the
-HDF5 file for every item, rows are gathered from the memory-mapped Arrow file: each is copied once, straight into its
-place in the batch.
+`difnet pack` writes it, `datasets.load_from_disk` opens it. In place of the original's `data/field.py`, which opens
+the HDF5 file for every item, rows are gathered from the memory-mapped Arrow file: each is copied once, straight into
+its place in the batch.
 
 Packing imports this module and stays small in memory: torch is imported where tensors are made.
 """
@@ -129,11 +129,8 @@ def encode_segmentation(segmentation: np.ndarray) -> bytes:
     Raises:
         ValueError: another shape or type.
     """
-    if (
-        segmentation.ndim != 3
-        or segmentation.size > LARGEST_SEGMENTATION
-        or segmentation.dtype not in (np.float16, np.float32)
-    ):
+    fits = segmentation.ndim == 3 and segmentation.size <= LARGEST_SEGMENTATION
+    if not fits or segmentation.dtype not in (np.float16, np.float32):
         raise ValueError(
             "expected float16 or float32 of shape (classes, height, width) with at most 65,536 values, "
             f"got {segmentation.dtype} {segmentation.shape}"
