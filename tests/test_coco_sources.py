@@ -28,7 +28,7 @@ from difnet_transformers.data.normalization import (
     normalize_image_id,
     normalize_side,
 )
-from modeling_difnet.images_difnet import UnreadablePicture, open_picture
+from modeling_difnet.images_difnet import UnreadableImage, open_image
 
 TRIANGLE = [2, 2, 20, 2, 20, 20]
 RUN_LENGTHS = {"size": [30, 40], "counts": [600, 600]}
@@ -123,8 +123,8 @@ class TestFileNames:
     def test_pipes_in_a_folder_are_found_and_refused_by_name_when_they_are_opened(self, tmp_path):
         os.mkfifo(tmp_path / "1.jpg")
         assert find_images([str(tmp_path)]) == [tmp_path / "1.jpg"]
-        with pytest.raises(UnreadablePicture, match=r"1\.jpg: not a regular file"):
-            open_picture(tmp_path / "1.jpg")
+        with pytest.raises(UnreadableImage, match=r"1\.jpg: not a regular file"):
+            open_image(tmp_path / "1.jpg")
 
 
 class TestCaptions:

@@ -123,11 +123,12 @@ class Extraction:
             The arrays by name, grid features (49, C) and segmentation features (133, 7, 7), and a remark on the image.
         """
         opened = open_as_annotated(image)
-        arrays = []
+        arrays: list[np.ndarray] = []
         if self.backbone is not None:
-            arrays.append(self.backbone.grid_features(opened).cpu().numpy())
+            grid: Any = self.backbone.grid_features(opened)  # (49, C)
+            arrays.append(grid.cpu().numpy())
         if self.segmentation is not None:
-            arrays.append(self.segmentation(opened, image))
+            arrays.append(self.segmentation(opened, image))  # (133, 7, 7)
         if not all(np.isfinite(array).all() for array in arrays):
             raise UnreadableImage("NaN or infinity among the features")
         return dict(zip(self.arrays_of(image), arrays, strict=True)), unusual_size(opened)
