@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from ..command_line import describe, requires
 from ..files import atomic_write, folder_lock, printable
-from .errors import PackingError, Problem, raise_problems
+from .errors import DataError, Problem, raise_problems
 from .feature_files import SegmentationFiles
 from .packed_dataset import quiet_datasets
 from .packing_plan import PackingConfig, Plan, check_grid_size, make_plan
@@ -75,7 +75,7 @@ def pack_dataset(
         return Packed(provenance, was_complete=True)
     if not shards:
         raise_problems(plan.left_out)
-        raise PackingError(f"{printable(config.annotations, 300)}: no image has features and captions")
+        raise DataError(f"{printable(config.annotations, 300)}: no image has features and captions")
     check_grid_size(config, plan)
     work.mkdir(parents=True, exist_ok=True)
     try:
@@ -101,7 +101,7 @@ def pack_dataset(
             if save_recipe is not None:
                 save_recipe(packed / "recipe.yaml")
             packed.rename(output)
-    except PackingError:
+    except DataError:
         # The remedy is another input or --skip-missing; shards of this one would lie about for nothing.
         shutil.rmtree(work)
         raise
@@ -112,10 +112,10 @@ def pack_dataset(
 def _complete_provenance(output: Path, identity: str) -> dict[str, Any]:
     try:
         provenance = read_provenance(output)
-    except PackingError:
+    except DataError:
         provenance = {}
     if provenance.get("identity") != identity:
-        raise PackingError(
+        raise DataError(
             f"{printable(output, 300)} exists and was not packed from this input; remove it or choose another --output"
         )
     return provenance

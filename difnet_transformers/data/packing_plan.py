@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..files import printable
 from .captions import ImageRow, read_annotations
-from .errors import GridSizeError, PackingError, Problem, raise_problems
+from .errors import DataError, GridSizeError, Problem, raise_problems
 from .feature_files import GridFiles, SegmentationFiles
 from .grids import fit_grid
 from .packed_dataset import packed_features
@@ -90,7 +90,7 @@ def make_plan(config: PackingConfig) -> Plan:
     """Matches annotations and features.
 
     Raises:
-        PackingError: an image lacks something, or features lack annotations, and `skip_missing` is `False`; the text
+        DataError: an image lacks something, or features lack annotations, and `skip_missing` is `False`; the text
             lists all of them. Or a file is not what it should be.
     """
     annotated, annotation_files, problems = read_annotations(config.annotations)
@@ -136,7 +136,7 @@ def check_grid_size(config: PackingConfig, plan: Plan) -> None:
     """Looks at the first grids before the work begins; a single one that does not fit is found later.
 
     Raises:
-        PackingError: not one of them fits.
+        DataError: not one of them fits.
     """
     grids = GridFiles(config.features)
     errors = []
@@ -152,4 +152,4 @@ def check_grid_size(config: PackingConfig, plan: Plan) -> None:
         else:
             return
     if errors:
-        raise PackingError(errors[0])
+        raise DataError(errors[0])

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..command_line import describe
 from ..files import atomic_write, printable, read_json, sha256_of
-from .errors import PackingError, Problem
+from .errors import DataError, Problem
 from .packing_plan import PackingConfig, Plan
 from .shards import FITTED, Shard, ShardReport
 
@@ -133,13 +133,13 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     """What `provenance.json` of a packed folder says.
 
     Raises:
-        PackingError: there is none, or its values are not what `make_provenance` gives.
+        DataError: there is none, or its values are not what `make_provenance` gives.
     """
     path = folder / "provenance.json"
     try:
         content = read_json(path)
     except (OSError, ValueError) as error:
-        raise PackingError(
+        raise DataError(
             f"{printable(folder, 300)}: not a packed folder, provenance.json cannot be read ({describe(error)})"
         ) from None
     # Folders of the first version were packed before the choice existed.
@@ -160,9 +160,7 @@ def read_provenance(folder: Path) -> dict[str, Any]:
         and "num_segmentation_classes" in content
     )
     if not is_whole:
-        raise PackingError(
-            f"{printable(path, 300)}: not a packed folder, or its provenance.json is damaged; pack again"
-        )
+        raise DataError(f"{printable(path, 300)}: not a packed folder, or its provenance.json is damaged; pack again")
     return content
 
 

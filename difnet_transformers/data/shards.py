@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from ..command_line import requires
 from ..files import atomic_write, printable, read_json, sha256_of
-from .errors import BrokenImage, PackingError, Problem, raise_problems
+from .errors import BrokenImage, DataError, Problem, raise_problems
 from .feature_files import GridFiles, SegmentationFiles
 from .grids import check_segmentation, fit_grid
 from .packed_dataset import encode_segmentation, to_stored
@@ -72,7 +72,7 @@ class FeatureReader:
 
         Raises:
             BrokenImage: they cannot be used; the error names their file.
-            PackingError: a file cannot be read at all.
+            DataError: a file cannot be read at all.
         """
         config, image_id = self.config, image.row.image_id
         source = image.grid_file
@@ -87,7 +87,7 @@ class FeatureReader:
                 source = os.path.join(self.segmentation.path, name)
                 array, self.hashes[image_id] = self.segmentation.read(name)
                 segmentation = check_segmentation(array, config.segmentation_shape())
-        except (PackingError, BrokenImage):
+        except (DataError, BrokenImage):
             raise
         except (ValueError, OSError, RuntimeError) as error:
             raise BrokenImage(source, str(error)) from None
@@ -101,7 +101,7 @@ class FeatureReader:
 
         Raises:
             BrokenImage: as `read`, or its values cannot be stored in the type asked for.
-            PackingError: as `read`.
+            DataError: as `read`.
         """
         features = self.read(image)
         source = image.grid_file
@@ -249,7 +249,7 @@ def write_shards(
         The reports of all shards, in their order.
 
     Raises:
-        PackingError: images cannot be used and `skip_missing` is `False`, or the disk is too small.
+        DataError: images cannot be used and `skip_missing` is `False`, or the disk is too small.
     """
     report_paths = {shard: work / "reports" / (shard.path.replace("/", "-") + ".json") for shard in shards}
     reports: dict[Shard, ShardReport] = {}
@@ -328,7 +328,7 @@ def _check_space(config: PackingConfig, num_images: int, folder: Path) -> None:
     needed = num_images * (config.grid_size**2 * config.grid_feature_size * itemsize + 2000)
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise PackingError(
+        raise DataError(
             f"{printable(folder, 300)}: {num_images} images need about {needed / 1e9:.1f} GB, only {free / 1e9:.1f} "
             "GB are free"
         )

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ..command_line import requires
 from ..files import path_inside, printable, sha256_of
-from .errors import BrokenImage, PackingError, Problem, raise_problems
+from .errors import BrokenImage, DataError, Problem, raise_problems
 from .normalization import normalize_caption, normalize_file_name
 from .packed_dataset import decode_segmentation, float16_bound, load_packed_split, packed_splits, quiet_datasets
 from .packing_plan import PackingConfig, PlannedImage, make_plan
@@ -40,18 +40,18 @@ def verify_dataset(config: PackingConfig, folder: Path) -> Verification:
         folder: the packed dataset.
 
     Raises:
-        PackingError: the folder differs from its sources; the text lists the images.
+        DataError: the folder differs from its sources; the text lists the images.
         ValueError: the folder is no packed dataset, or is damaged.
     """
     provenance = read_provenance(folder)
     for name, shard in provenance["shards"].items():
         path = path_inside(folder, name)
         if not path.is_file() or sha256_of(path) != shard["sha256"]:
-            raise PackingError(f"{printable(path, 300)}: missing or changed since it was packed")
+            raise DataError(f"{printable(path, 300)}: missing or changed since it was packed")
     packed_as = ("dtype", "grid_size", "grid_feature_size", "skip_missing", "grid_fit")
     config = dataclasses.replace(config, **{name: provenance[name] for name in packed_as})
     if (config.segmentation is None) != (provenance["num_segmentation_classes"] is None):
-        raise PackingError(
+        raise DataError(
             f"{printable(folder, 300)} was packed {'with' if config.segmentation is None else 'without'} "
             "--segmentation"
         )
@@ -66,7 +66,7 @@ def verify_dataset(config: PackingConfig, folder: Path) -> Verification:
             images = [image for image in images if image.row.image_id not in left_out]
             ids = [image.row.image_id for image in images]
             if split not in packed or packed[split]["image_id"][:] != ids:
-                raise PackingError(f"the split {split} holds other images than the annotations")
+                raise DataError(f"the split {split} holds other images than the annotations")
             problems += _differences(reader, images, packed[split], split)
             num_images += len(images)
     raise_problems(problems)
