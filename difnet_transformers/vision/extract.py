@@ -462,28 +462,27 @@ def pack_features(features: Path, packed: Path, captions: str, skip_missing: boo
     Args:
         features: output of `extract_features`.
         packed: the dataset to make.
-        captions: the annotations, as `data.pack` takes them.
+        captions: the annotations, as `read_annotations` takes them.
         skip_missing: whether annotated images without features are left out.
 
     Raises:
-        ValueError: there are no grid features, or as `data.pack.pack`.
+        ValueError: there are no grid features, or as `pack_dataset`.
     """
-    from ..data import pack
+    from ..data.pack import PackingConfig, pack_dataset
 
     grids, segmentations = features / GRIDS, features / SEGMENTATIONS
     if not grids.exists():
         raise ExtractionError("--packed needs grid features: give --grid-backbone")
     with h5py.File(grids, "r") as file:
         grid_feature_size = file[next(iter(file))].shape[1]
-    recipe = pack.Recipe(
+    config = PackingConfig(
         features=(str(grids),),
         segmentation=str(segmentations) if segmentations.exists() else None,
         annotations=captions,
         grid_feature_size=grid_feature_size,
         skip_missing=skip_missing,
     )
-    pack.datasets.disable_progress_bars()
-    provenance = pack.pack(recipe, packed, num_proc=1, parquet=False, shard_size=1000)
+    provenance, _ = pack_dataset(config, packed)
     shutil.copyfile(features / "manifest.json", packed / "extraction.json")
     for split, counts in provenance["splits"].items():
         print(f"{split}: {counts['images']:,} images, {counts['captions']:,} captions")
