@@ -33,11 +33,9 @@ from ..files import atomic_write, folder_lock, naming, printable, read_json
 from .segmentation_sources import (
     CocoSegmentations,
     ImageFile,
-    InstanceSegmentations,
-    LabelMaps,
     ModelSegmentations,
-    PanopticSegmentations,
     SegmentationSource,
+    open_annotations,
 )
 from .work_folder import LEFT_OUT, UNUSUAL, WorkFolder
 
@@ -54,8 +52,6 @@ with requires("images"):
         listed_images,
         match_images,
         read_images,
-        read_instances,
-        read_panoptic,
     )
 
 GRIDS = "grid_features.hdf5"
@@ -240,31 +236,26 @@ def extract_features(
 
     def open_inputs() -> Extraction:
         network_device = torch.device(device or state.device)
-        segmentation: SegmentationSource | None = None
-        if instance_annotations:
-            segmentation = InstanceSegmentations([read_instances(path) for path in instance_annotations])
-        elif panoptic_annotations:
-            segmentation = PanopticSegmentations([read_panoptic(path) for path in panoptic_annotations])
-        elif label_maps is not None:
-            segmentation = LabelMaps(label_maps, label_order)
-        elif segmentation_model is not None or untrained:
+        segmentation: SegmentationSource | None = open_annotations(
+            panoptic_annotations, instance_annotations, label_maps, label_order
+        )
+        if segmentation is None and (segmentation_model is not None or untrained):
             segmenter = load_segmenter(segmentation_model, network_device, untrained, seed)
             segmentation = ModelSegmentations(segmenter, segmentation_model)
-        backbone = None
-        if grid_backbone is not None or untrained:
-            backbone = load_grid_backbone(grid_backbone, network_device, untrained, seed)
-        if backbone is None and segmentation is None:
-            raise ExtractionError(
-                "nothing to make: give --grid-backbone, a source of segmentation, or both (see --help)"
-            )
         provenance: dict[str, Any] = {"made_by": "DIFNet for Transformers, scripts/extract_features.py"}
         if untrained:
             provenance["warning"] = UNTRAINED_WARNING
         provenance["versions"] = {name: version(name) for name in ("torch", "transformers", "pillow")}
         if segmentation is not None:
             provenance["segmentation"] = segmentation.provenance
-        if backbone is not None:
+        backbone = None
+        if grid_backbone is not None or untrained:
+            backbone = load_grid_backbone(grid_backbone, network_device, untrained, seed)
             provenance["grid_backbone"] = provenance_of(backbone, grid_backbone)
+        if backbone is None and segmentation is None:
+            raise ExtractionError(
+                "nothing to make: give --grid-backbone, a source of segmentation, or both (see --help)"
+            )
         if isinstance(segmentation, CocoSegmentations):
             coco_files = segmentation.files
         else:
