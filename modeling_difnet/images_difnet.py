@@ -454,7 +454,6 @@ def _decoded(response: http.client.HTTPResponse, largest: int) -> Iterator[bytes
 
 
 # Names of version 0.1.
-UnreadablePicture, open_picture = UnreadableImage, open_image
 
 __all__ = [
     "RASTER_FORMATS",

@@ -192,10 +192,10 @@ def user_without_pillow() -> None:
     """Everything but images works; where an image is needed, the error says what to install."""
     sys.modules["PIL"] = None
     from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration, GridFeatureBackbone  # noqa: F401
-    from modeling_difnet.images_difnet import open_picture
+    from modeling_difnet.images_difnet import open_image
 
     with pytest.raises(ImportError, match=r"difnet-transformers\[images\]"):
-        open_picture("image.jpg")
+        open_image("image.jpg")
 
 
 def user_of_the_hub(pictures: str, *names: str) -> None:

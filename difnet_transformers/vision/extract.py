@@ -45,14 +45,8 @@ with requires("images"):
     from accelerate.utils import broadcast_object_list, gather_object
     from PIL import Image
 
-    from ..data.sources import (
-        CocoFile,
-        find_pictures,
-        image_ids_of,
-        listed_images,
-        match_images,
-        read_images,
-    )
+    from ..data.coco import CocoFile, merge_images, read_images
+    from ..data.image_files import find_images, image_ids_from_names, match_images
 
 GRIDS = "grid_features.hdf5"
 SEGMENTATIONS = "segmentations"
@@ -298,12 +292,12 @@ def list_images(places: Sequence[str], coco_files: Sequence[CocoFile]) -> tuple[
         tqdm.write(f"{LEFT_OUT}: {what}", file=sys.stderr)
         left_out.append(LeftOutImage(image_id, what))
 
-    paths = find_pictures(places, leave_out=lambda path, reason: leave_out("", f"{printable(path, 300)}: {reason}"))
+    paths = find_images(places, leave_out=lambda path, reason: leave_out("", f"{printable(path, 300)}: {reason}"))
     found: dict[int, tuple[Path, tuple[int, int] | None]] = {}
     if not coco_files:
-        found = {image_id: (path, None) for image_id, path in zip(image_ids_of(paths), paths, strict=True)}
+        found = {image_id: (path, None) for image_id, path in zip(image_ids_from_names(paths), paths, strict=True)}
     else:
-        listed = listed_images(coco_files)
+        listed = merge_images(coco_files)
         matches = match_images(paths, {image.image_id: image.file_name for image in listed.values()})
         found = {image_id: (path, listed[image_id].size) for image_id, path in matches.paths.items()}
         for problem in [*(problem for file in coco_files for problem in file.problems), *matches.problems]:
@@ -467,7 +461,10 @@ def pack_features(features: Path, packed: Path, captions: str, skip_missing: boo
     Raises:
         ValueError: there are no grid features, or as `data.pack.pack`.
     """
-    from ..data import pack
+    with requires("data"):
+        from datasets import disable_progress_bars
+
+        from ..data import pack
 
     grids, segmentations = features / GRIDS, features / SEGMENTATIONS
     if not grids.exists():
@@ -481,7 +478,7 @@ def pack_features(features: Path, packed: Path, captions: str, skip_missing: boo
         grid_feature_size=grid_feature_size,
         skip_missing=skip_missing,
     )
-    pack.datasets.disable_progress_bars()
+    disable_progress_bars()
     provenance = pack.pack(recipe, packed, num_proc=1, parquet=False, shard_size=1000)
     shutil.copyfile(features / "manifest.json", packed / "extraction.json")
     for split, counts in provenance["splits"].items():
