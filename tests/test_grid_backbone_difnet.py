@@ -17,9 +17,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
-from convert_checkpoint import convert_grid_backbone, main
+from convert_checkpoint import convert_detectron2_state_dict, convert_grid_backbone, main
 from modeling_difnet import GridFeatureBackbone, GridFeatureBackboneConfig, grid_backbone_difnet
-from modeling_difnet.grid_backbone_difnet import convert_detectron2_state_dict, resized_shape
+from modeling_difnet.grid_backbone_difnet import resized_shape
 
 X101 = {"depths": (3, 4, 23, 3), "groups": 32, "width_per_group": 8, "stem": 64, "res2": 256}
 X152 = {**X101, "depths": (3, 8, 36, 3)}
@@ -389,13 +389,13 @@ KEY = "backbone.res3.1.conv2.norm.running_var"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({KEY: None}, rf"weights.pth is not .* 1 keys are missing \({KEY}\), 0 are unknown"),
-        ({"backbone.res3.2.conv1.weight": torch.zeros(1)}, r"1 are unknown \(backbone.res3.2.conv1.weight\)"),
-        ({"roi_heads.res5.0.conv1.weight": torch.zeros(1)}, r"1 are unknown \(roi_heads.res5.0.conv1.weight\)"),
-        ({"backbone.fpn_lateral5.weight": torch.zeros(1)}, r"1 are unknown \(backbone.fpn_lateral5.weight\)"),
+        ({KEY: None}, rf"weights.pth is not .* 1 keys are missing \(`{KEY}`\), 0 are unknown"),
+        ({"backbone.res3.2.conv1.weight": torch.zeros(1)}, r"1 are unknown \(`backbone.res3.2.conv1.weight`\)"),
+        ({"roi_heads.res5.0.conv1.weight": torch.zeros(1)}, r"1 are unknown \(`roi_heads.res5.0.conv1.weight`\)"),
+        ({"backbone.fpn_lateral5.weight": torch.zeros(1)}, r"1 are unknown \(`backbone.fpn_lateral5.weight`\)"),
         ({KEY: torch.ones(5)}, rf"`{KEY}` has the shape \(5,\), but the other keys ask for \(16,\)"),
-        ({KEY: torch.full((16,), torch.nan)}, f"`{KEY}` holds values that are not finite"),
-        ({KEY: torch.ones(16, dtype=torch.int64)}, f"`{KEY}` holds values that are not finite"),
+        ({KEY: torch.full((16,), torch.nan)}, rf"NaN or infinity among the weights: {KEY} \(16 of 16 values\)"),
+        ({KEY: torch.ones(16, dtype=torch.int64)}, f"`{KEY}` is of type torch.int64"),
         ({"backbone.stem.conv1.weight": None}, "`backbone.stem.conv1.weight` is missing"),
         ({"backbone.res2.0.conv2.weight": torch.zeros(8, 0, 3, 3)}, "`backbone.res2.0.conv2.weight` is missing or"),
         ({"backbone.res4.0.conv2_offset.weight": torch.zeros(1)}, r"deformable convolutions .*X-152\+\+"),
