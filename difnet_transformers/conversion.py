@@ -425,8 +425,8 @@ def check_output(output: Path, overwrite: bool, inputs: Sequence[str | Path | No
     """
     if os.path.lexists(output) and not overwrite and not (output.is_dir() and not any(output.iterdir())):
         raise ValueError(f"{printable(output, 300)} exists: nothing is replaced without `--overwrite`.")
-    for path in filter(None, inputs):
-        if output.is_dir() and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(output)):
+    for path in inputs:
+        if path is not None and output.is_dir() and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(output)):
             raise ValueError(
                 f"{printable(path, 300)} lies in {printable(output, 300)}, which `--overwrite` would replace. Choose "
                 "another output, or move the file."

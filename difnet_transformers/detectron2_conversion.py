@@ -17,7 +17,7 @@ from .state_dicts import Conversion, convert_keys, listing, network_shapes, unwr
 
 # What its configurations say and its files do not, for the published networks: (blocks, groups) to (stride_in_1x1,
 # image_std). In this order.
-PUBLISHED_NETWORKS = {
+PUBLISHED_NETWORKS: dict[tuple[tuple[int, ...], int], tuple[bool, Sequence[float]]] = {
     ((3, 4, 6, 3), 1): (True, (1.0, 1.0, 1.0)),
     ((3, 4, 23, 3), 32): (False, (57.375, 57.120, 58.395)),
     ((3, 8, 36, 3), 32): (False, (1.0, 1.0, 1.0)),

@@ -32,7 +32,7 @@ def load_original_checkpoint(path: str | os.PathLike, entry: str = "state_dict")
 
     Raises:
         ValueError: no such file, a truncated file, a wrong checksum, a pickle that asks for anything but tensors and
-            plain values, a file without a state dict, a weight that is no plain array of numbers.
+            plain values, a file without a state dict, a weight that is no plain array.
     """
     path = Path(path)
     shown = printable(path, 300)
@@ -112,7 +112,7 @@ def read_vocabulary(path: str | os.PathLike) -> list[str]:
 
 
 # Python's own implementation: the one in C reserves memory for whatever number a file gives to an object.
-class VocabularyUnpickler(pickle._Unpickler):  # type: ignore[name-defined]  # not in the type stubs
+class VocabularyUnpickler(pickle._Unpickler):
     """Reads the original's `vocab.pkl` into stand-ins without effect for its four names; any other name is refused."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
