@@ -13,7 +13,6 @@ from difnet_transformers.conversion import (
     convert_back,
     convert_grid_backbone,
     convert_state_dict,
-    default_generation_config,
     key_pairs,
     linear_and_norm_pairs,
     original_config,
@@ -21,9 +20,10 @@ from difnet_transformers.conversion import (
     to_original_state_dict,
     unused_keys,
 )
-from difnet_transformers.detectron2_conversion import convert_detectron2_state_dict
+from difnet_transformers.grid_feats_vqa import convert_detectron2_state_dict
 from difnet_transformers.original_files import load_original_checkpoint, read_vocabulary
 from difnet_transformers.state_dicts import Conversion, key_report
+from modeling_difnet.generation_difnet import default_generation_config
 
 __all__ = [
     "MODES",

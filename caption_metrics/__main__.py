@@ -153,33 +153,35 @@ def _group(value: Any, path: Path, image: Any) -> list[str]:
     return [_caption(caption, path, image) for caption in value]
 
 
-def _pairs(arguments: argparse.Namespace) -> tuple[list[str], list[str], list[list[str]], int]:
+def _pairs(
+    predictions_path: Path, references_path: Path, all_images: bool
+) -> tuple[list[str], list[str], list[list[str]], int]:
     """Image ids, predictions, references, and how many images have references but no prediction."""
-    predictions = read_predictions(arguments.predictions)
-    references = read_references(arguments.references)
-    if isinstance(predictions, list) != isinstance(references, list):
-        raise UserError("one file goes by position and the other by image id; give both in the same way")
-    if isinstance(predictions, list):
+    predictions = read_predictions(predictions_path)
+    references = read_references(references_path)
+    if isinstance(predictions, list) and isinstance(references, list):
         if len(predictions) != len(references):
             raise UserError(
-                f"{arguments.predictions} has {len(predictions)} captions, {arguments.references} references for "
+                f"{predictions_path} has {len(predictions)} captions, {references_path} references for "
                 f"{len(references)} images; they must be as many"
             )
         predictions = {str(position): caption for position, caption in enumerate(predictions)}
         references = {str(position): group for position, group in enumerate(references)}
+    if isinstance(predictions, list) or isinstance(references, list):
+        raise UserError("one file goes by position and the other by image id; give both in the same way")
     if not predictions:
-        raise UserError(f"{arguments.predictions}: no captions to score")
+        raise UserError(f"{predictions_path}: no captions to score")
     images = list(predictions)
     unknown = [image for image in images if image not in references]
     if unknown:
         raise UserError(
-            f"{arguments.references}: no references for {len(unknown)} of {len(images)} predicted images, the first "
+            f"{references_path}: no references for {len(unknown)} of {len(images)} predicted images, the first "
             f"is image {_printable(unknown[0])}"
         )
     missing = [image for image in references if image not in predictions]
-    if missing and arguments.all_images:
+    if missing and all_images:
         raise UserError(
-            f"{arguments.predictions}: no caption for {len(missing)} of {len(references)} images, the first is image "
+            f"{predictions_path}: no caption for {len(missing)} of {len(references)} images, the first is image "
             f"{_printable(missing[0])}"
         )
     return images, list(predictions.values()), [references[image] for image in images], len(missing)
@@ -220,31 +222,48 @@ def _number(score: float | None) -> float | None:
     return None if score is None or math.isnan(score) else score
 
 
-def run(arguments: argparse.Namespace) -> None:
-    images, predictions, references, missing = _pairs(arguments)
-    scores = score_captions(
-        predictions,
-        references,
-        with_meteor=arguments.meteor,
-        with_spice=arguments.spice,
-        per_image=arguments.per_image,
-    )
-    per_image = scores.pop("per_image", None)
+def score_files(
+    predictions_path: Path,
+    references_path: Path,
+    output: Path | None = None,
+    *,
+    meteor: bool = False,
+    spice: bool = False,
+    per_image: bool = False,
+    all_images: bool = False,
+) -> None:
+    """Scores a file of captions, writes the scores and prints them.
+
+    Args:
+        predictions_path: JSON file of captions, one for each image.
+        references_path: JSON file of reference captions.
+        output: where the scores go; default: `predictions_path` with the ending .scores.json.
+        meteor: whether to add METEOR 1.5.
+        spice: whether to add SPICE.
+        per_image: whether to write the scores of every image too.
+        all_images: whether an image without a prediction is an error.
+
+    Raises:
+        UserError: a file cannot be read or written, or the two do not go together.
+    """
+    images, predictions, references, missing = _pairs(predictions_path, references_path, all_images)
+    scores = score_captions(predictions, references, with_meteor=meteor, with_spice=spice, per_image=per_image)
+    scores_per_image = scores.pop("per_image", None)
     content: dict[str, Any] = {"images": len(images), "images_without_prediction": missing}
     content |= {name: _number(score) for name, score in scores.items()}
-    if per_image is not None:
-        names = [name for name, values in per_image.items() if values is not None]
+    if scores_per_image is not None:
+        names = [name for name, values in scores_per_image.items() if values is not None]
         content["per_image"] = {
-            image: {name: _number(per_image[name][position]) for name in names}
+            image: {name: _number(scores_per_image[name][position]) for name in names}
             for position, image in enumerate(images)
         }
-    output = arguments.output or arguments.predictions.with_suffix(".scores.json")
+    output = output or predictions_path.with_suffix(".scores.json")
     _write(output, content)
     print(f"{'images':<8} {len(images):>8,}")
     for name, score in scores.items():
         print(f"{name:<8} {'-' if score is None else f'{score:8.4f}':>8}")
     if missing:
-        shown = _printable(str(arguments.references))
+        shown = _printable(str(references_path))
         print(f"{missing:,} images of {shown} have no prediction and are not scored", file=sys.stderr)
     print(f"written to {_printable(str(output))}")
 
@@ -273,7 +292,15 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m caption_metri
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         with _terminating():
-            run(arguments)
+            score_files(
+                arguments.predictions,
+                arguments.references,
+                arguments.output,
+                meteor=arguments.meteor,
+                spice=arguments.spice,
+                per_image=arguments.per_image,
+                all_images=arguments.all_images,
+            )
     except KeyboardInterrupt as stopped:
         print("stopped; nothing was written", file=sys.stderr)
         return 143 if isinstance(stopped, _Terminated) else 130

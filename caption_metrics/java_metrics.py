@@ -104,19 +104,22 @@ def meteor(hypotheses: Sequence[Caption], references: Sequence[Sequence[Caption]
             encoding="utf-8",
         ) as process,
     ):
+        questions, answers = process.stdin, process.stdout
+        assert questions is not None  # both are pipes
+        assert answers is not None
 
         def ask(line: str) -> None:
-            process.stdin.write(line + "\n")
-            process.stdin.flush()
+            questions.write(line + "\n")
+            questions.flush()
 
         try:
             statistics = []
             for words, group in zip(hypotheses, references, strict=True):
                 ask(" ||| ".join(["SCORE", *map(_sentence, group), _sentence(words)]))
-                statistics.append(process.stdout.readline().strip())
+                statistics.append(answers.readline().strip())
             ask(" ||| ".join(["EVAL", *statistics]))
-            per_image = np.array([float(process.stdout.readline()) for _ in hypotheses])
-            corpus = float(process.stdout.readline())
+            per_image = np.array([float(answers.readline()) for _ in hypotheses])
+            corpus = float(answers.readline())
         except (BrokenPipeError, ValueError) as error:
             process.kill()
             complaints.seek(0)

@@ -108,7 +108,7 @@ class DocumentFrequencies:
 
 
 def count_ngrams(
-    captions: Sequence[Words], images: Sequence[int], frequencies: DocumentFrequencies | None = None
+    captions: Sequence[Words], images: Sequence[int] | np.ndarray, frequencies: DocumentFrequencies | None = None
 ) -> list[NgramCounts]:
     """Counts for n = 1, 2, 3, 4 of the n-grams of `captions`; `images[i]` is the image of caption i."""
     local: dict[str, int] = {}
@@ -121,7 +121,7 @@ def count_ngrams(
         known_words = np.array([numbers.get(entry, -1) for entry in local], dtype=np.int64)
 
     result = []
-    ngram, size, known = np.asarray(images, dtype=np.int64)[caption], 1, None
+    ngram, size, known = np.asarray(images, dtype=np.int64)[caption], 1, np.empty(0, dtype=np.int64)
     for n in range(1, MAX_N + 1):
         if n > 1:
             inside = caption[n - 1 :] == caption[: len(caption) - n + 1]

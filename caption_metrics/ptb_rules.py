@@ -7,8 +7,7 @@ equals the one listed first. Group 1 is the token, what follows it in the expres
 
 The expressions run over `characters.representatives(text)`: "ä" stands for any letter outside ASCII, "\u0301" for any
 combining mark, "٠" for any digit outside ASCII and so on. Spelt-out words ignore case, character classes do not.
-Worked out from the compiled Java program (its behaviour, its lexer's tables, a disassembly of its actions) and checked
-against it; its source was not read and none of its code is used.
+NOTICE, beside this file, says how the rules were found; README.md, how they were checked.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ first: one table of names, read in both directions. Every key of a file is mappe
 the conversion stops. The four original modes (`base`, `base_lrp`, `difnet`, `difnet_lrp`) and all sizes are read from
 keys and shapes. Three numbers are not in the file: the number of heads, the paper's Lf and T.
 
-The files themselves are read in `original_files.py`, the weights of the grid backbone in `detectron2_conversion.py`.
+The files themselves are read in `original_files.py`, the weights of the grid backbone in `grid_feats_vqa.py`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig
 
 from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration, GridFeatureBackbone
+from modeling_difnet.generation_difnet import default_generation_config
 from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer
 
 from .checkpoints import load_model
-from .detectron2_conversion import convert_detectron2_state_dict
 from .files import atomic_output, printable, sha256_of
+from .grid_feats_vqa import convert_detectron2_state_dict
 from .model_card import check_license, write_model_card
 from .original_files import load_original_checkpoint, read_vocabulary
 from .presets import MODES
@@ -261,21 +261,6 @@ def to_original_state_dict(model: DifnetForConditionalGeneration, mode: str | No
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def default_generation_config(config: DifnetConfig) -> GenerationConfig:
-    """As in the original's evaluation: five beams, 20 tokens, hypotheses ranked by their log-probability."""
-    return GenerationConfig(
-        num_beams=5,
-        # With `<bos>`. A stored `max_new_tokens` would win over the `max_length` of a caller.
-        max_length=1 + min(20, config.max_position_embeddings),
-        length_penalty=0.0,
-        early_stopping="never",
-        bos_token_id=config.bos_token_id,
-        pad_token_id=config.pad_token_id,
-        eos_token_id=config.eos_token_id,
-        decoder_start_token_id=config.decoder_start_token_id,
-    )
-
-
 def convert(
     checkpoint: str | Path,
     output: str | Path,
@@ -425,8 +410,8 @@ def check_output(output: Path, overwrite: bool, inputs: Sequence[str | Path | No
     """
     if os.path.lexists(output) and not overwrite and not (output.is_dir() and not any(output.iterdir())):
         raise ValueError(f"{printable(output, 300)} exists: nothing is replaced without `--overwrite`.")
-    for path in inputs:
-        if path is not None and output.is_dir() and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(output)):
+    for path in inputs if output.is_dir() else ():
+        if path is not None and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(output)):
             raise ValueError(
                 f"{printable(path, 300)} lies in {printable(output, 300)}, which `--overwrite` would replace. Choose "
                 "another output, or move the file."

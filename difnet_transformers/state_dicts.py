@@ -1,7 +1,7 @@
 """State dicts under the names of another implementation: the table of keys, the checks, and the report.
 
 Every key of a file is accounted for: it is mapped, or dropped for a stated reason, or the conversion stops. The tables
-themselves are in `conversion.py` (the original DIFNet) and `detectron2_conversion.py` (grid-feats-vqa).
+themselves are in `conversion.py` (the original DIFNet) and `grid_feats_vqa.py` (grid-feats-vqa).
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from transformers import PreTrainedModel
 
+from modeling_difnet.weights_difnet import check_finite_weights
+
 from .files import printable
-from .weights import check_finite_weights
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 

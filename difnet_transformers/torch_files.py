@@ -186,7 +186,7 @@ class Storage:
 
     @property
     def num_bytes(self) -> int:
-        assert self.dtype is not None
+        assert self.dtype is not None, "a quantized storage is not read"
         return self.num_elements * self.dtype.itemsize
 
     def __setstate__(self, state: object) -> None:
@@ -506,7 +506,8 @@ class TorchFile:
         if entry.unsupported is not None:
             raise ValueError(f"is {entry.unsupported}; save it as an ordinary one")
         storage, dtype = entry.storage, entry.dtype
-        assert storage is not None and dtype is not None
+        assert storage is not None, "only an unsupported tensor has no storage"
+        assert dtype is not None
         num_elements = storage.num_bytes // dtype.itemsize
         size = math.prod(entry.shape)
         if len(entry.shape) != len(entry.stride) or min((entry.offset, *entry.shape, *entry.stride)) < 0:

@@ -29,7 +29,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 try:
     from PIL import Image
 except ImportError:  # the captioner itself works from feature files and does without
-    Image = None
+    Image = None  # type: ignore[assignment]
 
 STAGES = ("res2", "res3", "res4", "res5")
 
@@ -82,7 +82,8 @@ class GridFeatureBackboneConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         # config.json holds lists
-        self.depths, self.image_mean, self.image_std = map(tuple, (self.depths, self.image_mean, self.image_std))
+        self.depths, self.image_mean = tuple(self.depths), tuple(self.image_mean)
+        self.image_std = tuple(self.image_std)
         for name, length in (("depths", len(STAGES)), ("image_mean", 3), ("image_std", 3)):
             if len(getattr(self, name)) != length:
                 raise ValueError(
@@ -127,6 +128,12 @@ class GridFeatureBackboneOutput(ModelOutput):
 class FrozenBatchNorm(nn.Module):
     """Batch norm that is always in evaluation: its four vectors are constants, in training too."""
 
+    weight: torch.Tensor
+    bias: torch.Tensor
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
+    ends_a_block: bool = False  # for `_init_weights`, which is shown one layer at a time
+
     def __init__(self, num_channels: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
@@ -143,6 +150,8 @@ class FrozenBatchNorm(nn.Module):
 
 class NormedConv2d(nn.Conv2d):
     """A convolution without bias and its frozen norm, which the weights file keeps inside the convolution."""
+
+    norm: FrozenBatchNorm
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, eps: float, **kwargs) -> None:
         super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False, **kwargs)
@@ -176,7 +185,7 @@ class Bottleneck(nn.Module):
         self.conv1 = NormedConv2d(in_channels, channels, 1, eps, stride=stride_1x1)
         self.conv2 = NormedConv2d(channels, channels, 3, eps, stride=stride_3x3, groups=config.groups)
         self.conv3 = NormedConv2d(channels, out_channels, 1, eps)
-        self.conv3.norm.ends_a_block = True  # for `_init_weights`, which is shown one layer at a time
+        self.conv3.norm.ends_a_block = True
         if in_channels == out_channels:
             self.shortcut = None
         else:
@@ -218,7 +227,7 @@ class GridFeatureBackbone(PreTrainedModel):
     config_class = GridFeatureBackboneConfig
     base_model_prefix = "grid_backbone"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = "image"
     _no_split_modules = ["Stem", "Bottleneck"]
 
     def __init__(self, config: GridFeatureBackboneConfig) -> None:
@@ -232,7 +241,7 @@ class GridFeatureBackbone(PreTrainedModel):
         """Values that keep the size of activations; the last norm of a block is small, or blocks would add up."""
         if isinstance(module, FrozenBatchNorm):
             tensors = list(module.buffers())
-            init.constant_(module.weight, 0.25 if getattr(module, "ends_a_block", False) else 1.0)
+            init.constant_(module.weight, 0.25 if module.ends_a_block else 1.0)
             init.zeros_(module.bias)
             init.zeros_(module.running_mean)
             init.ones_(module.running_var)

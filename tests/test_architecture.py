@@ -17,7 +17,7 @@ LEVELS = [
     {"vision", "training"},
     {"evaluation"},
     {"reports"},
-    {"demo"},
+    {"demo", "workflows"},
     {"cli"},
     {"convert_checkpoint", "dataset_difnet", "pipeline_difnet", "segmentation_difnet"},
     {"scripts", "examples", "benchmarks"},

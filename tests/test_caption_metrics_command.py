@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -183,6 +184,18 @@ def test_the_command_and_its_imports():
         check=False,
     )
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
+def test_the_folder_stands_alone(tmp_path):
+    """Taken out of the project, it works as it is, and says under which licence it is."""
+    shutil.copytree(REPOSITORY / "caption_metrics", tmp_path / "alone" / "caption_metrics")
+    code = "import caption_metrics.__main__ as m; print(m.__file__); raise SystemExit(m.main())"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    words = [sys.executable, "-c", code, *write(tmp_path, *FORMATS["COCO"])]
+    done = subprocess.run(words, cwd=tmp_path / "alone", env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"{tmp_path / 'alone' / 'caption_metrics'}")
+    assert "cider_d" in done.stdout
+    assert "Apache License" in (tmp_path / "alone" / "caption_metrics" / "NOTICE").read_text()
 
 
 EVALUATE = """

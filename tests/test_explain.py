@@ -1,4 +1,4 @@
-"""`scripts/explain.py` and what it draws: panels, a page that is tried in a real browser, curves."""
+"""`difnet explain` and what it draws: panels, a page that is tried in a real browser, curves."""
 
 import io
 import json
@@ -15,25 +15,22 @@ from PIL import Image
 from test_images import BROKEN, noise, save_captioner, thirty_images
 from tiny_packed import GRID_FEATURE_SIZE, NUM_CLASSES, SIZES, write_packed
 
-from difnet_transformers.reports import caption_images as caption
+from difnet_transformers.cli import caption
+from difnet_transformers.cli import explain as explain_command
 from difnet_transformers.reports import explain
-from difnet_transformers.reports.relevance_figures import (
-    FOR,
-    Curve,
-    ExplainedPicture,
-    arrays_of,
-    chart,
-    explain_picture,
-    heat,
-    page,
+from difnet_transformers.reports.pages import relevance_page
+from difnet_transformers.reports.relevance import (
+    POSITIVE_COLOR,
+    ExplainedImage,
+    explain_image,
+    heat_map,
     panels,
     position_curves,
+    relevance_arrays,
     unique_names,
 )
 from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration, RelevanceOutput
 from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer
-
-SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 SPEAKING = {"suppress_tokens": [0, 1, 2], "min_new_tokens": 4, "max_new_tokens": 5, "num_beams": 2}
 
@@ -53,10 +50,10 @@ def model(tmp_path_factory) -> Path:
 
 
 def run(*arguments: object) -> int:
-    return explain.main([*map(str, arguments), "--device", "cpu"])
+    return explain_command.main([*map(str, arguments), "--device", "cpu"])
 
 
-def example(**changes) -> ExplainedPicture:
+def example(**changes) -> ExplainedImage:
     """Two words on 2 x 3 cells of a picture three times as wide as high; "dog" is in the last cell, "red" in two."""
     both = np.zeros((2, 6))
     both[0, 5] = 2.0
@@ -65,7 +62,7 @@ def example(**changes) -> ExplainedPicture:
     classes[0, 69] = 0.25
     values = {
         "name": "drawn",
-        "picture": Image.new("RGB", (300, 100), "white"),
+        "image": Image.new("RGB", (300, 100), "white"),
         "words": ["dog", "red"],
         "probabilities": np.array([0.5, 0.25]),
         "grid_shape": (2, 3),
@@ -74,7 +71,7 @@ def example(**changes) -> ExplainedPicture:
         "earlier_words": np.array([[0.0, 0.0], [0.4, 0.0]]),
         "method": "original",
     }
-    return ExplainedPicture(**values | changes)
+    return ExplainedImage(**values | changes)
 
 
 # Heat maps
@@ -82,9 +79,9 @@ def example(**changes) -> ExplainedPicture:
 
 def test_heat_maps_are_right_way_up_on_wide_pictures():
     explained = example()
-    drawn = np.asarray(heat(explained.flows["both"][0], (2, 3), explained.picture)).astype(int)
+    drawn = np.asarray(heat_map(explained.flows["both"][0], (2, 3), explained.image)).astype(int)
     assert drawn.shape == (100, 300, 3)
-    orange = np.abs(drawn - np.array([0.8 * part + 0.2 * 255 for part in FOR])).max(-1) <= 1
+    orange = np.abs(drawn - np.array([0.8 * part + 0.2 * 255 for part in POSITIVE_COLOR])).max(-1) <= 1
     expected = np.zeros((100, 300), dtype=bool)
     expected[50:, 200:] = True
     assert np.array_equal(orange, expected)
@@ -92,7 +89,7 @@ def test_heat_maps_are_right_way_up_on_wide_pictures():
 
 
 def test_what_speaks_against_a_word_is_blue():
-    red, _, blue = np.asarray(heat(example().flows["both"][1], (2, 3), example().picture)).astype(int).T
+    red, _, blue = np.asarray(heat_map(example().flows["both"][1], (2, 3), example().image)).astype(int).T
     assert red[10, 10] > blue[10, 10], "cell 0, at the top left"
     assert red[10, 90] < blue[10, 90], "cell 3, below it"
     assert red[150, 10] == blue[150, 10]
@@ -101,7 +98,7 @@ def test_what_speaks_against_a_word_is_blue():
 @pytest.mark.parametrize("picture", [Image.new("RGB", (300, 100)), Image.new("RGB", (30, 90)), None])
 def test_panels_have_one_place_a_word(picture):
     """Columns of 220 pixels and margins of 14: the picture, "dog" and "red" in one row, then two rows."""
-    one_row, two_rows = (panels(example(picture=picture), columns=columns) for columns in (3, 2))
+    one_row, two_rows = (panels(example(image=picture), columns=columns) for columns in (3, 2))
     assert one_row.width == 14 + 3 * 234
     assert two_rows.width == 14 + 2 * 234
     height = {300: 73, 30: 220}.get(picture.width if picture else None, 147)
@@ -117,8 +114,8 @@ def browser(tmp_path):
         pytest.skip("no Chromium on this machine: the page is tried where there is one")
     opened = []
 
-    def open_page(*explained: ExplainedPicture) -> chromium.Chromium:
-        (tmp_path / "index.html").write_bytes(page(explained))
+    def open_page(*explained: ExplainedImage) -> chromium.Chromium:
+        (tmp_path / "index.html").write_text(relevance_page(explained))
         opened.append(chromium.Chromium(tmp_path / "index.html", tmp_path / "profile"))
         return opened[-1]
 
@@ -136,13 +133,13 @@ def lit(browser: chromium.Chromium) -> dict[int, str]:
 def test_a_word_lights_up_its_cells_while_the_pointer_is_on_it(browser):
     opened = browser(example())
     assert lit(opened) == {}
-    opened.hover(*opened.middle_of(".caption button", 0))
+    opened.hover(*opened.middle_of(".words button", 0))
     assert lit(opened) == {5: "rgba(217, 95, 2, 0.8)"}
     assert "dog”: probability 50%" in opened.evaluate("document.querySelector('.about').textContent")
     assert "0.250" in opened.evaluate("document.querySelector('.about').textContent")
-    opened.hover(*opened.middle_of(".caption button", 1))
+    opened.hover(*opened.middle_of(".words button", 1))
     assert lit(opened) == {0: "rgba(217, 95, 2, 0.8)", 3: "rgba(43, 108, 196, 0.4)"}
-    earlier = opened.evaluate("document.querySelector('.caption button').style.backgroundColor")
+    earlier = opened.evaluate("document.querySelector('.words button').style.backgroundColor")
     assert earlier == "rgba(217, 95, 2, 0.4)", "the word before speaks for it"
     opened.hover(5, 5)
     assert lit(opened) == {}
@@ -151,9 +148,9 @@ def test_a_word_lights_up_its_cells_while_the_pointer_is_on_it(browser):
 def test_cells_lie_where_they_belong_on_the_page(browser):
     """The middle of the picture's last sixth is in the cell that "dog" lights up."""
     opened = browser(example())
-    opened.hover(*opened.middle_of(".caption button", 0))
+    opened.hover(*opened.middle_of(".words button", 0))
     box = opened.evaluate(
-        "(b => [b.x, b.y, b.width, b.height])(document.querySelector('.picture img').getBoundingClientRect())"
+        "(b => [b.x, b.y, b.width, b.height])(document.querySelector('.image img').getBoundingClientRect())"
     )
     assert box[2] == pytest.approx(3 * box[3], rel=0.01)
     x, y = box[0] + box[2] * 5 / 6, box[1] + box[3] * 3 / 4
@@ -178,16 +175,16 @@ def test_keyboard(browser):
 
 def test_a_click_keeps_a_word(browser):
     opened = browser(example())
-    opened.hover(*opened.middle_of(".caption button", 0))
-    opened.click(*opened.middle_of(".caption button", 0))
+    opened.hover(*opened.middle_of(".words button", 0))
+    opened.click(*opened.middle_of(".words button", 0))
     opened.hover(5, 5)
     assert set(lit(opened)) == {5}
-    assert opened.evaluate("document.querySelector('.caption button').ariaPressed") == "true"
+    assert opened.evaluate("document.querySelector('.words button').ariaPressed") == "true"
 
 
 def test_touch(browser):
     opened = browser(example())
-    opened.tap(*opened.middle_of(".caption button", 1))
+    opened.tap(*opened.middle_of(".words button", 1))
     deadline = time.monotonic() + 5
     while set(lit(opened)) != {0, 3} and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -197,22 +194,22 @@ def test_touch(browser):
 def test_one_flow_at_a_time(browser):
     opened = browser(example(), example(name="second"))
     opened.click(*opened.middle_of("input[name=flow]", 2))
-    opened.hover(*opened.middle_of(".caption button", 0))
+    opened.hover(*opened.middle_of(".words button", 0))
     assert set(lit(opened)) == {0}
-    opened.click(*opened.middle_of(".caption button", 0))
+    opened.click(*opened.middle_of(".words button", 0))
     opened.click(*opened.middle_of("input[name=flow]", 1))
     assert lit(opened) == {5: "rgba(43, 108, 196, 0.8)"}
 
 
 def test_the_page_needs_nothing_else_and_runs_nothing_else(browser):
     name = "</script><img src=x onerror=\"document.title='hacked'\">"
-    content = page([example(name=name, words=["<b>dog</b>", "</script>"])]).decode()
-    assert "http" not in content
+    content = relevance_page([example(name=name, words=["<b>dog</b>", "</script>"])])
+    assert "://" not in content
     assert 'onerror="document' not in content
     opened = browser(example(name=name, words=["<b>dog</b>", "</script>"]))
-    opened.hover(*opened.middle_of(".caption button", 0))
+    opened.hover(*opened.middle_of(".words button", 0))
     assert opened.evaluate("document.title") == "Why this word"
-    assert opened.evaluate("document.querySelector('.caption button').textContent") == "<b>dog</b>"
+    assert opened.evaluate("document.querySelector('.words button').textContent") == "<b>dog</b>"
     assert set(lit(opened)) == {5}
     requested = opened.evaluate("performance.getEntriesByType('resource').filter(e => !e.name.startsWith('data:'))")
     assert requested == []
@@ -220,9 +217,9 @@ def test_the_page_needs_nothing_else_and_runs_nothing_else(browser):
 
 def test_the_page_of_a_baseline_has_one_flow(browser):
     flows = {"both": example().flows["both"], "grid": example().flows["both"]}
-    opened = browser(example(flows=flows, classes=None, picture=None))
+    opened = browser(example(flows=flows, classes=None, image=None))
     assert opened.evaluate("document.querySelectorAll('input').length") == 0
-    opened.hover(*opened.middle_of(".caption button", 0))
+    opened.hover(*opened.middle_of(".words button", 0))
     assert set(lit(opened)) == {5}
 
 
@@ -243,18 +240,6 @@ def test_curves_by_hand():
     assert curves["entropy"].counts.tolist() == [2, 1]
 
 
-@pytest.mark.parametrize("values", [[0.1, 0.9], [3.0, 3.0], [-1e-9, 2e-9], [1e6, 5e6]])
-def test_charts_hold_their_curves(values):
-    """The line is inside the axes: its colour is nowhere outside."""
-    curve = Curve("a model", np.array([2, 3]), np.array(values), np.array([5, 5]))
-    drawn = np.asarray(chart("title", "x", "y", [curve])).astype(int)
-    ys, xs = np.nonzero(np.abs(drawn - [0x1B, 0x6C, 0xA8]).max(-1) == 0)
-    assert xs.min() >= 72 - 5
-    assert xs.max() <= 620 - 20 + 5
-    assert len(set(xs.tolist())) > 300, "from the first position to the second"
-    assert ys.min() >= 48 - 5
-
-
 # The commands
 
 
@@ -269,7 +254,9 @@ def test_pictures(model, tmp_path, capsys):
     assert "left out" in printed.out
     assert "broken.png" in printed.out
     assert "UNTRAINED" in printed.err
-    assert sorted(path.name for path in why.iterdir()) == ["index.html", "relevance.npz", "tall.png", "wide.png"]
+    assert sorted(path.name for path in why.iterdir()) == [
+        *("index.html", "recipe.yaml", "relevance.npz", "tall.png", "wide.png"),
+    ]
     assert "UNTRAINED" in (why / "index.html").read_text()
     with np.load(why / "relevance.npz", allow_pickle=False) as arrays:
         words = arrays["wide/words"].tolist()
@@ -309,8 +296,8 @@ def test_mistakes_are_one_line(model, tmp_path, capsys, arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "m", "--output", "o"], "give pictures, or --dataset"),
-        (["a.png", "--model", "m", "--output", "o"], "pictures need --grid-backbone"),
+        (["--model", "m", "--output", "o"], "give images, or --dataset"),
+        (["a.png", "--model", "m", "--output", "o"], "images need --grid-backbone"),
         (["a.png", "--model", "m", "n", "--untrained", "--output", "o"], "one --model"),
         (["--dataset", "d", "--model", "m", "--untrained", "--output", "o"], "--dataset needs no"),
         (["a.png", "--model", "m", "--untrained", "--faithfulness", "--output", "o"], "belong to --dataset"),
@@ -320,7 +307,7 @@ def test_mistakes_are_one_line(model, tmp_path, capsys, arguments, message):
 def test_options_that_do_not_fit(capsys, arguments, message):
     arguments = sorted(arguments, key=lambda each: each != "a.png")  # --model would take it for a model
     with pytest.raises(SystemExit) as caught:
-        explain.main(arguments)
+        explain_command.main(arguments)
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -341,12 +328,12 @@ def test_a_split_gives_a_curve_for_each_model(tmp_path, capsys):
     packed = write_packed(tmp_path / "packed", {"test": 7})
     models = [save_tiny(tmp_path / "difnet", True), save_tiny(tmp_path / "baseline", False)]
     why = tmp_path / "why"
-    options = ["--images", 5, "--show", 3, "--batch-size", 2, "--faithfulness", "--model", *models]
+    options = ["--num-images", 5, "--show", 3, "--batch-size", 2, "--faithfulness", "--model", *models]
     assert run("--dataset", packed, *options, "--output", why) == 0
     assert "random cells" in capsys.readouterr().out
     assert sorted(path.name for path in why.iterdir()) == [
         *("100.png", "101.png", "102.png", "contribution.png", "curves.npz"),
-        *("faithfulness.png", "index.html", "relevance.npz"),
+        *("faithfulness.png", "index.html", "recipe.yaml", "relevance.npz"),
     ]
     with np.load(why / "curves.npz", allow_pickle=False) as curves:
         for name in ("difnet", "baseline"):
@@ -370,7 +357,7 @@ def test_caption_explains_one_picture(model, tmp_path, capsys):
 
     noise(2).save(tmp_path / "b.png")
     assert caption.main([str(tmp_path), *base[1:], "--explain", str(tmp_path / "why.html")]) == 2
-    assert "--explain takes one picture" in capsys.readouterr().err
+    assert "--explain takes one image" in capsys.readouterr().err
 
 
 def test_of_thirty_images_five_broken_ones_are_named_and_left_out(model, tmp_path, capsys):
@@ -411,9 +398,9 @@ def test_what_was_explained_before_an_interruption_is_written(model, tmp_path, m
     def interrupted(captioner, path, **options):
         if path.name == "c.png":
             raise KeyboardInterrupt
-        return explain_picture(captioner, path, **options)
+        return explain_image(captioner, path, **options)
 
-    monkeypatch.setattr(explain, "explain_picture", interrupted)
+    monkeypatch.setattr(explain, "explain_image", interrupted)
     assert run(tmp_path / "pictures", "--model", model, "--untrained", "--output", tmp_path / "why") == 130
     assert sorted(path.name for path in (tmp_path / "why").iterdir()) == [
         *("a.png", "b.png", "index.html", "relevance.npz"),
@@ -430,7 +417,7 @@ def test_captions_that_fill_the_position_table_are_explained(tmp_path, capsys):
     packed, model = write_packed(tmp_path / "packed", {"test": 3}), save_tiny(tmp_path / "difnet", True)
     rows = DifnetConfig.from_pretrained(model).max_position_embeddings
     change_generation(model, suppress_tokens=[0, 1, 2, 3], min_new_tokens=None, max_new_tokens=rows, num_beams=1)
-    options = ["--dataset", packed, "--faithfulness", "--images", 3, "--model", model]
+    options = ["--dataset", packed, "--faithfulness", "--num-images", 3, "--model", model]
     assert run(*options, "--output", tmp_path / "why") == 0
     assert "left out" not in capsys.readouterr().out
     with np.load(tmp_path / "why" / "relevance.npz", allow_pickle=False) as arrays:
@@ -447,7 +434,7 @@ def test_captions_with_padding_inside_are_named_and_left_out(tmp_path, capsys, m
         return sequences
 
     monkeypatch.setattr(DifnetForConditionalGeneration, "generate", with_padding)
-    assert run("--dataset", packed, "--images", 3, "--model", model, "--output", tmp_path / "why") == 0
+    assert run("--dataset", packed, "--num-images", 3, "--model", model, "--output", tmp_path / "why") == 0
     printed = capsys.readouterr().out
     assert "left out: image 101: its caption goes on after <eos> or <pad> at position 2" in printed
     assert "2 of 3 images done, 1 left out" in printed
@@ -463,7 +450,7 @@ def test_pictures_of_a_split_are_looked_for_in_their_folder_only(tmp_path, capsy
     dataset = load_from_disk(str(packed))
     dataset["test"] = dataset["test"].map(lambda row: {"file_name": name})
     dataset.save_to_disk(str(tmp_path / "renamed"))
-    options = ["--pictures-of-split", tmp_path / "pictures", "--model", model, "--output", tmp_path / "why"]
+    options = ["--image-folder", tmp_path / "pictures", "--model", model, "--output", tmp_path / "why"]
     assert run("--dataset", tmp_path / "renamed", *options) == 0
     error = capsys.readouterr().err
     assert "image 100: drawn without its picture: the file name" in error
@@ -471,6 +458,6 @@ def test_pictures_of_a_split_are_looked_for_in_their_folder_only(tmp_path, capsy
 
 
 def test_arrays_are_named_after_pictures():
-    arrays = arrays_of([example()])
+    arrays = relevance_arrays([example()])
     assert arrays["drawn/both"].shape == (2, 2, 3)
     assert arrays["drawn/both"][0, 1, 2] == 2

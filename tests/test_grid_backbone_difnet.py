@@ -17,7 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
-from convert_checkpoint import convert_detectron2_state_dict, convert_grid_backbone, main
+from convert_checkpoint import convert_grid_backbone, main
+from difnet_transformers.grid_feats_vqa import convert_detectron2_state_dict
 from modeling_difnet import GridFeatureBackbone, GridFeatureBackboneConfig, grid_backbone_difnet
 from modeling_difnet.grid_backbone_difnet import resized_shape
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 from simple_parsing import field
 
@@ -37,7 +38,7 @@ def command_tree() -> argparse.ArgumentParser:
 
     tree = argparse.ArgumentParser(prog="difnet", description="DIFNet for Transformers")
     tree.add_argument("--version", action="store_true", help="show the version and exit")
-    commands = tree.add_subparsers(metavar="COMMAND", parser_class=lambda parser, **_: parser)
+    commands = tree.add_subparsers(metavar="COMMAND", parser_class=cast(Any, lambda parser, **_: parser))
     for name, summary in COMMANDS.items():
         module = importlib.import_module(f".{name.replace('-', '_')}", __package__)
         parser = make_metrics_parser("difnet metrics") if name == "metrics" else parser_of(module.main)

@@ -1,15 +1,148 @@
-"""`difnet extract`."""
+"""`difnet extract`: grid features and segmentation features of images."""
 
 from __future__ import annotations
 
+import dataclasses
+import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from simple_parsing import field
+
+from ..command_line import run_command
+from ..options import debug_option, option_name, parse_options, save_options, strict_option
+
+DESCRIPTION = """\
+Make grid features and segmentation features of images, in the original's file layout.
+
+  difnet extract images/ --grid-backbone x101 \\
+      --segmentation-model facebook/mask2former-swin-large-coco-panoptic --output features
+
+OUTPUT then holds
+  grid_features.hdf5                    one dataset <image id>_features (49, 2048) an image, float32
+  segmentations/<folder>/<image id>.npy (133, 7, 7), float32; <folder> is the folder that the image lies in
+  manifest.json                         names and hashes of the networks, ids and names of the images, problems
+  recipe.yaml                           these options
+
+Leave --grid-backbone out to make segmentation features alone, and every source of segmentation for grids alone.
+Where the features come from:
+  --grid-backbone         made by `difnet convert grid-backbone` of X-101.pth (grid-feats-vqa, Apache-2.0)
+  --segmentation-model    a COCO panoptic model of Transformers: MaskFormer, Mask2Former, OneFormer, EoMT, DETR
+  --panoptic-annotations  COCO's panoptic_*.json; the PNGs lie in the folder of the same name beside each
+  --instance-annotations  COCO's instances_*.json: things alone; of overlapping instances the smaller one wins
+  --label-maps            a folder of <image id>.npy or .png, numbered as --label-order says
+
+Image ids come from the JSON files that are given, else from COCO's file names (COCO_val2014_000000000042.jpg,
+000000000042.jpg), else images are numbered in order; manifest.json says which is which.
+
+The program can be killed at any time: the same command resumes after the last finished image and ends with equal
+files. Until it is done there is OUTPUT.partial and no OUTPUT; writing the HDF5 file takes the space of the grids once
+more (49.5 GB for COCO). For several processes or GPUs: accelerate launch scripts/extract_features.py ...
+Images that cannot be used are left out and listed at the end, and in manifest.json; the exit code is 0, or 2 with
+--strict, for mistakes, and if nothing could be done."""
+
+SEGMENTATION_SOURCES = ("segmentation_model", "panoptic_annotations", "instance_annotations", "label_maps")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    from ..vision.extract import main
+@dataclass
+class ExtractOptions:
+    """The options of `difnet extract`."""
 
-    return main(argv)
+    images: list[str] = field(positional=True, metavar="IMAGE", help="images, or folders of them")
+    output: Path = field(metavar="FOLDER", help="folder to make")
+    grid_backbone: str | None = field(default=None, metavar="FOLDER", help="grid feature backbone")
+    segmentation_model: str | None = field(default=None, metavar="NAME", help="folder or repository")
+    panoptic_annotations: list[Path] | None = field(default=None, metavar="JSON", help="COCO's panoptic_*.json")
+    instance_annotations: list[Path] | None = field(default=None, metavar="JSON", help="COCO's instances_*.json")
+    label_maps: Path | None = field(default=None, metavar="FOLDER", help="label maps by image id")
+    label_order: str = field(
+        default="stuff-first",
+        choices=["stuff-first", "things-first", "coco-ids"],
+        help="of --label-maps: the original's channels (default), things first as in Transformers, or COCO's ids",
+    )
+    coco_json: list[Path] | None = field(
+        default=None, metavar="JSON", help='COCO files whose "images" say the ids; others are left'
+    )
+    packed: Path | None = field(
+        default=None, metavar="FOLDER", help="pack the features too, as `difnet pack` does", group="packing"
+    )
+    captions: str | None = field(
+        default=None, metavar="PATH", help="the annotations for --packed, as `difnet pack` takes them", group="packing"
+    )
+    skip_missing: bool = field(
+        default=False, help="of --packed: do without images that were left out", group="packing"
+    )
+    device: str | None = field(default=None, help="for example cuda:1 (default: a GPU if there is one)")
+    untrained: bool = field(
+        default=False,
+        help="check without weights: a network that is not named is a small random one; the features mean nothing",
+    )
+    seed: int = field(default=0, metavar="N", help="of --untrained")
+    strict: bool = strict_option()
+    debug: bool = debug_option()
+
+    def __post_init__(self) -> None:
+        given = [option_name(name) for name in SEGMENTATION_SOURCES if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are two sources of segmentation: give one")
+        if (self.packed is None) != (self.captions is None):
+            raise ValueError("--packed and --captions go together")
+
+    def command(self) -> str:
+        """The command line that makes the same features, for the manifest."""
+        words = ["python", "scripts/extract_features.py", *self.images, "--output", self.output.name]
+        for name in ("grid_backbone", *SEGMENTATION_SOURCES, "coco_json"):
+            value = getattr(self, name)
+            if value is not None:
+                words += [option_name(name), *map(str, value if isinstance(value, list) else [value])]
+        words += ["--label-order", self.label_order] if self.label_maps else []
+        words += ["--untrained", "--seed", str(self.seed)] if self.untrained else []
+        return shlex.join(words)
+
+    def save(self, path: Path) -> None:
+        """Writes a recipe of the run. As in `command`, the output has no folder: it may be moved."""
+        save_options(dataclasses.replace(self, output=Path(self.output.name)), path)
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "extract_features.py") -> int:
+    options = parse_options(ExtractOptions, argv, prog=prog, description=DESCRIPTION)
+
+    def run() -> int:
+        from transformers.utils import logging
+
+        from ..vision.extract import FailedElsewhere, extract_features, pack_features, print_summary
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            manifest = extract_features(
+                options.images,
+                options.output,
+                grid_backbone=options.grid_backbone,
+                segmentation_model=options.segmentation_model,
+                panoptic_annotations=options.panoptic_annotations,
+                instance_annotations=options.instance_annotations,
+                label_maps=options.label_maps,
+                label_order=options.label_order,
+                coco_json=options.coco_json,
+                device=options.device,
+                untrained=options.untrained,
+                seed=options.seed,
+                command=options.command(),
+                save_recipe=options.save,
+            )
+        except FailedElsewhere:
+            return 2
+        if manifest is None:  # not the main process
+            return 0
+        if options.packed is not None and options.captions is not None:
+            pack_features(options.output, options.packed, options.captions, options.skip_missing)
+        num_left_out = print_summary(manifest, options.output)
+        return 2 if num_left_out and options.strict else 0
+
+    return run_command(prog, run, options.debug, resume="the same command resumes from here")
 
 
 if __name__ == "__main__":

@@ -23,10 +23,10 @@ from transformers import AutoModel, AutoProcessor
 
 from caption_metrics import score_captions
 
-from ..data.packed_dataset import PackedImages
+from ..data import PackedImages
 from ..files import atomic_write
-from ..reports.relevance_figures import ExplainedPicture, explain_captions, heat, panels
-from ..reports.relevance_figures import page as relevance_page
+from ..reports.pages import relevance_page
+from ..reports.relevance import ExplainedImage, explain_captions, heat_map, panels
 from .rendering import draw_scene, drawn_objects
 from .scenes import Scene, describe_pair, held_out_pairs_of
 
@@ -252,11 +252,11 @@ def _card(shown: CaptionedScene) -> str:
     )
 
 
-def _explained(explained: ExplainedPicture) -> str:
-    figures = [(explained.picture, "", "")]
+def _explained(explained: ExplainedImage) -> str:
+    figures = [(explained.image, "", "")]
     for number, (word, cells) in enumerate(zip(explained.words, explained.flows["both"], strict=True)):
         strongest = "".join(name.split("-")[0] for name, _ in explained.strongest_classes(number, 1))
-        figures.append((heat(cells, explained.grid_shape, explained.picture), word, strongest))
+        figures.append((heat_map(cells, explained.grid_shape, explained.image), word, strongest))
     inner = "".join(
         f'<figure><img src="{as_data_url(picture)}" alt="{html.escape(word)}">'
         f"<figcaption>{html.escape(word)}<br><small>{html.escape(name)}</small></figcaption></figure>"
@@ -270,7 +270,7 @@ def build_page(
     summary: Sequence[str],
     scores: dict[str, dict[str, float]],
     curves: Sequence[str],
-    explained: Sequence[ExplainedPicture],
+    explained: Sequence[ExplainedImage],
     shown: Sequence[CaptionedScene],
     what_it_is: Sequence[str],
     commands: Sequence[str],
@@ -425,7 +425,7 @@ def captioned_scenes(
 
 def explain_scenes(
     checkpoint: Path, test: Dataset, by_id: Mapping[int, Scene], captions: Mapping[int, str]
-) -> list[ExplainedPicture]:
+) -> list[ExplainedImage]:
     """Relevance of every word of a few captions: the first scene of each subject whose caption names both objects."""
     rows: list[int] = []
     subjects: set[str] = set()

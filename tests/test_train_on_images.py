@@ -1,4 +1,4 @@
-"""`scripts/train_on_pictures.py`: from picture files to a captioner that loads, and a sheet of all pictures."""
+"""`difnet train-on-images`: from image files to a captioner that loads, and a page of all images."""
 
 import json
 import os
@@ -12,28 +12,29 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from difnet_transformers.cli.train_on_images import RENAMED, TrainOnImagesOptions, main
 from difnet_transformers.files import folder_lock
-from difnet_transformers.reports import train_on_images as train_on_pictures
+from difnet_transformers.options import parse_options
 
 REPOSITORY = Path(__file__).parent.parent
 
 COLOURS = {"red": (230, 20, 20), "blue": (20, 20, 230), "green": (20, 200, 20)}
 
 
-def a_picture(folder: Path) -> bytes:
+def any_image(folder: Path) -> bytes:
     return next(folder.glob("red*.png")).read_bytes()
 
 
 # By image id: the file's name, its caption, and its content, if there is a file.
 BROKEN = {
     "train": {
-        91: ("cut.png", "a dog", lambda folder: a_picture(folder)[:200]),
+        91: ("cut.png", "a dog", lambda folder: any_image(folder)[:200]),
         92: ("empty.jpg", "a dog", lambda folder: b""),
     },
     "val": {
         93: ("text.jpg", "a dog", lambda folder: b"<html>not found</html>"),
         94: ("missing.png", "a dog", None),
-        95: ("uncaptioned.png", None, a_picture),
+        95: ("uncaptioned.png", None, any_image),
     },
 }
 CONFIG = {
@@ -52,21 +53,19 @@ TRAINING += ["--scst-epochs", 1, "--dropout", 0]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Six pictures, each of one colour with a dog (a square of instances), in two splits, and five that are broken."""
+    """Six images, each of one colour with a dog (a square of instances), in two splits, and five that are broken."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "config.json").write_text(json.dumps(CONFIG))
     random = np.random.default_rng(0)
     number = 0
     for split in ("train", "val"):
-        (folder / "pictures" / split).mkdir(parents=True)
+        (folder / "images" / split).mkdir(parents=True)
         images, captions, instances = [], [], []
         for colour, rgb in COLOURS.items():
             number += 1
             pixels = np.clip(random.normal(rgb, 10, (64, 80, 3)), 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / "pictures" / split / f"{colour} picture {number}.png")
-            images.append(
-                {"id": 40 + number, "file_name": f"{colour} picture {number}.png", "width": 80, "height": 64}
-            )
+            Image.fromarray(pixels).save(folder / "images" / split / f"{colour} image {number}.png")
+            images.append({"id": 40 + number, "file_name": f"{colour} image {number}.png", "width": 80, "height": 64})
             for text in (f"A {colour} dog on a wall.", f"there is a {colour} dog"):
                 captions.append({"id": len(captions), "image_id": 40 + number, "caption": text})
             square = {"segmentation": [[0, 0, 40, 0, 40, 40, 0, 40]], "iscrowd": 0, "area": 1600}
@@ -75,7 +74,7 @@ def data(tmp_path_factory) -> Path:
             images.append({"id": image_id, "file_name": name, "width": 80, "height": 64})
             captions.append({"id": len(captions), "image_id": image_id, "caption": caption})
             if content is not None:
-                (folder / "pictures" / split / name).write_bytes(content((folder / "pictures" / split / name).parent))
+                (folder / "images" / split / name).write_bytes(content((folder / "images" / split / name).parent))
         categories = [{"id": 18, "name": "dog"}]
         (folder / f"captions_{split}.json").write_text(json.dumps({"images": images, "annotations": captions}))
         (folder / f"instances_{split}.json").write_text(
@@ -85,7 +84,7 @@ def data(tmp_path_factory) -> Path:
 
 
 def command(data: Path, output: Path) -> list[str]:
-    words = ["--pictures", data / "pictures", "--captions", data / "captions_train.json", data / "captions_val.json"]
+    words = ["--images", data / "images", "--captions", data / "captions_train.json", data / "captions_val.json"]
     words += ["--instances", data / "instances_train.json", data / "instances_val.json", "--untrained", "--cpu"]
     words += [
         "--choose-by",
@@ -105,29 +104,26 @@ def command(data: Path, output: Path) -> list[str]:
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
 
 
-def test_from_pictures_to_captions(data, tmp_path):
+def test_from_images_to_captions(data, tmp_path):
     output = tmp_path / "mine"
     done = subprocess.run(
         command(data, output), env=ENVIRONMENT, capture_output=True, text=True, timeout=570, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    programs = [line.split()[2] for line in done.stdout.splitlines() if line.startswith("$ python")]
-    assert programs == [
-        *("scripts/extract_features.py", "scripts/pack_coco.py", "scripts/train.py"),
-        *("scripts/evaluate_captions.py", "scripts/evaluate_captions.py", "scripts/caption.py"),
-    ]
-    report = done.stdout[done.stdout.rindex("$ python") :].splitlines()
+    commands = [line.split()[2] for line in done.stdout.splitlines() if line.startswith("$ difnet")]
+    assert commands == ["extract", "pack", "train", "evaluate", "evaluate", "caption"]
+    report = done.stdout[done.stdout.rindex("$ difnet") :].splitlines()
     named = [line for line in report if line.startswith("left out: ")]
     assert sorted(line.split(":")[1] for line in named) == [f" image {number}" for number in (91, 92, 93, 94, 95)]
-    assert "6 of 11 pictures done, 5 left out (listed above)" in report
-    # Every picture has a caption, by its image id, and the one that the evaluation scored.
+    assert "6 of 11 images done, 5 left out (listed above)" in report
+    # Every image has a caption, the one that the evaluation scored.
     captions = {entry["image_id"]: entry["caption"] for entry in json.loads((output / "captions.json").read_text())}
     assert sorted(captions) == [*range(41, 47), 95]  # also what nobody had described
     for split in ("train", "validation"):
         for entry in json.loads((output / "results" / f"captions_{split}_results.json").read_text()):
             assert captions[entry["image_id"]] == entry["caption"]
     scores = json.loads((output / "results" / "scores_train.json").read_text())["scores"]
-    assert scores["bleu_4"] > 0.9, "the pictures are not learnt by heart"
+    assert scores["bleu_4"] > 0.9, "the images are not learnt by heart"
     assert "red" in captions[41]
     assert "blue" in captions[42]
 
@@ -137,10 +133,10 @@ def test_from_pictures_to_captions(data, tmp_path):
         assert f"<p>{caption}</p>" in page
     assert "A green dog on a wall." in page
     assert page.count("Grid features come from an untrained, random network") == 1
-    assert page.count("chosen by its scores on the pictures that it learnt from") == 1
+    assert page.count("chosen by its scores on the images that it learnt from") == 1
     assert f"{scores['cider_d']:.3f}" in page
 
-    # The card knows of the pictures that were not learnt from, and of no others.
+    # The card knows of the images that were not learnt from, and of no others.
     card = (output / "model" / "README.md").read_text()
     assert "split: validation" in card
     assert "split: train" not in card
@@ -156,8 +152,8 @@ def test_from_pictures_to_captions(data, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on(data, tmp_path):
-    """Killed at random moments, with the program that is at work, until it ends: the same model."""
+def test_a_killed_run_resumes(data, tmp_path):
+    """Killed at random moments, with the command that is at work, until it ends: the same model."""
     subprocess.run(command(data, tmp_path / "whole"), env=ENVIRONMENT, capture_output=True, check=True)
     random = np.random.default_rng(0)
     for _ in range(12):
@@ -175,20 +171,27 @@ def test_a_killed_run_goes_on(data, tmp_path):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
+def test_the_earlier_name_of_an_option_and_those_of_training():
+    words = ["--pictures", "a", "b", "--captions", "c", "d", "--output", "o", "--untrained", "--", "--dropout", "0"]
+    options = parse_options(TrainOnImagesOptions, words, prog="", description="", renamed=RENAMED)
+    assert options.images == [Path("a"), Path("b")]
+    assert options.training == ["--dropout", "0"]
+
+
 class TestMistakes:
-    def test_a_program_that_fails_ends_the_run(self, data, tmp_path, capfd):
-        """Pictures that the captions name are missing: packing says which and how to do without."""
+    def test_a_command_that_fails_ends_the_run(self, data, tmp_path, capfd):
+        """Images that the captions name are missing: packing says which and how to do without."""
         words = command(data, tmp_path / "mine")[2:]
-        words[words.index("--pictures") + 1] = str(data / "pictures" / "train")
-        assert train_on_pictures.main(words) == 2
+        words[words.index("--images") + 1] = str(data / "images" / "train")
+        assert main(words) == 2
         said = capfd.readouterr().err
         assert "--skip-missing leaves these images out" in said
-        assert said.endswith("pack_coco.py ended with exit code 2; the same command goes on from here\n")
+        assert said.endswith("difnet pack ended with exit code 2; the same command resumes\n")
 
     def test_no_caption_file(self, data, tmp_path, capsys):
         words = command(data, tmp_path / "mine")[2:]
         words[words.index("--captions") + 1] = str(data / "nothing.json")
-        assert train_on_pictures.main(words) == 2
+        assert main(words) == 2
         assert "nothing.json: no such file; --captions takes COCO caption files" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
@@ -208,14 +211,14 @@ class TestMistakes:
     )
     def test_options_that_make_no_sense(self, capsys, arguments, message):
         with pytest.raises(SystemExit) as stopped:
-            train_on_pictures.main(["--pictures", "p", "--output", "o", *arguments])
+            main(["--images", "p", "--output", "o", *arguments])
         assert stopped.value.code == 2
         assert message in capsys.readouterr().err
 
     def test_an_output_that_another_run_writes(self, data, tmp_path, capsys):
         (tmp_path / "mine").mkdir()
         with folder_lock(tmp_path / "mine", "train_on_pictures.py"):
-            assert train_on_pictures.main(command(data, tmp_path / "mine")[2:]) == 2
+            assert main(command(data, tmp_path / "mine")[2:]) == 2
         assert "another train_on_pictures.py is writing this folder" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
@@ -233,7 +236,7 @@ class TestMistakes:
         os.mkfifo(path) if content is None else path.write_bytes(content)
         words = command(data, tmp_path / "mine")[2:]
         words[words.index("--captions") + 1] = words[words.index("--captions") + 2] = str(path)
-        assert train_on_pictures.main(words) == 2
+        assert main(words) == 2
         said = capsys.readouterr().err
         assert message in said
         assert said.count("\n") == 1

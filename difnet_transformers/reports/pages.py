@@ -1,0 +1,217 @@
+"""Pages and contact sheets of all programs. A page is one HTML file that needs no network; templates/ has their looks.
+
+The original (mrwu-mac/DIFNet, CVPR 2022) has none. Names of files, captions and all else that a page says is escaped
+by jinja2; pages are text for `atomic_write`, which escapes what UTF-8 cannot encode.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..command_line import requires
+from ..files import printable
+from ..vision.images import THUMBNAIL_SIDE, thumbnail
+from .colors import BACKGROUND, TEXT, TEXT_LIGHT
+from .relevance import (
+    FLOWS,
+    NEGATIVE_COLOR,
+    OPACITY,
+    POSITIVE_COLOR,
+    ExplainedImage,
+    heat_map,
+    png_file,
+    resized_image,
+)
+
+with requires("reports"):
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from PIL import Image, ImageDraw, ImageFont
+
+
+# Templates
+
+
+def render(template: str, *, title: str, warnings: Sequence[str] = (), **values: Any) -> str:
+    """A page from a template.
+
+    Args:
+        template: a file of templates/ that extends base.html.j2, such as "captions.html.j2".
+        title: of the page, its heading too.
+        warnings: shown above everything else.
+        values: what the template's first lines name.
+    """
+    return _environment().get_template(template).render(title=title, warnings=warnings, **values)
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("difnet_transformers.reports", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "heat_map": _heat_map_of_word,
+        "png_url": lambda image: _data_url(png_file(image), "image/png"),
+        "svg_url": lambda svg: _data_url(svg.encode(), "image/svg+xml"),
+        "thumbnail_url": lambda image: jpeg_url(thumbnail(image)),
+    }
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":")}
+    return environment
+
+
+def _data_url(content: bytes, media_type: str) -> str:
+    return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
+
+
+def jpeg_url(image: Image.Image, quality: int = 85) -> str:
+    """An image as a URL that holds it."""
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=quality)
+    return _data_url(file.getvalue(), "image/jpeg")
+
+
+# Contact sheets
+
+
+@dataclass
+class SheetImage:
+    """An image of a contact sheet and what is said about it.
+
+    Args:
+        image: a file, or an RGB image; shown small. A file that is gone or broken is a gray square.
+        captions: one or more, the best first.
+        name: below the captions.
+        references: the reference captions; a PNG sheet leaves them out.
+    """
+
+    image: str | os.PathLike | Image.Image
+    captions: Sequence[str]
+    name: str = ""
+    references: Sequence[str] = ()
+
+
+class Table(NamedTuple):
+    """Cells of a table as texts; the first of each row names the row."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def html_sheet(
+    sections: Mapping[str, Iterable[SheetImage]],
+    *,
+    title: str = "Captions",
+    summary: str | None = None,
+    warnings: Sequence[str] = (),
+    table: Table | None = None,
+) -> str:
+    """A contact sheet as an HTML page that holds the images.
+
+    Args:
+        sections: images by the heading above them; "" for none.
+        title: of the page.
+        summary: one paragraph above the images.
+        warnings: shown above everything else.
+        table: shown above the images, such as scores.
+    """
+    return render("captions.html.j2", title=title, warnings=warnings, summary=summary, table=table, sections=sections)
+
+
+def png_sheet(
+    images: Sequence[SheetImage], *, header: Sequence[str] = (), columns: int = 4, side: int = THUMBNAIL_SIDE
+) -> bytes:
+    """A contact sheet as a PNG file: rows of images, each above its first caption.
+
+    Args:
+        images: one or more.
+        header: texts above the images, one paragraph each.
+        columns: images in a row.
+        side: of the square that an image is fitted into, in pixels.
+    """
+    columns, margin = min(columns, len(images)), 16
+    font, small = ImageFont.load_default(16 if side >= 300 else 14), ImageFont.load_default(12)
+    characters = side * 38 // 320 if side >= 300 else side // 7  # of a line
+    text_height = 84 if any(each.name for each in images) else 60
+    width = columns * (side + margin) + margin
+    lines = [line for text in header for line in textwrap.wrap(text, width // 9)]
+    top = margin + 22 * len(lines) + (margin // 2 if lines else 0)
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (width, top + rows * (side + text_height + margin)), BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    draw.multiline_text((margin, margin // 2), "\n".join(lines), TEXT, font, spacing=4)
+    for index, each in enumerate(images):
+        left = margin + index % columns * (side + margin)
+        upper = top + index // columns * (side + text_height + margin)
+        shown = thumbnail(each.image, side)
+        sheet.paste(shown, (left + (side - shown.width) // 2, upper + (side - shown.height) // 2))
+        caption = textwrap.wrap(each.captions[0], characters, max_lines=3, placeholder=" ..")
+        draw.multiline_text((left, upper + side + 4), "\n".join(caption), TEXT, font, spacing=3)
+        if each.name:
+            draw.text((left, upper + side + 66), printable(each.name, 46), TEXT_LIGHT, small)
+    return png_file(sheet)
+
+
+# Relevance
+
+
+def relevance_page(
+    explained: Sequence[ExplainedImage], title: str = "Why this word", warnings: Sequence[str] = ()
+) -> str:
+    """A page on which a word lights up its cells.
+
+    Args:
+        explained: images with the relevance of their captions' words.
+        title: of the page.
+        warnings: shown above everything else.
+    """
+    names = {"both": "both flows", "grid": "grid features", "segmentation": "segmentation"}
+    flows = {flow: names[flow] for flow in FLOWS if all(flow in each.flows for each in explained)}
+    return render(
+        "relevance.html.j2",
+        title=title,
+        warnings=warnings,
+        flows=flows,
+        methods=sorted({each.method for each in explained}),
+        positive_color=POSITIVE_COLOR,
+        negative_color=NEGATIVE_COLOR,
+        opacity=OPACITY,
+        explained=[_relevance_values(each, flows) for each in explained],
+    )
+
+
+def _relevance_values(explained: ExplainedImage, flows: Iterable[str]) -> dict[str, Any]:
+    rows, columns = explained.grid_shape
+    return {
+        "name": explained.name,
+        "words": explained.words,
+        "url": jpeg_url(resized_image(explained, 640), quality=88),
+        "rows": rows,
+        "columns": columns,
+        "data": {
+            "words": explained.words,
+            "probabilities": _rounded(explained.probabilities),
+            "flows": {flow: _rounded(explained.flows[flow]) for flow in flows},
+            "earlier": _rounded(explained.earlier_words),
+            "classes": [explained.strongest_classes(word, 6) for word in range(len(explained.words))],
+        },
+    }
+
+
+def _rounded(values: np.ndarray) -> list:
+    """Nested lists of numbers of four digits, which is what a page can show."""
+    return json.loads(json.dumps(values.tolist()), parse_float=lambda text: float(f"{float(text):.4g}"))
+
+
+def _heat_map_of_word(explained: ExplainedImage, word: int) -> Image.Image:
+    return heat_map(explained.flows["both"][word], explained.grid_shape, resized_image(explained))

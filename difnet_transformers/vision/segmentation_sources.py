@@ -1,0 +1,225 @@
+"""Where segmentation features come from: COCO's annotations, label maps, or a panoptic model.
+
+The original (mrwu-mac/DIFNet, CVPR 2022) downloads a folder of features that its authors made with UPSNet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from modeling_difnet.images_difnet import UnreadableImage, open_label_map
+from modeling_difnet.pipeline_difnet import provenance_of
+from modeling_difnet.segmentation_difnet import (
+    LABEL_ORDERS,
+    PanopticSegmenter,
+    channel_map,
+    channels_of_labels,
+    pool_channel_map,
+)
+
+from ..command_line import describe, requires
+from ..files import path_inside, printable, sha256_of
+from .coco_annotations import channels_of_categories, instance_channel_map, panoptic_channel_map
+
+with requires("images"):
+    from PIL import Image
+
+    from ..data.coco import CocoFile
+    from ..data.feature_files import read_npy
+    from ..data.image_files import leads_out
+
+
+class ImageFile(NamedTuple):
+    """An image whose features are to be made.
+
+    Args:
+        image_id: COCO's, or a number.
+        path: of the file.
+        split: name of the folder that the file lies in.
+        size: width and height in the annotations, in pixels; `None` without annotations.
+    """
+
+    image_id: int
+    path: str
+    split: str
+    size: tuple[int, int] | None
+
+
+class SegmentationSource(Protocol):
+    """Makes the segmentation feature of an image.
+
+    Attributes:
+        provenance: what the output says about the source.
+    """
+
+    provenance: dict[str, Any]
+
+    def __call__(self, image: Image.Image, file: ImageFile) -> np.ndarray:
+        """The feature, float32 (133, 7, 7), of an image that is open already."""
+        ...
+
+    def files_of(self, file: ImageFile) -> list[Path]:
+        """Files that are read for this image alone."""
+        ...
+
+
+class CocoSegmentations:
+    """COCO annotation files by image.
+
+    Args:
+        files: as `read_instances` or `read_panoptic` reads them.
+
+    Raises:
+        ValueError: a category is none of COCO's, or an image is in two files; the text names the file.
+    """
+
+    kind: str
+
+    def __init__(self, files: Sequence[CocoFile]) -> None:
+        self.files = files
+        self.file_of: dict[int, CocoFile] = {}
+        self.channels_of: dict[Path, dict[int, int]] = {}
+        for file in files:
+            categories = [{"id": index, "name": name} for index, name in file.categories.items()]
+            try:
+                self.channels_of[file.path] = channels_of_categories(categories)
+            except ValueError as error:
+                raise ValueError(f"{printable(file.path)}: {error}") from None
+            for image_id in file.images:
+                known = self.file_of.setdefault(image_id, file)
+                if known is not file:
+                    raise ValueError(
+                        f"image {image_id} is in {printable(known.path)} and in {printable(file.path)}: give one"
+                    )
+        names = [file.path.name for file in files]
+        hashes = {
+            file.path.name if names.count(file.path.name) == 1 else str(file.path): sha256_of(file.path)
+            for file in files
+        }
+        self.provenance = {"source": f"COCO {self.kind} annotations", "sha256": hashes}
+
+    def annotations_of(self, file: ImageFile) -> tuple[list[dict], dict[int, int], CocoFile]:
+        """The annotations of an image, the channels of their categories, and the file that they are in."""
+        annotation_file = self.file_of.get(file.image_id)
+        if annotation_file is None:
+            raise UnreadableImage(f"image {file.image_id} is not in the annotations")
+        return annotation_file.annotations(file.image_id), self.channels_of[annotation_file.path], annotation_file
+
+    def files_of(self, file: ImageFile) -> list[Path]:
+        return []  # the hashes of the annotation files are in the provenance
+
+
+class InstanceSegmentations(CocoSegmentations):
+    """COCO's instances: things alone; of overlapping instances the smaller one wins."""
+
+    kind = "instances"
+
+    def __call__(self, image: Image.Image, file: ImageFile) -> np.ndarray:
+        annotations, channels, annotation_file = self.annotations_of(file)
+        with naming_source(annotation_file.path, file):
+            return pool_channel_map(instance_channel_map(annotations, channels, image.height, image.width))
+
+
+class PanopticSegmentations(CocoSegmentations):
+    """COCO's panoptic annotations; the PNGs lie in the folder of the same name beside the JSON file."""
+
+    kind = "panoptic"
+
+    def __call__(self, image: Image.Image, file: ImageFile) -> np.ndarray:
+        annotations, channels, annotation_file = self.annotations_of(file)
+        if len(annotations) != 1:
+            raise UnreadableImage(
+                f"{printable(annotation_file.path)}: image {file.image_id} has {len(annotations)} annotations, not one"
+            )
+        with naming_source(annotation_file.path, file):
+            path = path_inside(annotation_file.path.with_suffix(""), annotations[0]["file_name"])
+        segments = open_label_map(path)
+        if segments.size != image.size:
+            raise UnreadableImage(
+                f"{printable(path)}: {segments.width} x {segments.height} pixels, but image {file.image_id} has "
+                f"{image.width} x {image.height}"
+            )
+        with naming_source(path, file):
+            return pool_channel_map(panoptic_channel_map(segments, annotations[0]["segments_info"], channels))
+
+    def files_of(self, file: ImageFile) -> list[Path]:
+        try:
+            annotations, _, annotation_file = self.annotations_of(file)
+            folder = annotation_file.path.with_suffix("")
+            return [path_inside(folder, annotation["file_name"]) for annotation in annotations]
+        except ValueError:
+            return []
+
+
+class LabelMaps:
+    """Arrays or PNGs of labels, (height, width), called `<image id>.npy` or `<image id>.png`.
+
+    Args:
+        folder: they lie in it or in folders below.
+        order: how labels are numbered, a key of `LABEL_ORDERS`.
+
+    Raises:
+        ValueError: there is none.
+    """
+
+    def __init__(self, folder: Path, order: str) -> None:
+        self.folder = folder
+        self.channels = channels_of_labels(LABEL_ORDERS[order])
+        self.paths: dict[int, list[Path]] = {}
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in (".npy", ".png") and re.fullmatch("[0-9]{1,18}", path.stem):
+                self.paths.setdefault(int(path.stem), []).append(path)
+        if not self.paths:
+            raise ValueError(f"{printable(folder)}: no label map called <image id>.npy or <image id>.png")
+        self.provenance = {"source": f"label maps, {order}", "name": str(folder)}
+
+    def __call__(self, image: Image.Image, file: ImageFile) -> np.ndarray:
+        paths = self.files_of(file)
+        if len(paths) != 1:
+            which = f" but {len(paths)}: {printable(paths[0])} and {printable(paths[1])}" if paths else ""
+            raise UnreadableImage(f"image {file.image_id} has not one label map{which}")
+        (path,) = paths
+        with naming_source(path, file):
+            if leads_out(path, self.folder):
+                raise ValueError("a symbolic link out of the folder")
+            labels = read_npy(path) if path.suffix == ".npy" else np.asarray(open_label_map(path))
+            return pool_channel_map(channel_map(labels, self.channels))
+
+    def files_of(self, file: ImageFile) -> list[Path]:
+        return self.paths.get(file.image_id, [])
+
+
+class ModelSegmentations:
+    """What a panoptic model of Transformers finds in the image.
+
+    Args:
+        segmenter: the model with its processor.
+        name: folder or repository that it was loaded from.
+    """
+
+    def __init__(self, segmenter: PanopticSegmenter, name: str | None) -> None:
+        self.segmenter = segmenter
+        self.provenance = provenance_of(segmenter.model, name)
+
+    def __call__(self, image: Image.Image, file: ImageFile) -> np.ndarray:
+        return self.segmenter(image)
+
+    def files_of(self, file: ImageFile) -> list[Path]:
+        return []
+
+
+@contextlib.contextmanager
+def naming_source(path: Path, file: ImageFile) -> Iterator[None]:
+    """Gives errors the name of the file that they come from and the id of the image."""
+    try:
+        yield
+    except (ValueError, OSError, EOFError, KeyError, TypeError, OverflowError) as error:
+        said = describe(error)
+        said = said if said.startswith(f"{printable(path)}:") else f"{printable(path)}: {said}"
+        raise UnreadableImage(f"image {file.image_id}: {said}") from None

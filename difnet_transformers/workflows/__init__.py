@@ -1,0 +1,1 @@
+"""Programs that run other `difnet` commands one after another."""
