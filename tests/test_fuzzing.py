@@ -57,12 +57,12 @@ from PIL import EpsImagePlugin, Image
 import convert_checkpoint
 from caption_metrics.__main__ import main as score_main
 from difnet_transformers.cli import extract as extract_features
+from difnet_transformers.cli import train
 from difnet_transformers.data import pack as pack_coco
 from difnet_transformers.data.packed_dataset import encode_segmentation, packed_features
 from difnet_transformers.evaluation import evaluate as evaluate_captions
 from difnet_transformers.reports import caption_images as caption
 from difnet_transformers.reports import explain
-from difnet_transformers.training import trainer as train
 from modeling_difnet.images_difnet import UnreadablePicture, open_picture
 
 REPOSITORY = Path(__file__).parent.parent
