@@ -24,11 +24,15 @@ from training_runs import (
     read_log,
     reset_accelerator,
     run,
+    same_weights,
 )
 from transformers import AutoModel, AutoProcessor
 
+from difnet_transformers import training
+from difnet_transformers.data import load_packed_split
 from difnet_transformers.files import folder_lock
 from difnet_transformers.training import (
+    DifnetTrainer,
     Progress,
     SelfCriticalTrainer,
 )
@@ -38,6 +42,7 @@ from difnet_transformers.training.checkpoint import (
     write_checksums,
 )
 from difnet_transformers.training.logging import Log
+from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +167,78 @@ for folder in sys.argv[1:]:
                 assert second["cider_d"] == pytest.approx(first["cider_d"], abs=1e-9)
             elif first["stage"] == "scst":
                 assert second["reward"] == pytest.approx(first["reward"], abs=1e-6)
+
+
+class TestFromPython:
+    """The trainers as a library: what `difnet train` does, and objects in the place of folders."""
+
+    def test_a_trainer_is_the_command(self, data, finished_run, tmp_path):
+        reset_accelerator()
+        args = config(*arguments(data, tmp_path / "run", save_every=3), "--cpu")
+        progress = SelfCriticalTrainer(args=args).train()
+        assert (progress.stage, progress.total_epochs) == ("done", 3)
+        assert same_weights(tmp_path / "run" / "last", finished_run / "last")
+
+    def test_a_model_and_datasets(self, data, finished_run, tmp_path):
+        """As `--model` and `--dataset` with the folders that they come from."""
+        source = finished_run / "best_xe"
+        words = ["--stage", "scst", "--cpu"]
+        by_name = config(*arguments(data, tmp_path / "names", *words, config=None, model=source))
+        reset_accelerator()
+        SelfCriticalTrainer(args=by_name).train()
+        model = AutoModel.from_pretrained(source)
+        reset_accelerator()
+        trainer = SelfCriticalTrainer(
+            model=model,
+            args=config(*arguments(data, tmp_path / "objects", *words, config=None)),
+            train_dataset=load_packed_split(data / "packed", "train"),
+            eval_dataset=load_packed_split(data / "packed", "validation"),
+            processing_class=AutoProcessor.from_pretrained(source),
+        )
+        progress = trainer.train()
+        assert trainer.model is model
+        assert same_weights(tmp_path / "objects" / "last", tmp_path / "names" / "last")
+        assert progress.best_score == read_checkpoint(tmp_path / "names" / "last").progress.best_score
+        card = (tmp_path / "objects" / "last" / "README.md").read_text()
+        assert "Trained from best_xe on packed" in card
+
+    def test_a_given_model_is_resumed(self, data, finished_run, tmp_path):
+        reset_accelerator()
+        words = arguments(data, tmp_path / "run", save_every=3)
+        model = AutoModel.from_pretrained(finished_run / "last")
+        trainer = SelfCriticalTrainer(
+            model=model,
+            args=config(*words, "--resume", str(finished_run / "best_xe"), "--cpu"),
+            processing_class=AutoProcessor.from_pretrained(finished_run / "last"),
+        )
+        trainer.train()
+        assert same_weights(tmp_path / "run" / "last", finished_run / "last")
+        saved = load_file(tmp_path / "run" / "last" / "model.safetensors")
+        assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+
+    def test_cross_entropy_alone(self, data, finished_run, tmp_path):
+        reset_accelerator()
+        args = config(*arguments(data, tmp_path / "run", "--stage", "xe", "--cpu", save_every=3))
+        progress = DifnetTrainer(args=args).train()
+        assert (progress.stage, progress.total_epochs) == ("done", 2)
+        weights = [
+            load_file(folder / "model.safetensors") for folder in (tmp_path / "run/best", finished_run / "best_xe")
+        ]
+        assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+    def test_what_is_no_trainer(self, data, tmp_path):
+        args = config(*arguments(data, tmp_path / "run"), "--cpu")
+        with pytest.raises(ValueError, match=r"DifnetTrainer has no stage 'both': .* SelfCriticalTrainer"):
+            DifnetTrainer(args=args)
+        with pytest.raises(ValueError, match="`model` and `processing_class` go together"):
+            SelfCriticalTrainer(args=args, model=DifnetForConditionalGeneration(DifnetConfig()))
+
+    def test_the_names_that_the_package_exports(self):
+        documented = {"xe_sequences", "cross_entropy_loss", "decode_for_scst", "scst_advantages", "self_critical_loss"}
+        documented |= {"SequenceLogProbs", "make_optimizer", "learning_rate", "TrainingConfig", "Progress"}
+        documented |= {"DifnetTrainer", "SelfCriticalTrainer", "TrainingFailed", "TrainingStopped"}
+        assert documented <= set(training.__all__)
+        assert all(hasattr(training, name) for name in training.__all__)
 
 
 class TestSeveralProcesses:

@@ -16,6 +16,7 @@ import torch
 from datasets import Dataset, load_from_disk
 from safetensors.torch import load_file, save_file
 from training_runs import (
+    FIRST_VERSION_OPTIONS,
     IN_SCST,
     SCRIPT,
     arguments,
@@ -437,6 +438,21 @@ class TestOptionsOfAResumedRun:
     )
     def test_what_may_change(self, stage, step, flags):
         self.check(self.checkpoint(stage, step), *flags)
+
+    def test_every_option_of_the_first_version_is_known_or_gone(self):
+        now = options_as_json(config("--dataset", "d", "--output", "o"))
+        assert set(FIRST_VERSION_OPTIONS) - set(now) == {"recipe"}
+
+    @pytest.mark.parametrize("name", ["seed", "min_word_count", "xe_adam_betas", "scst_samples", "no_segmentation"])
+    def test_options_of_the_first_version_are_compared(self, name):
+        words = ["--dataset", "d", "--output", "o", "--xe-learning-rate", "3e-3", "--xe-batch-size", "10", "--cpu"]
+        words += ["--xe-schedule", "constant", "--scst-learning-rate", "3e-4", "--max-new-tokens", "10"]
+        words += ["--config", "config.json"]
+        checkpoint = Checkpoint(Progress("scst", step=3), dict(FIRST_VERSION_OPTIONS), num_processes=1)
+        assert check_same_run(checkpoint, Path("o/last"), config(*words), num_processes=1) == []
+        checkpoint.options[name] = "another"
+        with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} another"):
+            check_same_run(checkpoint, Path("o/last"), config(*words), num_processes=1)
 
     @pytest.mark.parametrize(
         ("stage", "step", "flags"),

@@ -88,17 +88,67 @@ def same_weights(first: Path, second: Path) -> bool:
     )
 
 
+# What the first version, which read its options with argparse, wrote of a run with the options of `finish_run`.
+FIRST_VERSION_OPTIONS = {
+    "dataset": "packed",
+    "output": "run",
+    "stage": "both",
+    "resume": None,
+    "train_split": "train",
+    "validation_split": "validation",
+    "seed": 0,
+    "license": None,
+    "model": None,
+    "config": "config.json",
+    "no_segmentation": False,
+    "dropout": None,
+    "vocab": None,
+    "min_word_count": 5,
+    "new_vocabulary": False,
+    "recipe": "original",
+    "xe_batches": "pairs",
+    "xe_batch_size": 10,
+    "xe_learning_rate": 0.003,
+    "xe_schedule": "constant",
+    "warmup_steps": 0,
+    "xe_adam_betas": [0.9, 0.98],
+    "xe_epochs": 2,
+    "xe_patience": 5,
+    "scst_batch_size": 10,
+    "scst_learning_rate": 0.0003,
+    "scst_adam_betas": [0.9, 0.999],
+    "scst_epochs": 1,
+    "scst_patience": 5,
+    "scst_samples": "beam",
+    "scst_num_captions": 5,
+    "eos_in_reward": False,
+    "max_epochs": 100,
+    "max_new_tokens": 10,
+    "max_steps": None,
+    "max_grad_norm": None,
+    "gradient_accumulation_steps": 1,
+    "mixed_precision": None,
+    "compile": False,
+    "cpu": True,
+    "evaluation_batch_size": 50,
+    "log_every": 1,
+    "save_every": 3,
+    "report_to": ["none"],
+    "debug": False,
+}
+
+
 def first_version_checkpoint(source: Path, folder: Path, **changes) -> Path:
-    """A checkpoint as the first version wrote it: without checksums and fingerprints of the data."""
+    """A checkpoint of `finish_run` as the first version wrote it: without checksums and fingerprints of the data."""
     copy_checkpoint(source, folder)
     (folder / "training_state" / "SHA256SUMS").unlink()
     path = folder / "training_state" / "progress.json"
-    facts = json.loads(path.read_text())
-    del facts["version"], facts["data"]
-    facts["options"]["recipe"] = "original"  # an option that is gone
-    facts["progress"] |= changes
+    content = json.loads(path.read_text())
+    del content["version"], content["data"]
+    content["options"] = FIRST_VERSION_OPTIONS | {"config": content["options"]["config"]}
+    content["progress"] |= changes
     path.unlink()
-    path.write_text(json.dumps(facts))
+    path.write_text(json.dumps(content))
     return folder
 
 
