@@ -436,7 +436,7 @@ def test_captions_with_padding_inside_are_named_and_left_out(tmp_path, capsys, m
     monkeypatch.setattr(DifnetForConditionalGeneration, "generate", with_padding)
     assert run("--dataset", packed, "--num-images", 3, "--model", model, "--output", tmp_path / "why") == 0
     printed = capsys.readouterr().out
-    assert "left out: image 101: its caption goes on after <eos> or <pad> at position 2" in printed
+    assert "left out: image 101: its caption continues after <eos> or <pad> at position 2" in printed
     assert "2 of 3 images done, 1 left out" in printed
 
 
