@@ -6,7 +6,6 @@ and the captions are kept. The captioning itself, over several processes, is `ca
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Sequence
@@ -20,17 +19,17 @@ from datasets import Dataset
 
 from caption_metrics import JavaMissing, check_java
 from modeling_difnet import DifnetEnsemble, DifnetForConditionalGeneration
-from modeling_difnet.ensemble_difnet import raise_for_other_vocabularies
+from modeling_difnet.ensemble_difnet import check_same_vocabulary
+from modeling_difnet.weights_difnet import check_finite_weights
 from processing_difnet import DifnetProcessor
 
 from ..checkpoints import checkpoint_folder, load_model, load_processor
-from ..command_line import LeftOut
+from ..command_line import LeftOut, reason_of
 from ..files import atomic_write, folder_lock, naming, printable
 from ..model_card import update_results
+from ..training.data_checks import check_data, open_split
 from ..training.processes import all_or_none
-from ..training.setup import check_data, open_split, reason_of
 from ..training.validation import CaptionedImage, caption_split, score_split
-from ..weights import check_finite_weights
 
 
 def load_ensemble(
@@ -48,7 +47,7 @@ def load_ensemble(
     for name in names:
         checkpoint_folder(name)
     try:
-        raise_for_other_vocabularies(names)
+        check_same_vocabulary(names)
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{' '.join(names)}: a vocab.json cannot be read ({reason_of(error)})") from error
     processor = load_processor(names[0])
@@ -123,7 +122,7 @@ def evaluate_split(
             raise ValueError(f"--update-card: {models[0]} is no folder with a README.md, the model card")
         images = open_split(dataset, split)
         model, processor = load_ensemble(models, getattr(torch, dtype))
-        check_data(model.config, images, argparse.Namespace(dataset=dataset, max_new_tokens=max_new_tokens))
+        check_data(model.config, images, dataset, max_new_tokens)
         return images, model, processor
 
     images, model, processor = all_or_none(accelerator, load)

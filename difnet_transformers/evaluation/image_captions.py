@@ -25,7 +25,8 @@ from ..command_line import LeftOut, describe, requires
 from ..files import printable
 
 with requires("images"):
-    from ..data.sources import GridFiles, SegmentationFiles, find_pictures, image_ids_of
+    from ..data.feature_files import GridFiles, SegmentationFiles
+    from ..data.image_files import find_images, image_ids_from_names
 
 
 class ImageCaptions(NamedTuple):
@@ -135,10 +136,10 @@ def image_items(
     """
     if captioner.model.config.use_segmentation and captioner.segmenter is None:
         raise ValueError("this captioner needs --segmentation-model")
-    paths = find_pictures(images, leave_out=left_out.add)
+    paths = find_images(images, leave_out=left_out.add)
     return [
         CaptionItem(image_id, path, path, partial(_features_of_image, captioner, path))
-        for image_id, path in zip(image_ids_of(paths), paths, strict=True)
+        for image_id, path in zip(image_ids_from_names(paths), paths, strict=True)
     ]
 
 

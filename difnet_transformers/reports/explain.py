@@ -26,13 +26,13 @@ from processing_difnet import DifnetProcessor, DifnetTokenizer
 
 from ..checkpoints import load_captioner
 from ..command_line import LeftOut, describe, requires
-from ..data.packed_dataset import ReferenceBatches, load_packed_split
+from ..data import ReferenceBatches, load_packed_split
 from ..files import atomic_write, path_inside, printable
 
 with requires("images"):
     from PIL import Image
 
-    from ..data.sources import find_pictures
+    from ..data.image_files import find_images
     from ..vision.images import thumbnail
     from .charts import Chart, Line, to_png
     from .pages import relevance_page
@@ -94,7 +94,7 @@ def explain_images(
     if caption is not None:
         # A mistake in it is not that of an image.
         caption_to_sequence(cast(DifnetProcessor, captioner.processor).tokenizer, caption)
-    paths = find_pictures(images, leave_out=left_out.add)
+    paths = find_images(images, leave_out=left_out.add)
     explained: list[ExplainedImage] = []
     try:
         for path, name in zip(tqdm(paths, unit=" images", desc="explaining"), unique_names(paths), strict=True):
