@@ -3,12 +3,12 @@
     python benchmarks/training.py                        # on whatever device there is
     python benchmarks/training.py --original ../DIFNet   # with a clone of mrwu-mac/DIFNet: beside the original
 
-Times the functions of `scripts/train.py`: a step is forward, backward and Adam, with dropout, from features and token
+Times the functions of `difnet train`: a step is forward, backward and Adam, with dropout, from features and token
 ids in memory (`benchmarks/data.py` has the reading). Captions have 15 tokens, `<bos>` and `<eos>` counted. With
 `--original`, the original implementation takes the same steps on the same weights and features in turn with this one,
 and the two losses are compared first; its rewards are computed by `caption_metrics`, since its own metric needs Java
 (0.14 to 0.4 s more). Ratios are of medians in one run. Peak memory is that of three steps in a process of their own:
-on a GPU what PyTorch has allocated, on a CPU the resident set, in which the packages that `scripts/train.py` imports
+on a GPU what PyTorch has allocated, on a CPU the resident set, in which the packages that `difnet train` imports
 are counted (for the original implementation too). The table goes to the terminal and to benchmarks/results/.
 """
 
@@ -49,7 +49,7 @@ from torch import nn
 
 from caption_metrics import CiderReward
 from convert_checkpoint import convert_state_dict
-from difnet_transformers.training.trainer import (
+from difnet_transformers.training import (
     SequenceLogProbs,
     caption_rewards,
     cross_entropy_loss,
@@ -97,7 +97,7 @@ def cider_reward() -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 class DifnetSteps:
-    """Steps made of the functions of `scripts/train.py`."""
+    """Steps made of the functions of `difnet train`."""
 
     def __init__(self, device: torch.device, precision: str):
         self.device, self.precision = device, precision

@@ -39,6 +39,9 @@ EXTRA_OF = {
 }
 
 
+OWN_PACKAGES = ("caption_metrics", "difnet_transformers", "modeling_difnet")
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM or SIGHUP: unwinds like Ctrl-C, so that files are closed and unfinished ones removed."""
 
@@ -89,6 +92,14 @@ def run_command(
         return 2
 
 
+def quiet_transformers() -> None:
+    """Errors of Transformers alone are shown, and no progress bars of its own."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 def describe(error: BaseException) -> str:
     """One line on an error: what is wrong, with the file where there is one."""
     if isinstance(error, ModuleNotFoundError) and error.name is not None:
@@ -108,6 +119,11 @@ def describe(error: BaseException) -> str:
         return text
     # No error that the program foresaw: its type says more than its text.
     return f"{type(error).__name__}: {text} (--debug shows where)"
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error says, as a part of a line that says more."""
+    return " ".join(describe(error).removesuffix("(--debug shows where)").split())
 
 
 def _lines_of(error: BaseException) -> str:
@@ -195,6 +211,8 @@ def requires(extra: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in OWN_PACKAGES:
+            raise
         raise ImportError(
             f'the package {error.name} is missing: pip install "difnet-transformers[{extra}]"', name=error.name
         ) from error

@@ -24,7 +24,8 @@ from transformers import AutoModel, AutoProcessor
 
 from caption_metrics import CiderReward
 from convert_checkpoint import key_pairs
-from difnet_transformers.data.packed_dataset import CaptionPairBatches, ImageCaptionBatches, load_packed_split
+from difnet_transformers.data.batches import CaptionPairBatches, ImageCaptionBatches
+from difnet_transformers.data.packed_dataset import load_packed_split
 from difnet_transformers.files import folder_lock
 from difnet_transformers.training import checkpoint as training_state
 from difnet_transformers.training import trainer as train

@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoProcessor
 
 from caption_metrics import score_captions
 
-from ..data.packed_dataset import PackedImages
+from ..data import PackedImages
 from ..files import atomic_write
 from ..model_card import METRICS
 from ..reports.charts import to_svg, training_charts

@@ -1,1 +1,24 @@
-"""Cross-entropy and self-critical training."""
+"""Training: cross-entropy and self-critical trainers, their configuration, and their losses as pure functions."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "checkpoint": ["Progress"],
+        "config": ["TrainingConfig"],
+        "logging": ["TrainingFailed"],
+        "losses": [
+            "SequenceLogProbs",
+            "cross_entropy_loss",
+            "decode_for_scst",
+            "scst_advantages",
+            "self_critical_loss",
+            "xe_sequences",
+        ],
+        "optimization": ["learning_rate", "make_optimizer"],
+        "rewards": ["caption_rewards"],
+        "self_critical_trainer": ["SelfCriticalTrainer"],
+        "trainer": ["DifnetTrainer", "TrainingStopped"],
+    },
+)

@@ -1,11 +1,11 @@
-"""Checkpoints of a training run: what is in them, how they are written and how they are read back.
+"""Checkpoints of a training run: what is in them, how they are written and how they are read.
 
 A checkpoint is a folder for `from_pretrained` with `training_state/` inside: everything that the rest of the run
-depends on. Unlike the original's `.pth`, nothing in it is a pickle:
+depends on. The original (mrwu-mac/DIFNet, CVPR 2022) writes one `.pth`; nothing here is a pickle:
 
     progress.json             stage, epoch, position in it, patience, best score, options of the run
     optimizer.safetensors     the optimizer's tensors, by the names of the parameters
-    random_states.safetensors the states of torch's, CUDA's, numpy's and Python's random numbers of each process
+    random_states.safetensors the states of the random numbers of torch, CUDA, numpy and Python, of each process
     SHA256SUMS                of these and of the model's files, as `sha256sum -c training_state/SHA256SUMS` reads it
 
 A checkpoint is written beside the one it replaces and renamed when it is complete. At any moment a complete one is on
@@ -17,16 +17,14 @@ from __future__ import annotations
 import json
 import math
 import os
-import random
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
@@ -36,7 +34,9 @@ from torch import nn
 
 from ..command_line import describe
 from ..files import check_regular_file, naming, printable, read_file, read_json, sha256_of
+from .training_state import load_optimizer, optimizer_tensors, random_states, set_random_states
 
+CHECKPOINTS = ("last", "best", "best_xe")
 STATE_FOLDER = "training_state"
 CHECKSUMS = f"{STATE_FOLDER}/SHA256SUMS"
 PROGRESS = f"{STATE_FOLDER}/progress.json"
@@ -77,110 +77,54 @@ class Progress:
     log_bytes: int = 0
 
 
-# Random numbers
-
-
-def random_states() -> dict[str, torch.Tensor]:
-    """The states of this process's random numbers, as tensors."""
-    version, words, gauss = random.getstate()
-    assert version == 3
-    name, keys, position, has_gauss, cached_gaussian = np.random.get_state()
-    assert name == "MT19937"
-    states = {
-        "torch": torch.get_rng_state(),
-        "python": torch.tensor(words, dtype=torch.int64),
-        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
-        "numpy": torch.from_numpy(keys.astype(np.int64)),
-        "numpy_position": torch.tensor([position, has_gauss]),
-        "numpy_gauss": torch.tensor([cached_gaussian], dtype=torch.float64),
-    }
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def set_random_states(states: dict[str, torch.Tensor]) -> None:
-    """The inverse of `random_states`; TypeError for states that are none."""
-    torch.set_rng_state(states["torch"])
-    try:
-        gauss = [float(value) for value in states["python_gauss"].tolist()]
-        random.setstate((3, tuple(states["python"].tolist()), gauss[0] if gauss else None))
-        position, has_gauss = states["numpy_position"].tolist()
-        keys = states["numpy"].numpy().astype(np.uint32)
-        np.random.set_state(("MT19937", keys, position, has_gauss, states["numpy_gauss"].item()))
-    except ValueError as error:
-        raise TypeError(str(error)) from error
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
-
-
-# The optimizer
-
-OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")  # Adam's, of each parameter
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:
-    """The optimizer's state as `{"<parameter's name>/<what>": tensor}`."""
-    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{names[index]}/{key}": value.detach().cpu().contiguous()
-        for index, values in state.items()
-        for key, value in values.items()
-    }
-
-
-def load_optimizer(
-    optimizer: torch.optim.Optimizer,
-    model: nn.Module,
-    tensors: dict[str, torch.Tensor],
-    source: Path,
-    may_be_fresh: bool = True,
-) -> None:
-    """The inverse of `optimizer_tensors`.
+@dataclass
+class Checkpoint:
+    """The content of `progress.json`.
 
     Args:
-        optimizer: of the parameters of `model`.
-        tensors: what `optimizer_tensors` gave.
-        source: the file that they come from, for messages.
-        may_be_fresh: whether the optimizer may be one that has not taken a step.
-
-    Raises:
-        ValueError: the tensors belong to another model, are not all there, or are no state of this optimizer.
+        progress: where the run stood.
+        options: of the run, by name.
+        num_processes: of the run.
+        gradient_scaler: state of the scaler of fp16.
+        data: fingerprints of the splits "train" and "validation"; `None` in checkpoints of the first version.
+        version: of the format.
+        resized: whether the run resumes with other batch sizes; not in the file.
     """
-    parameters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    index_of = {name: index for index, (name, _) in enumerate(parameters)}
-    for key, tensor in tensors.items():
-        name, _, what = key.rpartition("/")
-        expected = None
-        if name in index_of and what in OPTIMIZER_STATE:
-            expected = torch.Size() if what == "step" else parameters[index_of[name]][1].shape
-        if tensor.shape != expected:
-            raise ValueError(
-                f"{source} does not fit the model: {printable(key)} {tuple(tensor.shape)}. Resume from another one."
-            )
-        if (
-            not tensor.is_floating_point()
-            or not torch.isfinite(tensor).all()
-            or (what != "exp_avg" and (tensor < 0).any())
-        ):
-            raise ValueError(
-                f"{source} is damaged: {key} holds values that are none of Adam. Resume from another one."
-            )
-        state.setdefault(index_of[name], {})[what] = tensor
-    if not state and not may_be_fresh:
-        raise ValueError(
-            f"{source} is damaged: it holds no tensors, and the run has taken optimizer steps. Resume from another "
-            "one."
-        )
-    complete = sum(len(values) == len(OPTIMIZER_STATE) for values in state.values())
-    if state and complete != len(parameters):
-        raise ValueError(f"{source} holds {complete} of {len(parameters)} parameters. Resume from another one.")
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+    progress: Progress
+    options: dict[str, Any]
+    num_processes: int
+    gradient_scaler: dict[str, Any] | None = None
+    data: dict[str, Any] | None = None
+    version: int = 1
+    resized: bool = field(default=False, init=False)
 
 
 # Folders
+
+
+def prepare_output(output: Path, resumed: Path | None) -> None:
+    """Readies the folder of a run, or refuses one that another run is in.
+
+    Args:
+        output: the run's folder, which exists.
+        resumed: the checkpoint that the run resumes from.
+
+    Raises:
+        ValueError: `output` holds a run, and `resumed` is none of its checkpoints.
+    """
+    recover(output, CHECKPOINTS)
+    held = next((name for name in CHECKPOINTS if (output / name).exists()), None)
+    if held is None or (resumed is not None and resumed.resolve().parent == output.resolve()):
+        return
+    if resumed is None:
+        raise ValueError(
+            f"{output} holds a run already. Resume it with --resume last, or give another --output (or delete it)."
+        )
+    raise ValueError(
+        f"{output} holds a run already, whose checkpoints `{resumed}` would replace. Resume that run with --resume "
+        "last, or give another --output."
+    )
 
 
 def recover(output: Path, names: tuple[str, ...]) -> None:
@@ -239,18 +183,21 @@ def write_checksums(folder: Path) -> None:
     (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
 
 
-def check_files(folder: Path, facts: dict[str, Any]) -> bool:
-    """Whether a checkpoint has checksums; those of the first version have none.
+def check_files(folder: Path, version: int) -> bool:
+    """Compares the files of a checkpoint with its checksums.
 
     Args:
         folder: the checkpoint.
-        facts: what `read_checkpoint` gave.
+        version: of its format.
+
+    Returns:
+        Whether it has checksums; those of the first version have none.
 
     Raises:
         ValueError: a file is missing, or is not what was written.
     """
     path = folder / CHECKSUMS
-    if facts["version"] == 1 and not path.exists():
+    if version == 1 and not path.exists():
         return False
     try:
         lines = read_file(path).decode("utf-8").splitlines()
@@ -282,7 +229,8 @@ def save_checkpoint(
     accelerator: Accelerator,
     output: Path,
     progress: Progress,
-    facts: dict[str, Any],
+    options: dict[str, Any],
+    data: dict[str, Any] | None,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     write_model: Callable[[Path], None],
@@ -294,7 +242,8 @@ def save_checkpoint(
         accelerator: of the run.
         output: the run's folder.
         progress: where the run stands.
-        facts: what a resumed run is compared with: `options` of the run, and `data`, fingerprints of its splits.
+        options: of the run, with which those of a resumed run are compared.
+        data: fingerprints of its splits, likewise; needed in the main process.
         model: whose parameters the optimizer has.
         optimizer: of the stage that is under way.
         write_model: makes a folder for `from_pretrained`.
@@ -319,7 +268,8 @@ def save_checkpoint(
             content = {
                 "version": VERSION,
                 "progress": asdict(progress),
-                **facts,
+                "options": options,
+                "data": data,
                 "num_processes": accelerator.num_processes,
                 "gradient_scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
             }
@@ -337,17 +287,15 @@ def save_checkpoint(
         raise OSError(problem)
 
 
-def read_checkpoint(folder: Path) -> dict[str, Any]:
-    """`progress`, `options`, `num_processes`, `gradient_scaler`, `version` and `data` of a checkpoint.
-
-    `data` is `None` in checkpoints of the first version.
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Where the run of a checkpoint stood, and what it was started with.
 
     Raises:
         ValueError: the folder is no checkpoint of a training run, or its numbers cannot be.
     """
     path = folder / PROGRESS
     try:
-        facts = read_json(path)
+        content = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
             f"{folder} is no checkpoint of a training run: it has no {PROGRESS}. To start a new run "
@@ -355,40 +303,49 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}). Resume from another checkpoint.") from None
-    wrong = what_is_wrong(facts)
+    wrong = what_is_wrong(content)
     if wrong is not None:
         raise ValueError(f"{path} is damaged: {wrong}. Resume from another checkpoint.")
-    return {"version": 1, "data": None, **facts, "progress": Progress(**facts["progress"])}
+    known = {field.name for field in fields(Checkpoint) if field.init} & set(content)
+    values = {name: content[name] for name in known}
+    return Checkpoint(**{**values, "progress": Progress(**content["progress"])})
 
 
-def what_is_wrong(facts: Any) -> str | None:
+def what_is_wrong(content: Any) -> str | None:
     """Why the content of `progress.json` cannot be what training wrote."""
-    types = {"progress": dict, "options": dict, "num_processes": int, "gradient_scaler": dict | NoneType}
-    types |= {"version": int} if isinstance(facts, dict) and "version" in facts else {}
-    types |= {"data": dict | NoneType} if isinstance(facts, dict) and "data" in facts else {}
-    if not isinstance(facts, dict):
-        return f"an object is expected, not {printable(facts)}"
+    if not isinstance(content, dict):
+        return f"an object is expected, not {printable(content)}"
+    types: dict[str, Any] = {
+        "progress": dict,
+        "options": dict,
+        "num_processes": int,
+        "gradient_scaler": dict | NoneType,
+        **({"version": int} if "version" in content else {}),
+        **({"data": dict | NoneType} if "data" in content else {}),
+    }
     for name, kind in types.items():
-        if name not in facts:
+        if name not in content:
             return f"it has no {name}"
-        if not isinstance(facts[name], kind) or isinstance(facts[name], bool):
-            return f"{name} is {printable(facts[name])}"
-    if facts.get("version", 1) not in range(1, VERSION + 1):
-        return f"version is {printable(facts['version'])}, this program knows up to {VERSION}; take a newer one"
-    if facts["num_processes"] < 1:
-        return f"num_processes is {facts['num_processes']}"
-    return what_is_wrong_in_progress(facts["progress"])
+        if not isinstance(content[name], kind) or isinstance(content[name], bool):
+            return f"{name} is {printable(content[name])}"
+    if content.get("version", 1) not in range(1, VERSION + 1):
+        return f"version is {printable(content['version'])}, this program knows up to {VERSION}; take a newer one"
+    if content["num_processes"] < 1:
+        return f"num_processes is {content['num_processes']}"
+    return what_is_wrong_in_progress(content["progress"])
 
 
 def what_is_wrong_in_progress(progress: dict[str, Any]) -> str | None:
-    names = {field.name: field.type for field in fields(Progress)}
+    """Why the numbers of a run's progress cannot be."""
+    types: dict[str, Any] = {"str": str, "int": int, "float": int | float}
+    names = {field.name: str(field.type) for field in fields(Progress)}
     for name in progress:
         if name not in names:
             return f"progress has an unknown {printable(name)}"
     if progress.get("stage") not in STAGES:
         return f"stage is {printable(progress.get('stage'))}, not one of {', '.join(STAGES)}"
     for name, value in progress.items():
-        kind = {"str": str, "int": int, "float": int | float}[names[name]]
+        kind = types[names[name]]
         if not isinstance(value, kind) or isinstance(value, bool):
             return f"{name} is {printable(value)}"
         if kind is not str and not (0 <= value < 2**53 and math.isfinite(value)):
@@ -404,16 +361,27 @@ def what_is_wrong_in_progress(progress: dict[str, Any]) -> str | None:
 
 
 def load_state(
-    accelerator: Accelerator, folder: Path, facts: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer
+    accelerator: Accelerator,
+    folder: Path,
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
 ) -> None:
     """Puts the optimizer, the gradient scaler and this process's random numbers back.
+
+    Args:
+        accelerator: of the run.
+        folder: the checkpoint's folder.
+        checkpoint: what `read_checkpoint` gave.
+        model: whose parameters the optimizer has.
+        optimizer: of the stage that is under way.
 
     Raises:
         ValueError: a file is missing, damaged, or of another run.
     """
     path = folder / STATE_FOLDER / "optimizer.safetensors"
     # With a gradient scaler the first steps may have been skipped.
-    may_be_fresh = facts["progress"].step == 0 or facts["gradient_scaler"] is not None
+    may_be_fresh = checkpoint.progress.step == 0 or checkpoint.gradient_scaler is not None
     try:
         load_optimizer(optimizer, model, read_tensors(path), path, may_be_fresh)
         path = folder / STATE_FOLDER / "random_states.safetensors"
@@ -421,9 +389,9 @@ def load_state(
         tensors = read_tensors(path)
         states = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         set_random_states(states)
-        if accelerator.scaler is not None and facts["gradient_scaler"] is not None:
+        if accelerator.scaler is not None and checkpoint.gradient_scaler is not None:
             path = folder / PROGRESS
-            accelerator.scaler.load_state_dict(facts["gradient_scaler"])
+            accelerator.scaler.load_state_dict(checkpoint.gradient_scaler)
     except (SafetensorError, FileNotFoundError, KeyError, TypeError, RuntimeError, OverflowError) as error:
         raise ValueError(
             f"{path} is missing or damaged ({printable(str(error))}). Resume from another checkpoint."
@@ -431,5 +399,6 @@ def load_state(
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, which must be a regular file."""
     check_regular_file(path)
     return load_file(path)

@@ -1,4 +1,7 @@
-"""The log of a training run: figures of every interval, and the alarm when they stop being numbers."""
+"""The log of a training run: metrics of every interval, and the error when they are no longer numbers.
+
+The original (mrwu-mac/DIFNet, CVPR 2022) logs the losses, once an epoch, to TensorBoard.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +22,19 @@ from .checkpoint import Progress
 
 
 class TrainingFailed(RuntimeError):
-    """The numbers went wrong: not a user's mistake, but nothing to go on with either."""
+    """The loss or the reward has become useless, so that the run cannot continue."""
 
 
 class Log:
-    """The figures of every interval: to the terminal, to the trackers and to `log.jsonl`, one JSON object a line.
+    """The metrics of every interval: to the terminal, to the trackers and to `log.jsonl`, one JSON object a line.
 
     Sums are kept on the device and read when a line is due, so that logging does not wait for the device at every
     step. A resumed run cuts the file where its checkpoint was made.
+
+    Args:
+        accelerator: of the run.
+        path: `log.jsonl`.
+        progress: where the run stands; every line says it, and `log_bytes` follows the file.
     """
 
     def __init__(self, accelerator: Accelerator, path: Path, progress: Progress):
@@ -39,6 +47,7 @@ class Log:
         self.reset()
 
     def reset(self) -> None:
+        """Begins an interval."""
         self.sums: dict[str, torch.Tensor | float] = {}
         self.steps = 0
         self.seconds = dict.fromkeys(("data", "decoding", "reward", "backward"), 0.0)
@@ -46,12 +55,14 @@ class Log:
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
+        """Counts the time of the block towards "data", "decoding", "reward" or "backward"."""
         started = time.perf_counter()
         yield
         self.seconds[what] += time.perf_counter() - started
 
-    def add(self, **figures: torch.Tensor | float) -> None:
-        for name, value in figures.items():
+    def add(self, **sums: torch.Tensor | float) -> None:
+        """Adds to the interval's sums, by name."""
+        for name, value in sums.items():
             if isinstance(value, torch.Tensor):
                 value = value.detach().double()
             self.sums[name] = self.sums.get(name, 0) + value
@@ -81,7 +92,7 @@ class Log:
                     f"checkpoints in {folder} are from before and good. Start again from one (--model "
                     f"{folder / 'last'}, another --output) with a lower learning rate or --max-grad-norm 1, and "
                     "--mixed-precision bf16 where it was fp16; look for features that are not "
-                    "numbers with pack_coco.py --verify."
+                    "numbers with difnet pack --verify."
                 )
         return totals
 
@@ -103,25 +114,31 @@ class Log:
         self.reset()
         return line
 
-    def write(self, event: str, figures: dict[str, Any]) -> None:
+    def write(self, event: str, metrics: dict[str, Any]) -> None:
+        """Writes a line.
+
+        Args:
+            event: "train" or "validation".
+            metrics: by name.
+        """
         progress = self.progress
         place = {"event": event, "stage": progress.stage, "epoch": progress.epoch, "step": progress.step}
         if self.accelerator.is_main_process:
             with naming(self.path), self.path.open("ab") as file:
-                file.write(json.dumps({**place, **figures}).encode() + b"\n")
+                file.write(json.dumps({**place, **metrics}).encode() + b"\n")
                 file.flush()
                 progress.log_bytes = file.tell()
-            place = f"{progress.stage} epoch {progress.epoch} step {progress.step}"
-            tqdm.write(f"{place} {event}: {readable(figures)}")
+            where = f"{progress.stage} epoch {progress.epoch} step {progress.step}"
+            tqdm.write(f"{where} {event}: {readable(metrics)}")
         self.accelerator.log(
-            {f"{progress.stage}/{event}/{name}": value for name, value in figures.items()}, step=progress.step
+            {f"{progress.stage}/{event}/{name}": value for name, value in metrics.items()}, step=progress.step
         )
 
 
-def readable(figures: dict[str, Any]) -> str:
+def readable(metrics: dict[str, Any]) -> str:
     """One line for a person: `loss 2.776  learning rate 0.0001  .. data 3%  backward 71%`."""
     words = []
-    for name, value in figures.items():
+    for name, value in metrics.items():
         if name.startswith("share_"):
             words += [f"{name.removeprefix('share_')} {value:.0%}"] if value > 0 else []
         elif isinstance(value, bool):

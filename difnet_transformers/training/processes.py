@@ -1,20 +1,62 @@
-"""Several processes of one run: where one of them fails, all end, and one says why."""
+"""The processes of a run: where one of them fails, all end, and one says why; signals that ask a run to stop.
+
+The original (mrwu-mac/DIFNet, CVPR 2022) trains in one process on one GPU.
+"""
 
 from __future__ import annotations
 
 import os
+import signal
+import sys
+import threading
 import time
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
+import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, gather_object
+from tqdm import tqdm
 
 from ..command_line import describe
 
 SECONDS_TO_FREE = 0.2
 
 Result = TypeVar("Result")
+
+
+def make_accelerator(
+    output: Path, report_to: Sequence[str] = (), mixed_precision: str | None = None, cpu: bool = False
+) -> Accelerator:
+    """The accelerator of a training run.
+
+    Args:
+        output: the run's folder, which gets the files of trackers.
+        report_to: trackers of Accelerate; "none" is ignored.
+        mixed_precision: "no", "bf16" or "fp16"; by default what `accelerate launch` says.
+        cpu: whether a GPU is left alone.
+
+    Raises:
+        ValueError: a tracker is not installed.
+    """
+    trackers = [name for name in report_to if name != "none"]
+    available = {tracker.value for tracker in get_available_trackers()}
+    for name in trackers:
+        if name not in available:
+            raise ValueError(
+                f"--report-to {name}: the package is not installed, or Accelerate does not know it. `pip install "
+                f"{name}`, or choose one of: {', '.join(sorted(available | {'none'}))}."
+            )
+    return Accelerator(
+        mixed_precision=mixed_precision,
+        cpu=cpu,
+        log_with=cast(Any, trackers or None),
+        project_config=ProjectConfiguration(str(output), logging_dir=str(output / "tensorboard")),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
 
 
 def is_first_process() -> bool:
@@ -42,7 +84,7 @@ def all_or_none(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
     except Exception as error:
         problem = error
     raise_for_all(accelerator, problem)
-    return result
+    return cast(Result, result)
 
 
 def raise_for_all(accelerator: Accelerator, problem: Exception | None) -> None:
@@ -68,6 +110,14 @@ def raise_for_all(accelerator: Accelerator, problem: Exception | None) -> None:
     raise SystemExit(2)
 
 
+def total(accelerator: Accelerator, number: float) -> float:
+    """A number, added up over the processes; every process calls it."""
+    if accelerator.num_processes == 1:
+        return number
+    tensor = torch.tensor(number, dtype=torch.float64, device=accelerator.device)
+    return cast(torch.Tensor, accelerator.reduce(tensor, "sum")).item()
+
+
 def end_training(accelerator: Accelerator) -> None:
     """`accelerator.end_training()` without a deadlock in Gloo.
 
@@ -77,3 +127,38 @@ def end_training(accelerator: Accelerator) -> None:
     if accelerator.num_processes > 1:
         time.sleep(SECONDS_TO_FREE)
     accelerator.end_training()
+
+
+class StopRequest:
+    """Whether a signal has asked this process to stop.
+
+    Attributes:
+        time: when, by `time.monotonic`; 0 where none has.
+    """
+
+    def __init__(self) -> None:
+        self.time = 0.0
+
+    @contextmanager
+    def from_signals(self) -> Iterator[None]:
+        """SIGINT, SIGTERM and SIGHUP request a stop while the block runs; a second one ends it at once.
+
+        In threads other than the main one, where Python handles no signals, nothing changes.
+        """
+
+        def stop(number: int, frame: Any) -> None:
+            # A launcher passes the terminal's signal on to processes that have it already.
+            if self.time and time.monotonic() - self.time > 1:
+                raise KeyboardInterrupt
+            self.time = self.time or time.monotonic()
+            tqdm.write("stopping after this step; once more to stop at once", file=sys.stderr)
+
+        previous = {}
+        try:
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                if hasattr(signal, name) and threading.current_thread() is threading.main_thread():
+                    previous[name] = signal.signal(getattr(signal, name), stop)
+            yield
+        finally:
+            for name, handler in previous.items():
+                signal.signal(getattr(signal, name), handler)

@@ -7,7 +7,7 @@ processes share the images and every image is captioned exactly once, ensembles,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -17,13 +17,20 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from caption_metrics import score_captions
-from modeling_difnet import DifnetEnsemble, DifnetForConditionalGeneration, original_beam_search
+from modeling_difnet import (
+    DifnetConfig,
+    DifnetEnsemble,
+    DifnetForConditionalGeneration,
+    original_beam_search,
+    sequence_log_probs,
+)
 from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer
 
 from ..command_line import LeftOut, describe
-from ..data.packed_dataset import ReferenceBatches
-from .processes import raise_for_all
-from .setup import ROW_ERRORS, form_of, usual_row
+from ..data import CaptionPairBatches, ReferenceBatches
+from .data_checks import ROW_ERRORS, form_of, usual_row
+from .losses import xe_sequences
+from .processes import raise_for_all, total
 
 GENERATION_OPTIONS = {"num_beams": 5, "max_new_tokens": 20}  # the original's evaluation
 
@@ -34,6 +41,26 @@ class CaptionedImage(NamedTuple):
     image_id: int
     caption: str
     references: list[str]
+
+
+@torch.no_grad()
+def validation_loss(
+    model: DifnetForConditionalGeneration, pairs: CaptionPairBatches, accelerator: Accelerator
+) -> float:
+    """The mean negative log-likelihood of the tokens of a split's captions. Every process calls it.
+
+    Args:
+        model: in eval mode, on the accelerator's device.
+        pairs: this process's share of the split.
+        accelerator: of the run.
+    """
+    log_prob, tokens = 0.0, 0
+    for batch in pairs:
+        on_device = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
+        sequences, features = xe_sequences(on_device, cast(DifnetConfig, model.config))
+        log_prob += sequence_log_probs(model, sequences, **features).sum().item()
+        tokens += int((batch["labels"] != -100).sum())
+    return -total(accelerator, log_prob) / total(accelerator, tokens)
 
 
 def caption_split(
@@ -78,7 +105,7 @@ def caption_split(
         num_processes=accelerator.num_processes,
         mask_padded_cells=mask_padded_cells,
     )
-    custom_generate = {"custom_generate": original_beam_search} if original_decoding else {}
+    custom_generate: dict[str, Any] = {"custom_generate": original_beam_search} if original_decoding else {}
     processor = DifnetProcessor(DifnetFeatureExtractor(), tokenizer)
     captions: list[tuple[int, str]] = []  # the row of the dataset, and its caption
     broken: list[tuple[int, str]] = []  # the row of the dataset, and what is wrong with it

@@ -17,8 +17,9 @@ from processing_difnet import DifnetTokenizer
 
 from ..child_process import run_difnet
 from ..command_line import LeftOut
+from ..data.captions import read_annotations
+from ..data.image_files import find_images, match_images
 from ..data.packed_dataset import load_packed_split
-from ..data.sources import find_pictures, match_images, read_annotations
 from ..files import atomic_output, atomic_write, check_regular_file, printable, read_file, read_json
 from ..model_card import METRICS, check_license
 from ..presets import SMALL_NETWORK
@@ -308,7 +309,7 @@ def write_page(
         captions: by image id.
         reports: of `evaluate`.
     """
-    files = find_pictures(map(str, images))
+    files = find_images(map(str, images))
     sections = {HEADINGS[split]: sheet_images(load_packed_split(packed, split), files, captions) for split in reports}
     page = html_sheet(sections, title=name, warnings=warnings, table=score_table(reports))
     atomic_write(path, page)

@@ -1,0 +1,157 @@
+"""The losses of cross-entropy (XE) and self-critical sequence training (SCST), as pure functions.
+
+Original file: `train_xe` and `train_scst` in `train.py` of mrwu-mac/DIFNet (CVPR 2022). SCST is that of Rennie et al.
+(CVPR 2017) with the beams as samples and their mean as the baseline, as in Cornia et al. (CVPR 2020). What differs:
+the captions are decoded without a graph, and one teacher-forced pass over those that came out is differentiated
+(`SequenceLogProbs`); the original keeps the graph of all 20 decoding steps. The gradient is the same.
+
+    sequences, features = xe_sequences(batch, model.config)
+    loss = cross_entropy_loss(SequenceLogProbs(model)(sequences, **features), num_tokens)
+
+    sequences = decode_for_scst(model, features)                 # (B, K, L)
+    log_probs = SequenceLogProbs(model)(sequences, **features)   # (B, K, L - 1)
+    loss = self_critical_loss(log_probs, scst_advantages(rewards), max_new_tokens, num_captions)
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from modeling_difnet import (
+    DifnetConfig,
+    DifnetForConditionalGeneration,
+    original_beam_search,
+    sequence_log_probs,
+)
+
+FEATURES = ("grid_features", "segmentation_features", "grid_attention_mask")
+
+
+class SequenceLogProbs(nn.Module):
+    """`sequence_log_probs` as a module: the one pass that both stages differentiate, and that DDP wraps.
+
+    Args:
+        model: the network.
+    """
+
+    def __init__(self, model: DifnetForConditionalGeneration):
+        super().__init__()
+        self.model = model
+
+    def forward(self, sequences: torch.LongTensor, **features: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities (B, K, L - 1) of the tokens of `sequences` (B, K, L); 0 at `<pad>`."""
+        return sequence_log_probs(self.model, sequences, **features)
+
+
+def xe_sequences(
+    batch: dict[str, torch.Tensor], config: DifnetConfig
+) -> tuple[torch.LongTensor, dict[str, torch.Tensor]]:
+    """The captions and features of a batch, ready for `SequenceLogProbs`.
+
+    Args:
+        batch: of `CaptionPairBatches`, or of `ImageCaptionBatches`, which has `image_index`.
+        config: the model's configuration.
+
+    Returns:
+        Sequences (B, K, L), `<bos> w1 .. wn <eos> <pad> ..`, and the features of the B images. Where the images have
+        different numbers of captions the missing ones are `<bos> <pad> ..`, which have no tokens to predict.
+    """
+    labels = batch["labels"]
+    tokens = labels.masked_fill(labels == -100, config.pad_token_id)
+    start = tokens.new_full((len(tokens), 1), config.decoder_start_token_id)
+    captions = torch.cat([start, tokens], dim=1)  # (captions, L)
+    features = {name: batch[name] for name in FEATURES if name in batch}
+    if "image_index" not in batch:
+        return cast(torch.LongTensor, captions.unsqueeze(1)), features  # (B, 1, L)
+    image_index = batch["image_index"]
+    counts = torch.bincount(image_index, minlength=len(batch["grid_features"]))  # (B,)
+    place = torch.arange(len(image_index), device=counts.device) - (counts.cumsum(0) - counts)[image_index]
+    sequences = captions.new_full((len(counts), int(counts.max()), captions.shape[1]), config.pad_token_id)
+    sequences[:, :, 0] = config.decoder_start_token_id
+    sequences[image_index, place] = captions
+    return cast(torch.LongTensor, sequences), features  # (B, K, L)
+
+
+def cross_entropy_loss(log_probs: torch.Tensor, num_tokens: int | float | torch.Tensor) -> torch.Tensor:
+    """The original's XE loss, the mean over all tokens that are to be predicted.
+
+    Args:
+        log_probs: (B, K, L - 1) of `SequenceLogProbs`.
+        num_tokens: tokens of the whole batch, of which this may be one process's or one accumulation step's part.
+
+    Returns:
+        The loss, a scalar.
+    """
+    return -log_probs.sum() / num_tokens
+
+
+@torch.no_grad()
+def decode_for_scst(
+    model: DifnetForConditionalGeneration,
+    features: dict[str, torch.Tensor],
+    samples: str = "beam",
+    num_captions: int = 5,
+    max_new_tokens: int = 20,
+) -> torch.LongTensor:
+    """The captions that SCST rewards: all beams of the original's search, or samples of the model's distribution.
+
+    Dropout is as the model's mode says; the original decodes in training mode.
+
+    Args:
+        model: the network.
+        features: of B images, by the names of `forward`.
+        samples: "beam" or "sample".
+        num_captions: K, the captions of an image.
+        max_new_tokens: length of a caption at most, `<eos>` counted.
+
+    Returns:
+        Sequences (B, K, L) that begin with `<bos>`.
+    """
+    how: dict[str, Any] = {"custom_generate": original_beam_search, "num_beams": num_captions, "do_sample": False}
+    if samples == "sample":
+        how = {"num_beams": 1, "do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
+    images: dict[str, Any] = dict(features)
+    sequences = model.generate(
+        **images, **how, num_return_sequences=num_captions, max_new_tokens=max_new_tokens
+    )  # (B * K, L)
+    return sequences.unflatten(0, (-1, num_captions))
+
+
+def scst_advantages(rewards: torch.Tensor, samples: str = "beam") -> torch.Tensor:
+    """Rewards minus their baseline.
+
+    Args:
+        rewards: (B, K), of K captions of each image.
+        samples: "beam": the baseline is the mean over all captions of the image, as in the original. "sample": the
+            mean over the other ones, which makes the gradient of independent samples unbiased.
+
+    Returns:
+        Advantages (B, K).
+    """
+    if samples == "beam":
+        return rewards - rewards.mean(-1, keepdim=True)
+    others = (rewards.sum(-1, keepdim=True) - rewards) / (rewards.shape[-1] - 1)
+    return rewards - others
+
+
+def self_critical_loss(
+    log_probs: torch.Tensor,
+    advantages: torch.Tensor,
+    max_new_tokens: int,
+    num_captions: int | float | torch.Tensor,
+) -> torch.Tensor:
+    """The original's SCST loss, the mean of `-(sum of log-probabilities / max_new_tokens) * advantage`.
+
+    Args:
+        log_probs: (B, K, L - 1) of `SequenceLogProbs`.
+        advantages: (B, K), without gradient.
+        max_new_tokens: what the captions were decoded with; the original divides by it whatever their lengths.
+        num_captions: captions of the whole batch, of which this may be a part.
+
+    Returns:
+        The loss, a scalar.
+    """
+    return -(log_probs.sum(-1) / max_new_tokens * advantages).sum() / num_captions

@@ -1,0 +1,52 @@
+"""The optimizer and the learning rate of both stages.
+
+Original file: `train.py` of mrwu-mac/DIFNet (CVPR 2022), `lambda_lr` and the two `Adam`. Other schedules are added.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from .config import TrainingConfig
+
+
+def make_optimizer(model: nn.Module, betas: tuple[float, float], learning_rate: float) -> torch.optim.Adam:
+    """The original's Adam, in one kernel; a stage starts with a fresh one."""
+    return torch.optim.Adam(model.parameters(), lr=learning_rate, betas=(betas[0], betas[1]), fused=True)
+
+
+def original_xe_factor(epoch: int) -> float:
+    """What the original's XE learning rate of an epoch (from 1) is of its plateau, 1e-4."""
+    if epoch <= 3:
+        return epoch / 4
+    if epoch <= 10:
+        return 1.0
+    return 0.2 if epoch <= 12 else 0.04
+
+
+def learning_rate(config: TrainingConfig, stage: str, epoch: int, step: int, steps_per_epoch: int) -> float:
+    """The learning rate of an optimizer step.
+
+    Args:
+        config: of the run.
+        stage: "xe" or "scst".
+        epoch: of the stage, from 1.
+        step: of the stage, from 0.
+        steps_per_epoch: optimizer steps of an epoch.
+    """
+    if stage == "scst":
+        return config.scst_learning_rate
+    if config.xe_schedule == "original":
+        return config.xe_learning_rate * original_xe_factor(epoch)
+    if step < config.warmup_steps:
+        return config.xe_learning_rate * (step + 1) / (config.warmup_steps + 1)
+    if config.xe_schedule == "constant":
+        return config.xe_learning_rate
+    last = config.xe_epochs * steps_per_epoch if config.max_steps is None else config.max_steps
+    done = min(1.0, (step - config.warmup_steps) / max(1, last - config.warmup_steps))
+    return config.xe_learning_rate * (
+        1 - done if config.xe_schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+    )
