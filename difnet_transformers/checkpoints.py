@@ -130,7 +130,7 @@ def load_model(
     _check_settings(folder, "generation_config.json")
     check_weights_fit(config, weight_entries(folder), shown)
     try:
-        model, report = DifnetForConditionalGeneration.from_pretrained(
+        loaded: Any = DifnetForConditionalGeneration.from_pretrained(
             folder,
             config=config,
             dtype=dtype if dtype is not None else "auto",
@@ -140,6 +140,7 @@ def load_model(
         )
     except Exception as error:  # whatever a wrong value in the settings leads to
         raise ValueError(f"{shown}: the model cannot be loaded ({_one_line(error)}). {COPY_AGAIN}") from error
+    model, report = loaded
     lost = random_weights(report)
     if lost:
         raise ValueError(_incomplete(shown, lost))
