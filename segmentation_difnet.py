@@ -17,11 +17,9 @@ from modeling_difnet.segmentation_difnet import (
     PanopticSegmenter,
     channel_map,
     channels_of_labels,
-    check_loaded_weights,
     normal_name,
     pool_channel_map,
 )
-from modeling_difnet.segmentation_difnet import check_complete_weights as raise_for_random_weights
 
 __all__ = [
     "CLASS_NAMES",
@@ -33,7 +31,6 @@ __all__ = [
     "channel_map",
     "channels_of_categories",
     "channels_of_labels",
-    "check_loaded_weights",
     "fitted_size",
     "instance_channel_map",
     "mask_of_polygon",
@@ -41,5 +38,4 @@ __all__ = [
     "normal_name",
     "panoptic_channel_map",
     "pool_channel_map",
-    "raise_for_random_weights",
 ]

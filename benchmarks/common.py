@@ -1,4 +1,4 @@
-"""What the benchmarks share: full-size weights and features, the original implementation, timing and reports."""
+"""What the benchmarks share: full-size weights and features, the original implementation, timing and tables."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from torch.utils import benchmark
 from difnet_transformers.files import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ROOT / "scripts"
 GOLDEN = ROOT / "tests" / "golden"
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -38,6 +37,8 @@ CPU = torch.device("cpu")
 def load_module(name: str, path: Path) -> ModuleType:
     """Imports a file, or a package's `__init__.py`, that is on no search path."""
     spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
@@ -115,7 +116,7 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
 
 
 def add_timing_options(parser: argparse.ArgumentParser) -> None:
-    """The options of benchmarks at full size: --original, --repeats, --device and --output."""
+    """Adds the options of benchmarks at full size: --original, --repeats, --device and --output."""
     parser.add_argument(
         "--original",
         type=original_clone,
@@ -130,6 +131,7 @@ def add_timing_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_output_option(parser: argparse.ArgumentParser) -> None:
+    """Adds --output."""
     parser.add_argument(
         "--output", type=Path, help="where the table goes (default: a dated file in benchmarks/results/)"
     )
@@ -160,15 +162,17 @@ class Row:
 
     @property
     def median(self) -> float:
+        """Median seconds of a run."""
         return statistics.median(self.seconds)
 
 
-def reference_of(row: Row, rows: list[Row]) -> Row:
+def reference_of(row: Row, rows: Sequence[Row]) -> Row:
     """The first row of the group of `row`."""
     return next(other for other in rows if other.group == row.group)
 
 
 def synchronize(device: torch.device) -> None:
+    """Waits for what was sent to a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -183,12 +187,20 @@ def timed(function: Callable[[], Any], device: torch.device = CPU) -> tuple[Any,
 
 
 def call_times(function: Callable[[], object], repeats: int) -> list[float]:
-    """Seconds of each of `repeats` calls on the CPU."""
+    """Seconds of each of `repeats` calls on the CPU, where every call does other work, such as the next batch."""
     return [timed(function)[1] for _ in range(repeats)]
 
 
-def measure(rows: list[Row], repeats: int, device: torch.device) -> tuple[float, float]:
+def median_seconds(function: Callable[[], object], min_run_time: float = 0.5) -> float:
+    """Median time of a call that can be repeated, by PyTorch's timer, which repeats it for `min_run_time` seconds."""
+    timer = benchmark.Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=min_run_time).median
+
+
+def measure(rows: Sequence[Row], repeats: int, device: torch.device) -> tuple[float, float]:
     """Times all rows in turn, so that a drifting machine slows all of them; one warm-up each.
+
+    PyTorch's timer would run all repeats of one row before the next.
 
     Returns:
         `matmul_milliseconds` before and after.
@@ -207,16 +219,14 @@ def measure(rows: list[Row], repeats: int, device: torch.device) -> tuple[float,
 def matmul_milliseconds(device: torch.device) -> float:
     """Median time of a 2048 x 2048 x 2048 fp32 matrix product, by which machines are compared."""
     left, right = torch.rand(2, 2048, 2048, device=device)
-    operands = {"left": left, "right": right}
-    # PyTorch's timer suits one operation. Rows take turns, and it would run all repeats of one before the next.
-    timer = benchmark.Timer("torch.matmul(left, right)", globals=operands, num_threads=torch.get_num_threads())
-    return 1000 * timer.blocked_autorange(min_run_time=0.5).median
+    return 1000 * median_seconds(lambda: torch.matmul(left, right))
 
 
-# Reports
+# Tables
 
 
 def processor_name() -> str:
+    """The processor's model, as far as the system tells."""
     if Path("/proc/cpuinfo").is_file():
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -225,44 +235,56 @@ def processor_name() -> str:
 
 
 def hardware(device: torch.device) -> str:
+    """The GPU, or the processor and the number of PyTorch's threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{processor_name()}, {torch.get_num_threads()} threads"
 
 
 def commit() -> str:
+    """The commit of the clone, "unknown" without Git."""
     run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return run.stdout.strip() or "unknown"
 
 
 def header(
-    title: str, script: str, original: Path | None, device: torch.device, matmul: tuple[float, float], notes: list[str]
+    title: str,
+    script: str,
+    original: Path | None = None,
+    device: torch.device = CPU,
+    matmul: tuple[float, float] | None = None,
+    notes: Sequence[str] = (),
 ) -> list[str]:
-    """The lines above the table of a benchmark at full size.
+    """The lines above the table of every benchmark.
 
     Args:
         title: of the report.
-        script: name of the file in `benchmarks/`.
+        script: name of the file in `benchmarks/`, with the options that matter.
         original: the clone, if the original implementation was timed.
         device: where the rows ran.
         matmul: what `measure` returned.
         notes: further entries of the list.
     """
     option = " --original <clone of mrwu-mac/DIFNet>" if original else ""
-    before, after = matmul
+    packages = (
+        f"Python {platform.python_version()}, PyTorch {torch.__version__}, Transformers {transformers.__version__}"
+    )
+    entries = [f"{hardware(device)}; {packages}"]
+    if matmul is not None:
+        before, after = matmul
+        entries.append(f"2048 x 2048 x 2048 fp32 matrix product: {before:.2f} ms before, {after:.2f} ms after")
     return [
         f"# {title}",
         "",
         f"`python benchmarks/{script}{option}`, {datetime.date.today()}, commit {commit()}",
         "",
-        f"- {hardware(device)}; PyTorch {torch.__version__}, Transformers {transformers.__version__}",
-        f"- 2048 x 2048 x 2048 fp32 matrix product: {before:.2f} ms before, {after:.2f} ms after",
-        *(f"- {note}" for note in notes),
+        *(f"- {entry}" for entry in [*entries, *notes]),
         "",
     ]
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """The lines of a table in Markdown."""
     lines = [columns, ["---"] * len(columns), *rows]
     return [f"| {' | '.join(map(str, cells))} |" for cells in lines]
 

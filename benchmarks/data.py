@@ -3,7 +3,7 @@
     python benchmarks/data.py [--images 2000]
 
 Makes synthetic files in the original's form (HDF5 with (49, 2048) float32, one .npy an image), packs them with
-`scripts/pack_coco.py`, and reads random batches of 50 from both. The original reader is written out here as in its
+`difnet pack`, and reads random batches of 50 from both. The original reader is written out here as in its
 `data/field.py`: the HDF5 file is opened for every item, the segmentation is a `.npy` file, and a DataLoader collates.
 All files are in the page cache and torch has one thread while reading. The readers take turns; medians are reported.
 The table goes to the terminal and to benchmarks/results/.
@@ -11,13 +11,12 @@ The table goes to the terminal and to benchmarks/results/.
 
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
-from datetime import date
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import h5py
@@ -26,9 +25,10 @@ import torch
 from common import (
     add_output_option,
     call_times,
+    header,
     make_parser,
     markdown_table,
-    processor_name,
+    median_seconds,
     results_path,
     timed,
     write_report,
@@ -37,7 +37,7 @@ from datasets import load_from_disk
 from torch.utils.data import DataLoader, Dataset
 
 from configuration_difnet import DifnetConfig
-from difnet_transformers.data.packed_dataset import CaptionPairBatches, PackedImages, ReferenceBatches
+from difnet_transformers.data import CaptionPairBatches, PackedImages, ReferenceBatches
 from modeling_difnet import DifnetForConditionalGeneration
 from processing_difnet import DifnetTokenizer
 
@@ -45,9 +45,9 @@ BATCH = 50
 MIN_IMAGES = 210  # 21 batches of ten images, as many as are read of SCST's
 PACK = """
 import re, sys, time
-from difnet_transformers.data import pack as pack_coco
+from difnet_transformers.cli.pack import main
 started = time.perf_counter()
-assert pack_coco.main(sys.argv[1:]) == 0
+assert main(sys.argv[1:]) == 0
 print(time.perf_counter() - started, re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1])
 """
 
@@ -116,7 +116,8 @@ def batch_seconds(batches: Iterable, count: int) -> float:
 
 def xe_step_seconds(batches: Iterable[dict[str, torch.Tensor]], device: torch.device) -> float:
     """Median seconds of an XE step of the full-size model on `device`."""
-    model = DifnetForConditionalGeneration(DifnetConfig()).to(device).train()
+    model: torch.nn.Module = DifnetForConditionalGeneration(DifnetConfig())
+    model.to(device).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, betas=(0.9, 0.98))
 
     def step(batch: dict[str, torch.Tensor]) -> None:
@@ -127,7 +128,7 @@ def xe_step_seconds(batches: Iterable[dict[str, torch.Tensor]], device: torch.de
     times = []
     for _, batch in zip(range(4), batches, strict=False):
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        times.append(timed(lambda b=batch: step(b), device)[1])
+        times.append(timed(partial(step, batch), device)[1])
     return statistics.median(times[1:])
 
 
@@ -163,9 +164,10 @@ def reading_rows(folder: Path, num_images: int, rounds: int) -> Iterator[tuple[s
         order = np.random.default_rng(0).integers(0, len(images), (200, BATCH))
         return (images.read(chosen) for chosen in order)
 
-    readers = {
+    workers = os.cpu_count() or 1
+    readers: dict[str, Callable[[int], Iterable]] = {
         "original reader, in the process": lambda seed: original(seed, 0),
-        f"original reader, {os.cpu_count()} workers": lambda seed: original(seed, os.cpu_count()),
+        f"original reader, {workers} workers": lambda seed: original(seed, workers),
         "packed float16 -> float16": lambda seed: packed("float16", None),
         "packed float16 -> float32": lambda seed: packed("float16", torch.float32),
         "packed float32 -> float32": lambda seed: packed("float32", None),
@@ -198,7 +200,7 @@ def main(argv: list[str] | None = None) -> None:
         folder = Path(temporary)
         make_corpus(folder, options.images)
         rows = [*packing_rows(folder, options.images)]
-        opening = statistics.median(call_times(lambda: load_from_disk(folder / "float16")["train"], 5))
+        opening = median_seconds(lambda: load_from_disk(folder / "float16")["train"])
         rows.append(("opening", f"{1000 * opening:.1f} ms"))
 
         threads = torch.get_num_threads()
@@ -217,16 +219,13 @@ def main(argv: list[str] | None = None) -> None:
         share = pair_seconds / (pair_seconds + step)
         rows.append((f"share of an XE step ({1000 * step:.0f} ms on {device})", f"{share:.2%}"))
 
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    notes = [
+        f"{options.images:,} synthetic images, batches of {BATCH}, files in the page cache",
+        f"{os.cpu_count()} CPUs, load average {load:.1f} at the start; one thread while reading",
+    ]
+    script = f"data.py --images {options.images} --rounds {options.rounds}"
     lines = [
-        f"# Packing and reading, {date.today()}",
-        "",
-        f"`python benchmarks/data.py --images {options.images} --rounds {options.rounds}` on "
-        f"{processor_name()}, {os.cpu_count()} CPUs{gpu}; Python {platform.python_version()}, "
-        f"torch {torch.__version__} with {torch.get_num_threads()} threads; load average {load:.1f} at the start.",
-        "",
-        f"{options.images:,} synthetic images, batches of {BATCH}, files in the page cache.",
-        "",
+        *header("Packing and reading", script, device=device, notes=notes),
         *markdown_table(["what", "result"], rows),
     ]
     write_report(lines, options.output or results_path("data", device.type))

@@ -11,7 +11,9 @@ to the terminal and to benchmarks/results/.
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import (
@@ -40,7 +42,7 @@ ORIGINAL = "original implementation"
 
 def original_captioner(clone: Path) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """The original implementation's beam search as a function of the two features."""
-    model = original_model(clone)
+    model: Any = original_model(clone)
     return lambda grid_features, segmentation_features: model.beam_search(
         grid_features, segmentation_features, MAX_NEW_TOKENS, 3, 5, out_size=1
     )[0]
@@ -53,7 +55,7 @@ def caption_rows(
     device: torch.device,
 ) -> list[Row]:
     """Each search in each precision, attention implementation and kind of cache, for each batch size."""
-    searches = {
+    searches: dict[str, dict[str, Any]] = {
         "original_beam_search": {"num_beams": 5, "custom_generate": original_beam_search},
         "beam 5 of Transformers": {"num_beams": 5, "length_penalty": 0.0, "early_stopping": "never"},
         "greedy": {"num_beams": 1},
@@ -62,9 +64,13 @@ def caption_rows(
     for batch_size in batch_sizes:
         features = reference_features(batch_size, device)
         if original is not None:
-            rows.append(Row(batch_size, ORIGINAL, lambda f=features: original(**f)))
+            rows.append(Row(batch_size, ORIGINAL, partial(original, **features)))
         for search, options in searches.items():
-            variants = [("fp32", "sdpa", None), ("fp32", "eager", None), ("bf16", "sdpa", None)]
+            variants: list[tuple[str, str, str | None]] = [
+                ("fp32", "sdpa", None),
+                ("fp32", "eager", None),
+                ("bf16", "sdpa", None),
+            ]
             if search != "original_beam_search":
                 variants.append(("fp32", "sdpa", "static"))
             for precision, attention, cache in variants:
@@ -76,15 +82,15 @@ def caption_rows(
                     Row(
                         batch_size,
                         f"{search}, {precision}, {attention}" + (f", {cache} cache" if cache else ""),
-                        lambda m=model, a=arguments: m.generate(**a),
-                        prepare=lambda m=model, attention=attention: m.set_attn_implementation(attention),
+                        partial(model.generate, **arguments),
+                        prepare=partial(model.set_attn_implementation, attention),
                     )
                 )
     return rows
 
 
 def check_tokens(rows: list[Row]) -> None:
-    """Ends the program where the tokens of the two implementations differ."""
+    """Exits where the tokens of the two implementations differ."""
     for row in rows:
         if row.name == "original_beam_search, fp32, sdpa":
             expected = reference_of(row, rows).run()
@@ -104,7 +110,7 @@ def speed_table(rows: list[Row]) -> list[str]:
                 row.group,
                 row.name,
                 seconds_range(row),
-                f"{row.group / row.median:.1f}",
+                f"{int(row.group) / row.median:.1f}",
                 f"{1000 * row.median / num_steps:.1f}",
                 f"{reference_of(row, rows).median / row.median:.2f}",
             ]

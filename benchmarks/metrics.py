@@ -1,10 +1,11 @@
-"""How fast the captioning metrics are, and how much memory the document frequencies take.
+"""Speed of the captioning metrics, and memory of the document frequencies.
 
-    python benchmarks/metrics.py                 # everything; beside Java if pycocoevalcap is there
+    python benchmarks/metrics.py                 # everything; beside Java if pycocoevalcap is installed
     python benchmarks/metrics.py --captions annotations/captions_train2014.json
 
-Without --captions the corpus is made of the captions in tests/golden: pairs of them are cut at a word and joined,
-which gives nearly as many distinct n-grams as the COCO captions have (2.3 million). Tables go to benchmarks/results/.
+Without --captions the corpus is synthetic: pairs of captions of tests/golden are cut at a word and joined, which gives
+nearly as many distinct n-grams as the COCO captions have (2.3 million). The table goes to the terminal and to
+benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -15,24 +16,22 @@ import io
 import itertools
 import json
 import os
-import platform
 import random
 import resource
 import statistics
 import sys
-from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from common import (
     GOLDEN,
-    RESULTS,
+    add_output_option,
     call_times,
+    header,
     make_parser,
     markdown_table,
-    processor_name,
+    median_seconds,
     results_path,
     timed,
     write_report,
@@ -50,33 +49,29 @@ def golden(name: str) -> list[dict]:
 
 
 def corpus(path: Path | None, number: int) -> list[list[str]]:
-    """About `number` captions, in lists for each image."""
+    """About `number` captions, five or so for each image."""
     if path is not None:
         images: dict[int, list[str]] = {}
         for row in json.loads(path.read_text("utf-8"))["annotations"]:
             images.setdefault(row["image_id"], []).append(row["caption"])
         return list(images.values())
     captions = [caption.split() for row in golden("scst_corpus") for caption in row["captions"]]
-    draw = random.Random(0)
-    made = []
+    rng = random.Random(0)
+    joined = []
     for _ in range(number):
-        one, other = draw.choice(captions), draw.choice(captions)
-        made.append(" ".join(one[: draw.randint(1, len(one))] + other[draw.randint(0, len(other)) :]))
-    return [made[first : first + 5] for first in range(0, number, 5)]
+        one, other = rng.choice(captions), rng.choice(captions)
+        joined.append(" ".join(one[: rng.randint(1, len(one))] + other[rng.randint(0, len(other)) :]))
+    return [joined[first : first + 5] for first in range(0, number, 5)]
 
 
-def resident() -> float:
-    """MB that the process holds now."""
+def resident_megabytes() -> float:
+    """Resident memory of the process."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize() / 1e6
 
 
-def median_seconds(function: Callable[[], object], repeats: int) -> float:
-    return statistics.median(call_times(function, repeats))
-
-
 def reward_rows(images: list[list[str]]) -> list[tuple[str, str]]:
-    before = resident()
+    before = resident_megabytes()
     reward, built = timed(lambda: CiderReward.from_captions(images))
     table = reward.frequencies
     words = sum(map(sys.getsizeof, table.words)) + sys.getsizeof(table.word_numbers) + sys.getsizeof(table.words)
@@ -86,25 +81,25 @@ def reward_rows(images: list[list[str]]) -> list[tuple[str, str]]:
         ("n-grams in the table", f"{sum(map(len, table.counts)):,}"),
         ("table built in", f"{built:.1f} s"),
         ("memory of the table", f"{size:.0f} MB (at most {LIMITS['table']:.0f})"),
-        ("resident memory after building", f"{resident() - before:.0f} MB more"),
+        ("resident memory after building", f"{resident_megabytes() - before:.0f} MB more"),
     ]
     batches = [(row["hyps"], [row["refs"][i // 5] for i in range(50)]) for row in golden("scst_batches")]
     for batch in batches:
         reward.reward(*batch)
-    memory = resident()
-    draw = itertools.cycle(batches)
-    times = [1e3 * seconds for seconds in call_times(lambda: reward.reward(*next(draw)), 1000)]
+    memory = resident_megabytes()
+    cycle = itertools.cycle(batches)
+    times = [1e3 * seconds for seconds in call_times(lambda: reward.reward(*next(cycle)), 1000)]
     rows += [
         ("SCST batch, median of 1,000", f"{statistics.median(times):.2f} ms (at most {LIMITS['batch']:.0f})"),
         (
             "SCST batch, first 100 / last 100",
             f"{statistics.median(times[:100]):.2f} / {statistics.median(times[-100:]):.2f} ms",
         ),
-        ("memory grown over 1,000 batches", f"{resident() - memory:.1f} MB"),
+        ("memory grown over 1,000 batches", f"{resident_megabytes() - memory:.1f} MB"),
     ]
     fresh = CiderReward(table, cached_captions=0)
-    draw = itertools.cycle(batches)
-    uncached = 1e3 * median_seconds(lambda: fresh.reward(*next(draw)), 100)
+    cycle = itertools.cycle(batches)
+    uncached = 1e3 * median_seconds(lambda: fresh.reward(*next(cycle)))
     rows.append(("SCST batch, references not cached", f"{uncached:.2f} ms"))
     return rows
 
@@ -122,8 +117,8 @@ def evaluation_rows(images: list[list[str]], number: int) -> list[tuple[str, str
         return [score.corpus for score in bleu(*given)], rouge_l(*given).corpus, CiderD().score(*given).corpus
 
     tokenizer = PTBTokenizer()
-    tokenizing = median_seconds(lambda: tokenizer.tokenize_batch(flat), 3)
-    here = median_seconds(scores, 3)
+    tokenizing = statistics.median(call_times(lambda: tokenizer.tokenize_batch(flat), 3))
+    here = statistics.median(call_times(scores, 3))
     rows = [
         ("tokenizer", f"{len(flat) / tokenizing:,.0f} captions/s"),
         (f"evaluation of {len(images):,} images", f"{here:.2f} s"),
@@ -143,7 +138,7 @@ def evaluation_rows(images: list[list[str]], number: int) -> list[tuple[str, str
         with contextlib.redirect_stdout(io.StringIO()):
             return [metric.compute_score(given, found)[0] for metric in (Bleu(4), Rouge(), Cider())]
 
-    java = median_seconds(java_scores, 3)
+    java = statistics.median(call_times(java_scores, 3))
     largest = max(
         abs(a - b)
         for found, expected in zip(scores(), java_scores(), strict=True)
@@ -160,22 +155,20 @@ def evaluation_rows(images: list[list[str]], number: int) -> list[tuple[str, str
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--captions", type=Path, help="a COCO annotation file as the corpus")
-    parser.add_argument("--number", type=int, default=567_000, help="captions of the made corpus (default: 567,000)")
+    parser.add_argument(
+        "--number", type=int, default=567_000, help="captions of the synthetic corpus (default: 567,000)"
+    )
     parser.add_argument("--images", type=int, default=5_000, help="images of the evaluation (default: 5,000)")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder (default: benchmarks/results/)")
+    add_output_option(parser)
     options = parser.parse_args(argv)
     images = corpus(options.captions, options.number)
     rows = evaluation_rows(images, options.images) + reward_rows(images)
-    made = "made of golden captions" if options.captions is None else options.captions.name
+    source = "synthetic, from the golden captions" if options.captions is None else options.captions.name
     lines = [
-        f"# Captioning metrics, {date.today()}",
-        "",
-        f"`python benchmarks/metrics.py` on one core of {processor_name()} ({platform.machine()}),",
-        f"Python {platform.python_version()}; corpus: {made}.",
-        "",
+        *header("Captioning metrics", "metrics.py", notes=[f"one core; corpus: {source}"]),
         *markdown_table(["what", "measured"], rows),
     ]
-    write_report(lines, options.results / results_path("metrics").name)
+    write_report(lines, options.output or results_path("metrics"))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ benchmarks/results/.
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import (
@@ -32,7 +34,7 @@ from common import (
 )
 
 from convert_checkpoint import convert_state_dict
-from modeling_difnet import relevance
+from modeling_difnet import DifnetForConditionalGeneration, relevance
 
 
 def original_relevance(clone: Path, dtype: torch.dtype) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
@@ -64,8 +66,8 @@ def most_likely(log_probs: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(log_probs).scatter_(-1, log_probs.argmax(-1, keepdim=True), 1)
 
 
-def largest_difference(model: torch.nn.Module, inputs: dict[str, torch.Tensor], clone: Path) -> float:
-    """Between the two implementations' maps in float64, as a share of the maximum; ends the program above 1e-9."""
+def largest_difference(model: DifnetForConditionalGeneration, inputs: dict[str, Any], clone: Path) -> float:
+    """Between the two implementations' maps in float64, as a share of the maximum; exits above 1e-9."""
     expected = original_relevance(clone, torch.float64)(inputs)
     found = relevance(model, **inputs, through_encoder=False).encoder_output
     largest = ((found - expected).abs().max() / expected.abs().max()).item()
@@ -88,23 +90,24 @@ def main(argv: list[str] | None = None) -> None:
     size = max(options.batch_sizes)
     captions = torch.randint(4, 10201, (size, options.positions), generator=torch.Generator().manual_seed(0))
     captions[:, 0] = 2
-    inputs = {**reference_features(size, device), "sequences": captions.to(device)}
+    inputs: dict[str, Any] = {**reference_features(size, device), "sequences": captions.to(device)}
 
     rows = []
     for batch_size in options.batch_sizes:
         batch = {name: value[:batch_size] for name, value in inputs.items()}
         if options.original:
             original = original_relevance(options.original, torch.float32)
-            rows.append(Row(batch_size, "original implementation, float32", lambda b=batch, o=original: o(b)))
-        for name, arguments in (
+            rows.append(Row(batch_size, "original implementation, float32", partial(original, batch)))
+        variants: tuple[tuple[str, dict[str, Any]], ...] = (
             ("original rules, float64", {"through_encoder": False}),
             ("original rules, float32", {"through_encoder": False, "dtype": torch.float32}),
             ("original rules, float64, down to both inputs", {}),
             ("conservative, float64, down to both inputs", {"method": "conservative"}),
             ("gradient_x_input, float64, down to both inputs", {"method": "gradient_x_input"}),
             ("attention_rollout, float64, down to both inputs", {"method": "attention_rollout"}),
-        ):
-            rows.append(Row(batch_size, name, lambda b=batch, a=arguments: relevance(model, **b, **a)))
+        )
+        for name, arguments in variants:
+            rows.append(Row(batch_size, name, partial(relevance, model, **batch, **arguments)))
 
     notes = [f"{options.positions} target words an image; medians of {options.repeats} runs, taken in turn"]
     if options.original:
@@ -112,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
         notes.insert(0, f"largest difference from the original's maps in float64: {largest:.1e} of the maximum")
     matmul = measure(rows, options.repeats, device)
     cells = [
-        [row.group, row.name, seconds_range(row, row.group), f"{reference_of(row, rows).median / row.median:.2f}"]
+        [row.group, row.name, seconds_range(row, int(row.group)), f"{reference_of(row, rows).median / row.median:.2f}"]
         for row in rows
     ]
     lines = [

@@ -20,24 +20,35 @@ from common import ROOT, make_parser, markdown_table, write_report
 from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor
 
-from difnet_transformers.data.packed_dataset import PackedImages, load_packed_split
-from difnet_transformers.demo.corpus import DrawnObject, make_scenes, objects_of
+from difnet_transformers.data import PackedImages, load_packed_split
+from difnet_transformers.demo.rendering import DrawnObject, drawn_objects
+from difnet_transformers.demo.scenes import make_scenes
 from modeling_difnet import relevance
 
+FLOWS = ("both", "grid", "segmentation")
 METHODS = ("original", "conservative", "gradient_x_input", "attention_rollout")
 
 
 def named_objects(words: list[str], objects: list[DrawnObject]) -> Iterator[tuple[int, int]]:
     """Positions of words that name exactly one of the objects, and which."""
     for position, word in enumerate(words):
-        named = [index for index, thing in enumerate(objects) if word in thing.words]
+        named = [index for index, each in enumerate(objects) if word in each.nouns]
         if len(named) == 1:
             yield position, named[0]
 
 
-def score(cells: np.ndarray, objects: list[DrawnObject], named: int) -> dict[str, tuple[float, float]]:
-    """What was found and what chance would find, for one word's cells (49,)."""
-    masks = [thing.cells().ravel() for thing in objects]
+def scores_of_word(cells: np.ndarray, objects: list[DrawnObject], named: int) -> dict[str, tuple[float, float]]:
+    """How well the relevance of a word falls on the object that it names.
+
+    Args:
+        cells: (49,), relevance for the word.
+        objects: of the scene.
+        named: index of the object that the word names.
+
+    Returns:
+        "hit", "share" and "largest", each as found and by chance.
+    """
+    masks = [each.cells().ravel() for each in objects]
     background = ~np.logical_or.reduce(masks)
     own = masks[named]
     positive = cells.clip(min=0)
@@ -51,6 +62,63 @@ def score(cells: np.ndarray, objects: list[DrawnObject], named: int) -> dict[str
     }
 
 
+def score_split(demo: Path, split: str, batch_size: int) -> tuple[dict[tuple[str, str], list], int]:
+    """Scores of all words that name an object.
+
+    Args:
+        demo: output folder of `difnet demo`.
+        split: of its packed dataset.
+        batch_size: images at a time.
+
+    Returns:
+        By method and flow a list of what `scores_of_word` returns; the number of scenes.
+    """
+    settings = json.loads((demo / "settings.json").read_text(encoding="utf-8"))
+    scenes = {scene.image_id: scene for scene in make_scenes(settings["seed"], settings["sizes"])}
+    checkpoint = demo / "run" / "best"
+    model, processor = AutoModel.from_pretrained(checkpoint).eval(), AutoProcessor.from_pretrained(checkpoint)
+    dataset = load_packed_split(demo / "packed", split)
+    images = PackedImages(dataset, torch.float32)
+
+    scores: dict[tuple[str, str], list] = {}
+    rows = np.arange(len(dataset))
+    for batch in tqdm(np.split(rows, range(batch_size, len(rows), batch_size)), unit=" batches"):
+        sequences = model.generate(**images.read(batch))
+        is_empty = (sequences[:, 1] == model.config.eos_token_id).numpy()  # nothing to explain
+        batch, sequences = batch[~is_empty], sequences[~is_empty]
+        if not len(batch):
+            continue
+        features = images.read(batch)
+        objects = [drawn_objects(scenes[image_id]) for image_id in dataset.select(batch)["image_id"]]
+        for method in METHODS:
+            output = relevance(
+                model, **features, sequences=sequences, method=method, targets="caption", allow_unknown_words=True
+            )
+            words = [processor.tokenizer.convert_ids_to_tokens(ids) for ids in output.target_ids]
+            named = [
+                (row, position, index)
+                for row in range(len(batch))
+                for position, index in named_objects(words[row], objects[row])
+            ]
+            for flow, cells in zip(FLOWS, (output.cells(), output.grid, output.segmentation), strict=True):
+                assert cells is not None, "the demo's model reads both flows"
+                scores.setdefault((method, flow), []).extend(
+                    scores_of_word(cells[row, position].numpy(), objects[row], index) for row, position, index in named
+                )
+    return scores, len(dataset)
+
+
+def table_cells(scores: dict[tuple[str, str], list]) -> Iterator[list[str]]:
+    """A line for each method and flow."""
+    for (method, flow), of_words in scores.items():
+        columns = [method, flow]
+        for kind in ("hit", "share", "largest"):
+            values, chances = np.array([found[kind] for found in of_words]).T
+            interval = 1.96 * values.std() / len(values) ** 0.5
+            columns += [f"{values.mean():.2f} +-{interval:.2f}", f"{chances.mean():.2f}"]
+        yield columns
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--demo", type=Path, default=ROOT / "demo_output", help="default: demo_output/")
@@ -58,45 +126,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=20)
     parser.add_argument("--output", type=Path, help="write the table there, too")
     options = parser.parse_args(argv)
-
-    settings = json.loads((options.demo / "settings.json").read_text())
-    scenes = {scene.image_id: scene for scene in make_scenes(settings["seed"], settings["sizes"])}
-    folder = options.demo / "run" / "best"
-    model, processor = AutoModel.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
-    dataset = load_packed_split(options.demo / "packed", options.split)
-    images = PackedImages(dataset, torch.float32)
-
-    found: dict[tuple[str, str], dict[str, list[tuple[float, float]]]] = {}
-    rows = np.arange(len(dataset))
-    for some in tqdm(np.split(rows, range(options.batch_size, len(rows), options.batch_size)), unit=" batches"):
-        features = images.read(some)
-        sequences = model.generate(**features)
-        objects = [objects_of(scenes[image_id]) for image_id in dataset.select(some)["image_id"]]
-        for method in METHODS:
-            output = relevance(
-                model, **features, sequences=sequences, method=method, targets="caption", allow_unknown_words=True
-            )
-            flows = {"both": output.cells(), "grid": output.grid, "segmentation": output.segmentation}
-            for row, things in enumerate(objects):
-                words = processor.tokenizer.convert_ids_to_tokens(output.target_ids[row])
-                for position, named in named_objects(words, things):
-                    for flow, cells in flows.items():
-                        for kind, pair in score(cells[row, position].numpy(), things, named).items():
-                            found.setdefault((method, flow), {}).setdefault(kind, []).append(pair)
-
-    number = len(next(iter(found.values()))["hit"])
-    cells = []
-    for (method, flow), kinds in found.items():
-        columns = [method, flow]
-        for kind in ("hit", "share", "largest"):
-            values, chances = np.array(kinds[kind]).T
-            interval = 1.96 * values.std() / len(values) ** 0.5
-            columns += [f"{values.mean():.2f} +-{interval:.2f}", f"{chances.mean():.2f}"]
-        cells.append(columns)
+    scores, num_scenes = score_split(options.demo, options.split, options.batch_size)
+    num_words = len(next(iter(scores.values()), []))
+    if not num_words:
+        parser.exit(1, f"no caption of the {options.split} scenes names an object\n")
     lines = [
-        f"{number} words that name a drawn object, in captions of {len(dataset)} {options.split} scenes",
+        f"{num_words} words that name a drawn object, in captions of {num_scenes} {options.split} scenes",
         "",
-        *markdown_table(["method", "flow", "hit", "chance", "share", "chance", "largest", "chance"], cells),
+        *markdown_table(
+            ["method", "flow", "hit", "chance", "share", "chance", "largest", "chance"], table_cells(scores)
+        ),
     ]
     write_report(lines, options.output)
 

@@ -19,10 +19,10 @@ from safetensors import SafetensorError, safe_open
 
 from configuration_difnet import DifnetConfig
 from modeling_difnet import DifnetForConditionalGeneration
+from modeling_difnet.weights_difnet import check_finite_weights, random_weights
 from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer
 
 from .files import check_regular_file, path_inside, printable, read_json
-from .weights import check_finite_weights
 
 WEIGHTS_NAME, WEIGHTS_INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "vocab.json")
@@ -140,7 +140,7 @@ def load_model(
         )
     except Exception as error:  # whatever a wrong value in the settings leads to
         raise ValueError(f"{shown}: the model cannot be loaded ({_one_line(error)}). {COPY_AGAIN}") from error
-    lost = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
+    lost = random_weights(report)
     if lost:
         raise ValueError(_incomplete(shown, lost))
     check_finite_weights(model, shown)

@@ -39,6 +39,9 @@ EXTRA_OF = {
 }
 
 
+OWN_PACKAGES = ("caption_metrics", "difnet_transformers", "modeling_difnet")
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM or SIGHUP: unwinds like Ctrl-C, so that files are closed and unfinished ones removed."""
 
@@ -87,6 +90,14 @@ def run_command(
             traceback.print_exc()
         _print_line(f"{program}: error: {describe(error)}")
         return 2
+
+
+def quiet_transformers() -> None:
+    """Errors of Transformers alone are shown, and no progress bars of its own."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def describe(error: BaseException) -> str:
@@ -200,6 +211,8 @@ def requires(extra: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in OWN_PACKAGES:
+            raise
         raise ImportError(
             f'the package {error.name} is missing: pip install "difnet-transformers[{extra}]"', name=error.name
         ) from error

@@ -31,12 +31,12 @@ import torch
 from transformers import GenerationConfig
 
 from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration
-from modeling_difnet.grid_backbone_difnet import GridBackboneConversion, convert_detectron2_state_dict
 from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer
 
 from .checkpoints import load_model
 from .command_line import add_debug_option, run_command
 from .files import atomic_output, check_regular_file, printable, read_json, sha256_of
+from .grid_feats_vqa import GridBackboneConversion, convert_detectron2_state_dict
 from .model_card import add_license_option, check_license, write_model_card
 from .torch_files import ArrayEntry, NotAPlainCheckpoint, TensorEntry, TorchFile
 

@@ -37,6 +37,7 @@ import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import MISSING, dataclass
+from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -241,7 +242,7 @@ def read_recipe(options_class: type, name: str) -> dict[str, Any]:
         raise ValueError(f"{shown}: not a mapping of options, such as `seed: 3`")
 
     fields = {entry.name: entry for entry in dataclasses.fields(options_class) if entry.init}
-    hints = typing.get_type_hints(options_class)
+    hints = _hints(options_class)
     result = {}
     for key, value in values.items():
         if key not in fields:
@@ -252,6 +253,11 @@ def read_recipe(options_class: type, name: str) -> dict[str, Any]:
         except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
             raise ValueError(f"{shown}: {key}: {error}") from None
     return result
+
+
+@cache
+def _hints(options_class: type) -> dict[str, Any]:
+    return typing.get_type_hints(options_class)
 
 
 @dataclass(frozen=True)
@@ -375,9 +381,10 @@ def _is_missing_positional(options_class: type, name: str, value: Any) -> bool:
 class _OptionWrapper(FieldWrapper):
     """One field as an argument. For simple_parsing `X | None` may lack its value, and a flag may have one."""
 
-    @property
+    @cached_property
     def kind(self) -> _Kind:
-        return _Kind.of(self.field, typing.get_type_hints(self.parent.dataclass)[self.name])
+        options_class: Any = self.parent.dataclass
+        return _Kind.of(self.field, _hints(options_class)[self.name])
 
     @property
     def flag(self) -> bool | None:

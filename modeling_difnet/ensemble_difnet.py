@@ -21,20 +21,12 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.hub import cached_file
 
+from .cache_difnet import CACHE_NAME, padding_mask, resolve_cache
+from .checks_difnet import check_kwargs
 from .configuration_difnet import DifnetConfig
-from .generation_difnet import sequence_log_probs
-from .modeling_difnet import (
-    CACHE_NAME,
-    DifnetForConditionalGeneration,
-    DifnetGenerationMixin,
-    DifnetPreTrainedModel,
-    caption_loss,
-    known_arguments,
-    loss_of_model,
-    one_cache,
-    padding_mask,
-    shift_tokens_right,
-)
+from .generation_difnet import DifnetGenerationMixin, sequence_log_probs
+from .loss_difnet import caption_loss, compute_loss, shift_tokens_right
+from .modeling_difnet import DifnetForConditionalGeneration, DifnetPreTrainedModel
 
 SHARED = ("unk_token_id", "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
 
@@ -58,7 +50,7 @@ class DifnetEnsembleEncoder(nn.Module):
     ) -> BaseModelOutput:
         """Arguments as in `DifnetForConditionalGeneration.forward`; returns states (B, N, sum of the d_model)."""
         kwargs.pop("labels", None)  # `generate` gives the encoder whatever it is given
-        raise_for_outputs_of_members(known_arguments(self, kwargs))
+        check_outputs_of_ensemble(check_kwargs(self, kwargs))
         inputs = (grid_features, segmentation_features, grid_attention_mask, segmentation_attention_mask)
         states = [member.get_encoder()(*inputs, return_dict=True).last_hidden_state for member in self.members]
         return BaseModelOutput(torch.cat(states, dim=-1))
@@ -87,7 +79,7 @@ class DifnetEnsemble(DifnetPreTrainedModel, DifnetGenerationMixin):
 
     def __init__(self, members: Sequence[DifnetForConditionalGeneration]) -> None:
         members = list(members)
-        raise_for_misfits(members)
+        check_compatible(members)
         super().__init__(ensemble_config([member.config for member in members]))
         self.generation_config = copy.deepcopy(members[0].generation_config)
         self.members = nn.ModuleList(members)
@@ -107,7 +99,7 @@ class DifnetEnsemble(DifnetPreTrainedModel, DifnetGenerationMixin):
         """
         if isinstance(names, str | os.PathLike) or not names:
             raise ValueError(f"DifnetEnsemble.from_pretrained takes a list of one or more folders, got {names!r}.")
-        raise_for_other_vocabularies(names)
+        check_same_vocabulary(names)
         return cls([DifnetForConditionalGeneration.from_pretrained(name, **kwargs) for name in names])
 
     def save_pretrained(self, *args, **kwargs) -> None:
@@ -147,8 +139,8 @@ class DifnetEnsemble(DifnetPreTrainedModel, DifnetGenerationMixin):
         Raises:
             ValueError: as a member's forward; attention weights or hidden states are asked for.
         """
-        raise_for_outputs_of_members(known_arguments(self, kwargs))
-        cache = one_cache(past_key_values, cache)
+        check_outputs_of_ensemble(check_kwargs(self, kwargs))
+        cache = resolve_cache(past_key_values, cache)
         if encoder_outputs is None:
             if grid_features is None:
                 raise ValueError("Pass `grid_features` or `encoder_outputs`.")
@@ -188,7 +180,7 @@ class DifnetEnsemble(DifnetPreTrainedModel, DifnetGenerationMixin):
 
         loss = None
         if labels is not None:
-            loss = loss_of_model(self, logits, labels, num_items_in_batch)
+            loss = compute_loss(self, logits, labels, num_items_in_batch)
         return Seq2SeqLMOutput(
             loss=loss,
             logits=logits,
@@ -242,7 +234,7 @@ class DifnetEnsemble(DifnetPreTrainedModel, DifnetGenerationMixin):
         return views
 
 
-def raise_for_outputs_of_members(kwargs: TransformersKwargs) -> None:
+def check_outputs_of_ensemble(kwargs: TransformersKwargs) -> None:
     """ValueError if something is asked for that there is once a member."""
     for name in ("output_attentions", "output_hidden_states"):
         if kwargs.get(name):
@@ -278,7 +270,7 @@ def ensemble_config(configs: list[DifnetConfig]) -> DifnetConfig:
     return config
 
 
-def raise_for_misfits(members: list[DifnetForConditionalGeneration]) -> None:
+def check_compatible(members: list[DifnetForConditionalGeneration]) -> None:
     """ValueError if captioners cannot be averaged."""
     if not members:
         raise ValueError("DifnetEnsemble needs at least one member.")
@@ -292,17 +284,17 @@ def raise_for_misfits(members: list[DifnetForConditionalGeneration]) -> None:
     configs = [member.config for member in members]
     same_data = "Average models that were trained with one vocabulary and one kind of features."
     for name in ("vocab_size", *SHARED, "grid_feature_size"):
-        raise_if_differing(name, {i: getattr(config, name) for i, config in enumerate(configs)}, same_data)
+        check_equal(name, {i: getattr(config, name) for i, config in enumerate(configs)}, same_data)
     classes = {i: config.num_segmentation_classes for i, config in enumerate(configs) if config.use_segmentation}
-    raise_if_differing("num_segmentation_classes", classes, same_data)
+    check_equal("num_segmentation_classes", classes, same_data)
     for name in ("dtype", "device"):
         values = {i: getattr(member, name) for i, member in enumerate(members)}
-        raise_if_differing(name, values, f"Bring them to one with `.to({name})`.")
+        check_equal(name, values, f"Bring them to one with `.to({name})`.")
     attention = {i: config._attn_implementation for i, config in enumerate(configs)}
-    raise_if_differing("attn_implementation", attention, "Call `set_attn_implementation` on one of them.")
+    check_equal("attn_implementation", attention, "Call `set_attn_implementation` on one of them.")
 
 
-def raise_if_differing(name: str, values: dict[int, object], remedy: str) -> None:
+def check_equal(name: str, values: dict[int, object], remedy: str) -> None:
     """ValueError if members have different values, which are given by their position."""
     for position, value in values.items():
         first = next(iter(values))
@@ -313,7 +305,7 @@ def raise_if_differing(name: str, values: dict[int, object], remedy: str) -> Non
             )
 
 
-def raise_for_other_vocabularies(names: Sequence[str | os.PathLike]) -> None:
+def check_same_vocabulary(names: Sequence[str | os.PathLike]) -> None:
     """ValueError if two checkpoints number their words differently; one without a `vocab.json` is not compared."""
     first, expected = None, None
     for name in names:

@@ -15,7 +15,6 @@ This file imports nothing of the project: a saved backbone carries it along and 
 """
 
 import copy
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +29,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 try:
     from PIL import Image
 except ImportError:  # the captioner itself works from feature files and does without
-    Image = None
+    Image = None  # type: ignore[assignment]
 
 STAGES = ("res2", "res3", "res4", "res5")
 
@@ -83,7 +82,8 @@ class GridFeatureBackboneConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         # config.json holds lists
-        self.depths, self.image_mean, self.image_std = map(tuple, (self.depths, self.image_mean, self.image_std))
+        self.depths, self.image_mean = tuple(self.depths), tuple(self.image_mean)
+        self.image_std = tuple(self.image_std)
         for name, length in (("depths", len(STAGES)), ("image_mean", 3), ("image_std", 3)):
             if len(getattr(self, name)) != length:
                 raise ValueError(
@@ -128,6 +128,12 @@ class GridFeatureBackboneOutput(ModelOutput):
 class FrozenBatchNorm(nn.Module):
     """Batch norm that is always in evaluation: its four vectors are constants, in training too."""
 
+    weight: torch.Tensor
+    bias: torch.Tensor
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
+    ends_a_block: bool = False  # for `_init_weights`, which is shown one layer at a time
+
     def __init__(self, num_channels: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
@@ -144,6 +150,8 @@ class FrozenBatchNorm(nn.Module):
 
 class NormedConv2d(nn.Conv2d):
     """A convolution without bias and its frozen norm, which the weights file keeps inside the convolution."""
+
+    norm: FrozenBatchNorm
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, eps: float, **kwargs) -> None:
         super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False, **kwargs)
@@ -177,7 +185,7 @@ class Bottleneck(nn.Module):
         self.conv1 = NormedConv2d(in_channels, channels, 1, eps, stride=stride_1x1)
         self.conv2 = NormedConv2d(channels, channels, 3, eps, stride=stride_3x3, groups=config.groups)
         self.conv3 = NormedConv2d(channels, out_channels, 1, eps)
-        self.conv3.norm.ends_a_block = True  # for `_init_weights`, which is shown one layer at a time
+        self.conv3.norm.ends_a_block = True
         if in_channels == out_channels:
             self.shortcut = None
         else:
@@ -219,7 +227,7 @@ class GridFeatureBackbone(PreTrainedModel):
     config_class = GridFeatureBackboneConfig
     base_model_prefix = "grid_backbone"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = "image"
     _no_split_modules = ["Stem", "Bottleneck"]
 
     def __init__(self, config: GridFeatureBackboneConfig) -> None:
@@ -233,7 +241,7 @@ class GridFeatureBackbone(PreTrainedModel):
         """Values that keep the size of activations; the last norm of a block is small, or blocks would add up."""
         if isinstance(module, FrozenBatchNorm):
             tensors = list(module.buffers())
-            init.constant_(module.weight, 0.25 if getattr(module, "ends_a_block", False) else 1.0)
+            init.constant_(module.weight, 0.25 if module.ends_a_block else 1.0)
             init.zeros_(module.bias)
             init.zeros_(module.running_mean)
             init.ones_(module.running_var)
@@ -367,162 +375,11 @@ def resized_shape(height: int, width: int, shortest_side: int, longest_side: int
     return new_height, new_width
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The weights file of grid-feats-vqa
-# ---------------------------------------------------------------------------------------------------------------------
-
-# What its configurations say and its files do not, for the published networks: (blocks, groups) to (stride_in_1x1,
-# image_std). In this order: R-50, X-101, X-152.
-PUBLISHED_NETWORKS = {
-    ((3, 4, 6, 3), 1): (True, (1.0, 1.0, 1.0)),
-    ((3, 4, 23, 3), 32): (False, (57.375, 57.120, 58.395)),
-    ((3, 8, 36, 3), 32): (False, (1.0, 1.0, 1.0)),
-}
-DROPPED_PREFIXES = {
-    "proposal_generator.": "proposes regions",
-    "roi_heads.": "names objects and attributes of regions",
-    "pixel_mean": "a part of the configuration",
-    "pixel_std": "a part of the configuration",
-}
-
-
-@dataclass
-class GridBackboneConversion:
-    """A converted weights file and where each number came from.
-
-    Args:
-        config: sizes and image preparation.
-        state_dict: for `GridFeatureBackbone(config).load_state_dict`.
-        mapped: the file's key to our key.
-        dropped: the file's key to the reason why it has no counterpart.
-        shapes: the file's key to its shape, in the order of the file.
-        wrappers: parts that were left out of keys, such as `module`; the keys above have them.
-    """
-
-    config: GridFeatureBackboneConfig
-    state_dict: dict[str, torch.Tensor]
-    mapped: dict[str, str]
-    dropped: dict[str, str]
-    shapes: dict[str, tuple[int, ...]]
-    wrappers: tuple[str, ...] = ()
-
-    def model(self) -> GridFeatureBackbone:
-        """The backbone with the converted weights, in eval mode."""
-        with torch.device("meta"):
-            model = GridFeatureBackbone(self.config)
-        model.load_state_dict(self.state_dict, assign=True)
-        return model.eval()
-
-
-def convert_detectron2_state_dict(
-    original: Mapping[str, torch.Tensor], depths: Sequence[int] | None = None, name: str = "the checkpoint"
-) -> GridBackboneConversion:
-    """Takes the backbone out of a detector's state dict, with every key and every shape checked.
-
-    Args:
-        original: the detector's state dict, under detectron2's names. The last stage may be the backbone's or, in a
-            detector that applies it to regions (grid-feats-vqa's `updn` configurations), the head's: `roi_heads.res5`.
-        depths: blocks in res2 to res5. By default the file tells, and must be R-50, X-101 or X-152. Other networks
-            are taken to be built and fed as X-101 is, but for what the file itself says.
-        name: what errors call the checkpoint.
-
-    Raises:
-        ValueError: a key is missing, unknown, of the wrong shape or not finite, or the network is not recognised.
-    """
-    deformable = [key for key in original if ".conv2_offset." in key]
-    if deformable:
-        raise ValueError(
-            f"{name} has deformable convolutions (`{deformable[0]}`), as X-152++ (`X-152-challenge.yaml`) has. This "
-            "backbone has none: take X-101 or X-152."
-        )
-    prefixes = {module: f"backbone.{module}." for module in ("stem", *STAGES)}
-    if not any(key.startswith("backbone.res5.") for key in original):
-        prefixes["res5"] = "roi_heads.res5."
-    config = detectron2_config(original, prefixes, depths, name)
-
-    with torch.device("meta"):
-        shapes = {key: tensor.shape for key, tensor in GridFeatureBackbone(config).state_dict().items()}
-    mapped = {}
-    for key in shapes:
-        module, rest = key.split(".", 1)
-        mapped[prefixes[module] + rest] = key
-    dropped = {}
-    for key in original:
-        reason = next((reason for prefix, reason in DROPPED_PREFIXES.items() if key.startswith(prefix)), None)
-        # A block of res5 that is not mapped is one too many, in whichever place.
-        if key not in mapped and reason is not None and not key.startswith("roi_heads.res5."):
-            dropped[key] = reason
-    missing = [key for key in mapped if key not in original]
-    unknown = [key for key in original if key not in mapped and key not in dropped]
-    if missing or unknown:
-        raise ValueError(
-            f"{name} is not a grid feature detector with {config.depths} blocks: {len(missing)} keys are missing "
-            f"({', '.join(missing[:3])}), {len(unknown)} are unknown ({', '.join(unknown[:3])})."
-        )
-
-    state_dict = {}
-    for original_key, key in mapped.items():
-        tensor = original[original_key]
-        if tensor.shape != shapes[key]:
-            raise ValueError(
-                f"{name}: `{original_key}` has the shape {tuple(tensor.shape)}, but the other keys ask for "
-                f"{tuple(shapes[key])}. The file is damaged or belongs to a changed network."
-            )
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise ValueError(f"{name}: `{original_key}` holds values that are not finite numbers.")
-        state_dict[key] = tensor.detach().to(torch.float32, copy=True)
-    all_shapes = {key: tuple(tensor.shape) for key, tensor in original.items()}
-    return GridBackboneConversion(config, state_dict, mapped, dropped, all_shapes)
-
-
-def detectron2_config(
-    original: Mapping[str, torch.Tensor], prefixes: Mapping[str, str], depths: Sequence[int] | None, name: str
-) -> GridFeatureBackboneConfig:
-    """The configuration that keys and shapes tell. Mean and deviation in the file, if any, win over the table's."""
-
-    def shape(key: str) -> tuple[int, ...]:
-        if key not in original or original[key].ndim != 4 or 0 in original[key].shape:
-            raise ValueError(
-                f"{name} is not a detector of grid-feats-vqa: the key `{key}` is missing or is no convolution. The "
-                f"file has {len(original)} keys ({', '.join(list(original)[:3])})."
-            )
-        return tuple(original[key].shape)
-
-    channels, width_per_group = shape("backbone.res2.0.conv2.weight")[:2]
-    groups = channels // width_per_group
-    found = tuple(
-        len({key[len(prefixes[stage]) :].split(".")[0] for key in original if key.startswith(prefixes[stage])})
-        for stage in STAGES
-    )
-    if depths is None and (found, groups) not in PUBLISHED_NETWORKS:
-        raise ValueError(
-            f"{name} has {found} blocks in {groups} groups, which is none of R-50 ((3, 4, 6, 3), 1), X-101 "
-            "((3, 4, 23, 3), 32), X-152 ((3, 8, 36, 3), 32). The file is incomplete, or it is another network: then "
-            "name its blocks, e.g. `--depth 3 4 23 3`."
-        )
-    depths = tuple(depths or found)
-    like_x101 = (False, GridFeatureBackboneConfig.image_std)
-    stride_in_1x1, image_std = PUBLISHED_NETWORKS.get((depths, groups), like_x101)
-    image_mean = GridFeatureBackboneConfig.image_mean
-    return GridFeatureBackboneConfig(
-        depths=depths,
-        groups=groups,
-        width_per_group=width_per_group,
-        stem_out_channels=shape("backbone.stem.conv1.weight")[0],
-        res2_out_channels=shape("backbone.res2.0.conv3.weight")[0],
-        stride_in_1x1=stride_in_1x1,
-        image_mean=original["pixel_mean"].flatten().tolist() if "pixel_mean" in original else image_mean,
-        image_std=original["pixel_std"].flatten().tolist() if "pixel_std" in original else image_std,
-    )
-
-
 GridFeatureBackboneConfig.register_for_auto_class()
 GridFeatureBackbone.register_for_auto_class("AutoModel")
 
 __all__ = [
-    "GridBackboneConversion",
     "GridFeatureBackbone",
     "GridFeatureBackboneConfig",
     "GridFeatureBackboneOutput",
-    "convert_detectron2_state_dict",
 ]

@@ -24,6 +24,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from typing import Any
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 import numpy as np
@@ -31,7 +32,7 @@ import numpy as np
 try:
     from PIL import Image, ImageOps
 except ImportError:  # captions of features need no Pillow
-    Image = ImageOps = None
+    Image = ImageOps = None  # type: ignore[assignment]
 
 RASTER_FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 """Pillow's names of the formats that are opened, whatever a file is called."""
@@ -102,14 +103,15 @@ def _open(
     allow_private_hosts: bool = False,
 ) -> Image.Image:
     require_pillow()
-    is_open = isinstance(source, Image.Image)
-    if not is_open and not isinstance(source, str | bytes | os.PathLike):
+    if not isinstance(source, Image.Image | str | bytes | os.PathLike):
         raise UnreadableImage(
             f"{name or 'image'}: a path, a URL, bytes or a Pillow image is expected, got {type(source).__name__}"
         )
-    name = one_line(name or ("image" if is_open or isinstance(source, bytes) else os.fspath(source)), 300)
+    if not name:
+        name = "image" if isinstance(source, Image.Image | bytes) else os.fspath(source)
+    name = one_line(name, 300)
     try:
-        if is_open:
+        if isinstance(source, Image.Image):
             return convert(source)
         content = _read(source, allow_private_hosts)
         if not content:
@@ -335,7 +337,7 @@ def fetch(
 def _request(parts: SplitResult, allow_private_hosts: bool, largest: int, ends: float) -> tuple[bytes, str | None]:
     """The content, or where the server redirects to."""
     is_secure = parts.scheme == "https"
-    host, port = parts.hostname, parts.port or (443 if is_secure else 80)
+    host, port = parts.hostname or "", parts.port or (443 if is_secure else 80)
     places = _resolve(host, port, ends)
     if not allow_private_hosts:
         private = next((place for place in places if not is_public(place[4][0])), None)
@@ -347,16 +349,17 @@ def _request(parts: SplitResult, allow_private_hosts: bool, largest: int, ends: 
     connection.default_port, connection.auto_open = (443 if is_secure else 80), 0
     sock = _connect(places, ends)
     # Time-outs of a socket start anew with every byte. This ends the request whatever arrives.
-    alarm = threading.Timer(max(0.0, ends - time.monotonic()), _shut, [sock])
+    sockets = [sock]  # the last one is in use
+    alarm = threading.Timer(max(0.0, ends - time.monotonic()), _shut, [sockets])
     alarm.daemon = True
     alarm.start()
     try:
         if is_secure:
             context = ssl.create_default_context()
             secure = context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
-            alarm.args[0] = sock = secure
+            sockets.append(secure)
             secure.do_handshake()
-        connection.sock = sock
+        connection.sock = sockets[-1]
         target = quote(parts.path or "/", safe="/%:=&~+!$,;'()*@") + (
             f"?{quote(parts.query, safe='/%:=&?~+!$,;()*@[]')}" if parts.query else ""
         )
@@ -373,12 +376,12 @@ def _request(parts: SplitResult, allow_private_hosts: bool, largest: int, ends: 
     finally:
         alarm.cancel()
         connection.close()
-        sock.close()
+        sockets[-1].close()
 
 
 def _resolve(host: str, port: int, ends: float) -> list[tuple]:
     """All addresses of a host. Name servers have no time-out of their own, so a thread waits for them."""
-    answer: list[object] = []
+    answer: list[Any] = []
 
     def ask() -> None:
         try:
@@ -422,9 +425,10 @@ def _connect(places: list[tuple], ends: float) -> socket.socket:
     raise problem
 
 
-def _shut(sock: socket.socket) -> None:
+def _shut(sockets: list[socket.socket]) -> None:
     with contextlib.suppress(OSError):
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+        # `SSLSocket.shutdown` would take the TLS state away from the thread that reads.
+        socket.socket.shutdown(sockets[-1], socket.SHUT_RDWR)
 
 
 def _decoded(response: http.client.HTTPResponse, largest: int) -> Iterator[bytes]:
@@ -450,7 +454,6 @@ def _decoded(response: http.client.HTTPResponse, largest: int) -> Iterator[bytes
 
 
 # Names of version 0.1.
-UnreadablePicture, open_picture = UnreadableImage, open_image
 
 __all__ = [
     "RASTER_FORMATS",

@@ -5,8 +5,8 @@ The task is `"image-captioning"`; importing `modeling_difnet` registers it, and 
 original (mrwu-mac/DIFNet, CVPR 2022) has nothing like it: it captions feature files that somebody else made.
 
     image --> open_image --> RGB --> GridFeatureBackbone (49, 2048) -----+
-                                |                                          +--> DIFNet --> caption
-                                +----> PanopticSegmenter (133, 7, 7) ------+
+                              |                                          +--> DIFNet --> caption
+                              +----> PanopticSegmenter (133, 7, 7) ------+
 
 Both networks see one image at a time, because a common batch would need padding, which changes grid features.
 """
@@ -19,11 +19,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from transformers import Pipeline
+from transformers import Pipeline, PreTrainedModel
 
 from .grid_backbone_difnet import GridFeatureBackbone, GridFeatureBackboneConfig
 from .images_difnet import Image, open_image
-from .segmentation_difnet import CLASS_NAMES, LABEL_ORDERS, PanopticSegmenter, check_loaded_weights
+from .segmentation_difnet import CLASS_NAMES, LABEL_ORDERS, PanopticSegmenter
+from .weights_difnet import load_complete
 
 TASK = "image-captioning"
 UNTRAINED_WARNING = (
@@ -39,8 +40,15 @@ def load_grid_backbone(
 ) -> GridFeatureBackbone:
     """The grid backbone of a folder or a repository.
 
-    `untrained` is for checks without weights: it lets a folder with random weights pass, and without a name makes a
-    small network with 2048 channels whose weights are drawn from `seed`.
+    Args:
+        name: the folder or repository.
+        device: where the network goes.
+        untrained: for checks without weights: a folder with random weights passes, and without a name a small network
+            with 2048 channels and random weights is made.
+        seed: of these weights.
+
+    Returns:
+        The backbone in eval mode.
 
     Raises:
         ValueError: the weights are incomplete, or random although `untrained` was not asked for.
@@ -52,14 +60,13 @@ def load_grid_backbone(
         raise ValueError(
             "no grid backbone: give the folder that `convert_checkpoint.py grid-backbone` made of X-101.pth"
         )
-    backbone, report = GridFeatureBackbone.from_pretrained(name, output_loading_info=True)
-    check_loaded_weights(name, backbone, report)
+    backbone = load_complete(GridFeatureBackbone, name)
     if backbone.config.weights_sha256 is None and not untrained:
         raise ValueError(
             f"{name}: its config.json has no `weights_sha256`, so its weights are random. Convert X-101.pth with "
             "`convert_checkpoint.py grid-backbone`, or ask for a check without weights by untrained (--untrained)."
         )
-    return backbone.eval().to(device)
+    return backbone.to(device)
 
 
 def load_segmenter(
@@ -69,7 +76,17 @@ def load_segmenter(
     seed: int = 0,
     grid_size: int = 7,
 ) -> PanopticSegmenter:
-    """The panoptic model of a folder or a repository; without a name, and `untrained`, a small one of random weights.
+    """The panoptic model of a folder or a repository.
+
+    Args:
+        name: the folder or repository.
+        device: where the network goes.
+        untrained: for checks without weights: without a name a small network with random weights is made.
+        seed: of these weights.
+        grid_size: cells along a side of the feature.
+
+    Returns:
+        The segmenter, its model in eval mode.
 
     Raises:
         ValueError: the weights are incomplete, or the model does not know COCO's 133 panoptic classes.
@@ -102,9 +119,9 @@ def _small_segmenter(grid_size: int) -> PanopticSegmenter:
         SwinConfig,
     )
 
-    backbone = SwinConfig(
-        embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 2, 2, 2], out_features=[f"stage{n}" for n in range(1, 5)]
-    )
+    stages = ["stage1", "stage2", "stage3", "stage4"]
+    sizes: dict[str, Any] = {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 2]}
+    backbone = SwinConfig(**sizes, out_features=stages)  # type: ignore[call-arg]
     config = Mask2FormerConfig(
         backbone_config=backbone,
         feature_size=32,
@@ -126,10 +143,16 @@ def _small_segmenter(grid_size: int) -> PanopticSegmenter:
     return PanopticSegmenter(model, processor, grid_size)
 
 
-def provenance_of(model: torch.nn.Module, name: str | None) -> dict[str, Any]:
+def provenance_of(model: PreTrainedModel, name: str | None) -> dict[str, Any]:
     """What a feature file should say about the network that made it.
 
-    `parameters_sha256` is of all names and values of the loaded network, so it does not depend on the file's format.
+    Args:
+        model: the loaded network.
+        name: folder or repository that it came from.
+
+    Returns:
+        `name`, `model_type`, what the configuration says of the weights file, and `parameters_sha256`, a hash of all
+        names and values, which does not depend on the file's format.
     """
     digest = hashlib.sha256()
     for key, value in sorted(model.state_dict().items()):
@@ -180,10 +203,13 @@ class DifnetImageCaptioningPipeline(Pipeline):
         ValueError: a network that is needed was not given, or its features do not fit the captioner.
     """
 
-    _load_processor = True
-    _load_tokenizer = False
-    _load_image_processor = False
-    _load_feature_extractor = False
+    _load_processor = True  # type: ignore[assignment]
+    _load_tokenizer = False  # type: ignore[assignment]
+    _load_image_processor = False  # type: ignore[assignment]
+    _load_feature_extractor = False  # type: ignore[assignment]
+
+    model: Any
+    processor: Any
 
     def __init__(
         self,
@@ -213,6 +239,7 @@ class DifnetImageCaptioningPipeline(Pipeline):
         self._check_sizes()
 
     def _check_sizes(self) -> None:
+        """Raises `ValueError` where the networks give features of other sizes than the captioner's."""
         extractor = self.processor.feature_extractor
         fits = []
         if self.grid_backbone is not None:
@@ -229,11 +256,11 @@ class DifnetImageCaptioningPipeline(Pipeline):
     def _sanitize_parameters(self, **generate_kwargs: Any) -> tuple[dict, dict, dict]:
         return {}, generate_kwargs, {}
 
-    def preprocess(self, inputs: Any) -> dict[str, torch.Tensor]:
-        if isinstance(inputs, Mapping):
-            features = inputs
+    def preprocess(self, input_: Any, **preprocess_parameters: Any) -> dict[str, Any]:
+        if isinstance(input_, Mapping):
+            features = input_
         else:
-            features = self.features_of(open_image(inputs, allow_private_hosts=self.allow_private_hosts))
+            features = self.features_of(open_image(input_, allow_private_hosts=self.allow_private_hosts))
         # Images of one batch are put together later, and some may need the mask.
         return self.processor(**features, return_grid_attention_mask=True, return_tensors="pt")
 
@@ -241,22 +268,23 @@ class DifnetImageCaptioningPipeline(Pipeline):
         """Both features of an RGB image, as the processor takes them."""
         if self.grid_backbone is None:
             raise ValueError("an image needs `grid_backbone=` (a folder made by convert_checkpoint.py grid-backbone)")
-        features = {"grid_features": self.grid_backbone.grid_features(image)}
+        features: dict[str, Any] = {"grid_features": self.grid_backbone.grid_features(image)}
         if self.model.config.use_segmentation:
             if self.segmenter is None:
                 raise ValueError("an image needs `segmentation_model=` (a COCO panoptic model of Transformers)")
             features["segmentation_features"] = self.segmenter(image)
         return features
 
-    def _forward(self, model_inputs: Mapping[str, torch.Tensor], **generate_kwargs: Any) -> dict[str, torch.Tensor]:
-        model_inputs = dict(model_inputs)
+    def _forward(self, input_tensors: dict[str, Any], **generate_kwargs: Any) -> Any:
+        model_inputs = dict(input_tensors)
         if "grid_attention_mask" in model_inputs and model_inputs["grid_attention_mask"].all():
             del model_inputs["grid_attention_mask"]
         sequences = self.model.generate(**model_inputs, **generate_kwargs)
         # One row for each image: the base class takes batches apart along the first dimension.
-        return {"sequences": sequences.reshape(len(model_inputs["grid_features"]), -1, sequences.shape[-1])}
+        num_images = len(model_inputs["grid_features"])
+        return {"sequences": sequences.reshape(num_images, -1, sequences.shape[-1])}  # (B, num_return_sequences, L)
 
-    def postprocess(self, model_outputs: Mapping[str, torch.Tensor]) -> list[dict[str, str]]:
+    def postprocess(self, model_outputs: Any, **postprocess_parameters: Any) -> list[dict[str, str]]:
         captions = self.processor.batch_decode(model_outputs["sequences"][0], skip_special_tokens=True)
         return [{"generated_text": caption} for caption in captions]
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .checks_difnet import check_features
 from .configuration_difnet import DifnetConfig
 from .modeling_difnet import (
     DifnetAttention,
@@ -184,7 +185,7 @@ def check_pictures(
             "This model has no segmentation flow (`use_segmentation=False`), hence there is no relevance of one: pass "
             "`segmentation_features=None`, or load a model with `use_segmentation=True`."
         )
-    model.get_encoder().check_features(grid_features, segmentation_features)
+    check_features(model.config, grid_features, segmentation_features)
 
 
 def check_captions(

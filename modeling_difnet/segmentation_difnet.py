@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.functional import interpolate
-from transformers import AutoImageProcessor, AutoModelForUniversalSegmentation, AutoProcessor
+from transformers import AutoImageProcessor, AutoModelForUniversalSegmentation, AutoProcessor, PreTrainedModel
 
 from .images_difnet import Image, fitted_size, require_pillow
+from .weights_difnet import load_complete
 
 # COCO's panoptic categories: names by category id.
 STUFF = {
@@ -84,7 +85,7 @@ def normal_name(name: str) -> str:
 CHANNEL_OF_NAME: dict[str, int] = {normal_name(name): channel for channel, name in enumerate(CLASS_NAMES)}
 
 
-def channels_of_labels(id2label: Mapping[int, str]) -> dict[int, int]:
+def channels_of_labels(id2label: Mapping[int, str] | Mapping[str, str]) -> dict[int, int]:
     """The original's channel for each label of a model, matched by name.
 
     A model that numbers its labels as COCO's categories (DETR: `person` is 1) is matched by these ids, because its
@@ -138,7 +139,18 @@ def _channels_of_category_ids(names: dict[int, str]) -> dict[int, int]:
 
 
 def channel_map(label_map: np.ndarray, channels: Mapping[int, int]) -> np.ndarray:
-    """A (H, W) map of labels or segments as a uint8 map of channels; what `channels` does not name becomes void."""
+    """The channel of each pixel of a label map.
+
+    Args:
+        label_map: (H, W), integers or whole floating point numbers.
+        channels: the original's channels by label; pixels of other labels become `VOID`.
+
+    Returns:
+        uint8 (H, W).
+
+    Raises:
+        ValueError: another shape or type, or values that are no numbers.
+    """
     if label_map.ndim != 2 or label_map.size == 0 or label_map.dtype.kind not in "iuf":
         raise ValueError(f"expected a label map of shape (height, width), got {label_map.dtype} {label_map.shape}")
     if label_map.dtype.kind == "f" and not np.isfinite(label_map).all():
@@ -165,9 +177,9 @@ def pool_channel_map(channel_map: np.ndarray, grid_size: int = 7) -> np.ndarray:
     if channel_map.ndim != 2 or channel_map.size == 0 or channel_map.dtype.kind not in "iu":
         raise ValueError(f"expected channels of shape (height, width), got {channel_map.dtype} {channel_map.shape}")
     classes = len(CLASS_NAMES)
-    known = (channel_map >= 0) & (channel_map < classes)
+    known = (channel_map >= 0) & (channel_map < classes)  # (H, W)
     channel_map = np.where(known, channel_map, classes).astype(np.int64)
-    feature = np.zeros((classes, grid_size, grid_size), dtype=np.float32)
+    feature = np.zeros((classes, grid_size, grid_size), dtype=np.float32)  # (133, grid_size, grid_size)
     height, width = channel_map.shape
     for row, column in itertools.product(range(grid_size), repeat=2):
         cell = channel_map[_extent(row, height, grid_size), _extent(column, width, grid_size)]
@@ -194,23 +206,22 @@ class PanopticSegmenter:
         grid_size: cells along a side of the feature (default 7).
     """
 
-    def __init__(self, model: torch.nn.Module, processor: Any, grid_size: int = 7):
+    def __init__(self, model: PreTrainedModel, processor: Any, grid_size: int = 7) -> None:
         self.model = model.eval()
         self.processor = processor
         self.grid_size = grid_size
-        self.channels = channels_of_labels(model.config.id2label)
+        self.channels = channels_of_labels(model.config.id2label or {})
 
     @classmethod
     def from_pretrained(cls, name: str, grid_size: int = 7) -> PanopticSegmenter:
         """Load a folder or a repository of the Hub.
 
         Raises:
-            ValueError: the weights are incomplete (Transformers would leave random numbers in their place and only
-                warn) or not finite, or the model was not trained on COCO panoptic.
+            ValueError: the weights are incomplete or not finite, or the model was not trained on COCO panoptic.
+            ImportError: Pillow is not installed.
         """
         require_pillow()
-        model, report = AutoModelForUniversalSegmentation.from_pretrained(name, output_loading_info=True)
-        check_loaded_weights(name, model, report)
+        model = load_complete(AutoModelForUniversalSegmentation, name)
         return cls(model, cls.processor_of(name, model.config.model_type), grid_size)
 
     @staticmethod
@@ -248,24 +259,6 @@ class PanopticSegmenter:
         return pool_channel_map(self.label_map(image), self.grid_size)
 
 
-def check_complete_weights(name: str, report: Mapping[str, Any]) -> None:
-    """ValueError if loading (`output_loading_info=True`) left parameters at their random initial values."""
-    random = [*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])]
-    if random:
-        raise ValueError(
-            f"{name}: {len(random)} parameters are not in the weights file or have another shape there "
-            f"({', '.join(sorted(map(str, random))[:3])}, ..): this is not the complete file of this network."
-        )
-
-
-def check_loaded_weights(name: str, model: torch.nn.Module, report: Mapping[str, Any]) -> None:
-    """ValueError if loading (`output_loading_info=True`) left parameters random, or if values are not finite."""
-    check_complete_weights(name, report)
-    for key, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f"{name}: the tensor `{key}` holds NaN or infinity: the weights file is damaged.")
-
-
 __all__ = [
     "CHANNEL_OF_NAME",
     "CLASS_NAMES",
@@ -276,8 +269,6 @@ __all__ = [
     "PanopticSegmenter",
     "channel_map",
     "channels_of_labels",
-    "check_complete_weights",
-    "check_loaded_weights",
     "normal_name",
     "pool_channel_map",
 ]

@@ -29,12 +29,11 @@ from test_images import noise
 from test_images import save_captioner as save_picture_captioner
 
 from caption_metrics.__main__ import main as score_main
+from difnet_transformers.cli import caption, explain
+from difnet_transformers.cli import evaluate as evaluate_captions
 from difnet_transformers.cli import extract as extract_features
 from difnet_transformers.data import pack as pack_coco
 from difnet_transformers.data.packed_dataset import encode_segmentation, packed_features
-from difnet_transformers.evaluation import evaluate as evaluate_captions
-from difnet_transformers.reports import caption_images as caption
-from difnet_transformers.reports import explain
 
 REPOSITORY = Path(__file__).parent.parent
 

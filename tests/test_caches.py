@@ -10,7 +10,7 @@ from conftest import random_captions, random_model, random_pictures
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticCache
 
 from modeling_difnet import DifnetConfig, DifnetEnsemble, DifnetForConditionalGeneration, original_beam_search
-from modeling_difnet.modeling_difnet import CACHE_NAME
+from modeling_difnet.cache_difnet import CACHE_NAME
 
 pytestmark = pytest.mark.versions
 

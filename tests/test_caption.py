@@ -1,6 +1,5 @@
-"""`scripts/caption.py`: captions of pictures and of feature files, as text, as COCO results and on a contact sheet."""
+"""`difnet caption`: captions of images and of feature files, as text, as COCO results and on a contact sheet."""
 
-import argparse
 import base64
 import io
 import json
@@ -17,12 +16,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_images import BROKEN, broken_files, noise, save_captioner, thirty_images
 
+from difnet_transformers.cli import caption
 from difnet_transformers.cli import extract as extract_features
-from difnet_transformers.reports import caption_images as caption
-from modeling_difnet.images_difnet import open_picture
+from difnet_transformers.evaluation import image_captions
+from difnet_transformers.evaluation.image_captions import ImageCaptions
+from difnet_transformers.reports.caption_images import CaptionOutputs, write_captions
+from modeling_difnet.images_difnet import open_image
 from modeling_difnet.pipeline_difnet import UNTRAINED_WARNING
-
-SCRIPT = Path(__file__).parent.parent / "scripts" / "caption.py"
 
 
 @pytest.fixture(scope="module")
@@ -121,9 +121,9 @@ def test_pictures_that_cannot_be_read_get_a_line_and_the_others_go_on(model, pic
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give pictures, or --features"),
-        (["picture.png"], "pictures need --grid-backbone"),
-        (["picture.png", "--untrained", "--contact-sheet", "sheet.pdf"], "must end with .html or .png"),
+        ([], "give images, or --features"),
+        (["image.png"], "images need --grid-backbone"),
+        (["image.png", "--untrained", "--contact-sheet", "sheet.pdf"], "must end with .html or .png"),
         (["--features", "a.hdf5", "--untrained"], "--features needs no"),
         (["elsewhere.png", "--untrained"], "no such file or folder"),
         (["--features", "elsewhere.hdf5"], "not a readable HDF5 file"),
@@ -211,9 +211,9 @@ def test_what_was_captioned_before_an_interruption_is_written(model, pictures, t
         opened.append(path)
         if len(opened) == 3:
             raise KeyboardInterrupt
-        return open_picture(path)
+        return open_image(path)
 
-    monkeypatch.setattr(caption, "open_picture", interrupted)
+    monkeypatch.setattr(image_captions, "open_image", interrupted)
     target = tmp_path / "captions.json"
     assert run(pictures, "--model", model, "--untrained", "--batch-size", 1, "--json", target) == 130
     assert [each["image_id"] for each in json.loads(target.read_text())] == [7, 42]
@@ -261,11 +261,10 @@ def test_files_are_written_though_the_reader_of_the_output_has_gone(tmp_path, mo
     reader, writer = os.pipe()
     os.close(reader)
     output = tmp_path / "captions.json"
-    arguments = argparse.Namespace(json=output, contact_sheet=None)
     with os.fdopen(writer, "wb", buffering=0) as pipe:
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(pipe, write_through=True))
         with pytest.raises(BrokenPipeError):
-            caption.write_results(arguments, [caption.Captioned(7, None, ["a man riding a horse"])], None)
+            write_captions([ImageCaptions(7, None, ["a man riding a horse"])], CaptionOutputs(json=output), "./difnet")
     assert json.loads(output.read_text()) == [{"image_id": 7, "caption": "a man riding a horse"}]
 
 

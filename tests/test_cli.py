@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -40,7 +42,7 @@ class TestCommands:
 
     def test_every_module_is_a_command(self):
         modules = {module.name.replace("_", "-") for module in pkgutil.iter_modules(cli.__path__)}
-        assert modules == set(COMMANDS) | {"main", "demo_corpus"}  # the last is a script alone
+        assert modules == set(COMMANDS) | {"main", "demo-corpus"}  # the last is a script alone
 
     @pytest.mark.parametrize("command", READY)
     def test_main_takes_the_words_and_the_name(self, command):
@@ -167,3 +169,59 @@ printf '%s\\n' "${{COMPREPLY[@]}}"
         assert list(commands.choices) == list(COMMANDS)
         for parser in commands.choices.values():
             assert "--debug" in parser._option_string_actions
+
+
+# What each command is asked in an environment without any extra, and the extra that it names; `None`: it needs none.
+WITHOUT_EXTRAS = {
+    "convert": ("--checkpoint none.pth --output out", None),
+    "pack": ("--features none.hdf5 --annotations none.json --output out", "data"),
+    "extract": ("none.jpg --untrained --output out", "images"),
+    "train": ("--dataset none --output out", "train"),
+    "evaluate": ("--model none --dataset none --output out", "train"),
+    "caption": ("none.jpg --model none --untrained", "images"),
+    "explain": ("none.jpg --model none --untrained --output out", "images"),
+    "train-on-images": ("--images none --captions none.json none.json --untrained --output out", "data"),
+    "metrics": ("--predictions none.json --references none.json", None),
+    "demo": ("--output out", "data"),
+    "completion": ("bash", "completion"),
+}
+
+
+@pytest.fixture(scope="module")
+def lines_without_extras(tmp_path_factory) -> dict[str, str]:
+    """The error of each command, in one process that finds no package of an extra."""
+    code = f"""
+import contextlib, io, json, sys
+for name in {list(EXTRA_OF)}:
+    sys.modules[name] = None
+from difnet_transformers.cli.main import main
+said = {{}}
+for command, words in json.loads(sys.argv[1]).items():
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            code = main([command, *words.split()])
+        except SystemExit as ended:
+            code = ended.code
+    said[command] = f"{{code}} {{errors.getvalue()}}"
+print(json.dumps(said))
+"""
+    words = {command: WITHOUT_EXTRAS[command][0] for command in READY if command in WITHOUT_EXTRAS}
+    run = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(words)],
+        cwd=tmp_path_factory.mktemp("empty"),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(run.stdout)
+
+
+@pytest.mark.parametrize("command", [command for command in WITHOUT_EXTRAS if command in READY])
+def test_a_missing_extra_is_named(command, lines_without_extras):
+    said, extra = lines_without_extras[command], WITHOUT_EXTRAS[command][1]
+    assert said.startswith("2 ")
+    assert "Traceback" not in said
+    assert "--debug shows where" not in said
+    found = re.findall(r'pip install "difnet-transformers\[([a-z,]+)\]"', said)
+    assert found == ([] if extra is None else [extra]), said

@@ -10,28 +10,25 @@ import h5py
 import numpy as np
 import pytest
 
-from difnet_transformers.data.sources import (
-    BrokenImage,
-    GridFiles,
-    PackingError,
-    SegmentationFiles,
-    find_pictures,
-    grid_of,
-    image_ids_of,
-    listed_images,
-    match_images,
-    normalized_caption,
-    normalized_file_name,
-    normalized_image_id,
-    normalized_segmentation,
-    normalized_side,
-    read_annotations,
+from difnet_transformers.data.captions import read_annotations
+from difnet_transformers.data.coco import (
+    merge_images,
+    normalize_segmentation,
     read_images,
     read_instances,
-    read_npy,
     read_panoptic,
 )
-from modeling_difnet.images_difnet import UnreadablePicture, open_picture
+from difnet_transformers.data.errors import BrokenImage, PackingError
+from difnet_transformers.data.feature_files import GridFiles, SegmentationFiles, read_npy
+from difnet_transformers.data.grids import fit_grid
+from difnet_transformers.data.image_files import find_images, image_ids_from_names, match_images
+from difnet_transformers.data.normalization import (
+    normalize_caption,
+    normalize_file_name,
+    normalize_image_id,
+    normalize_side,
+)
+from modeling_difnet.images_difnet import UnreadableImage, open_image
 
 TRIANGLE = [2, 2, 20, 2, 20, 20]
 RUN_LENGTHS = {"size": [30, 40], "counts": [600, 600]}
@@ -46,7 +43,7 @@ def written(path: Path, content: object, encoding: str = "utf-8") -> Path:
 class TestIds:
     @pytest.mark.parametrize("value", [7, "7", " 007 "])
     def test_integers_and_digits_are_the_same_id(self, value):
-        assert normalized_image_id(value) == 7
+        assert normalize_image_id(value) == 7
 
     @pytest.mark.parametrize(
         "value",
@@ -54,17 +51,17 @@ class TestIds:
     )
     def test_anything_else_is_refused_by_name(self, value):
         with pytest.raises(ValueError, match="is no id; ids are integers from 0, or texts of digits") as error:
-            normalized_image_id(value)
+            normalize_image_id(value)
         assert len(str(error.value)) < 200
 
     @pytest.mark.parametrize("value", [640, "640", 640.0, "640.0"])
     def test_sides(self, value):
-        assert normalized_side(value) == 640
+        assert normalize_side(value) == 640
 
     @pytest.mark.parametrize("value", [0, -3, "wide", 1.5, float("nan"), float("inf"), True, 2**40, [640]])
     def test_no_sides(self, value):
         with pytest.raises(ValueError, match="no width or height"):
-            normalized_side(value)
+            normalize_side(value)
 
 
 class TestFileNames:
@@ -82,12 +79,12 @@ class TestFileNames:
         ],
     )
     def test_relative_with_slashes(self, name, expected):
-        assert normalized_file_name(name) == expected
+        assert normalize_file_name(name) == expected
 
     @pytest.mark.parametrize("name", [None, 7, "", "..", "/", "a\0b", ["a.jpg"]])
     def test_no_name(self, name):
         with pytest.raises(ValueError, match="is no file name"):
-            normalized_file_name(name)
+            normalize_file_name(name)
 
     def test_the_folder_decides_between_equal_base_names(self):
         paths = [Path("images/cam1/0001.jpg"), Path("images/cam2/0001.jpg"), Path("images/z.jpg")]
@@ -116,18 +113,18 @@ class TestFileNames:
         assert (matches.paths, matches.missing) == ({1: Path("cam1/1.jpg")}, [2])
 
     def test_ids_of_file_names_have_few_digits(self):
-        assert image_ids_of([Path("000000000042.jpg"), Path("7.jpg")]) == [42, 7]
-        assert image_ids_of([Path("9" * 60 + ".jpg"), Path("\u0667.jpg")]) == [1, 2]
+        assert image_ids_from_names([Path("000000000042.jpg"), Path("7.jpg")]) == [42, 7]
+        assert image_ids_from_names([Path("9" * 60 + ".jpg"), Path("\u0667.jpg")]) == [1, 2]
 
     def test_a_link_that_leads_to_itself_does_not_end_the_listing(self, tmp_path):
         (tmp_path / "1.jpg").symlink_to("1.jpg")
-        assert find_pictures([str(tmp_path)]) == [tmp_path / "1.jpg"]
+        assert find_images([str(tmp_path)]) == [tmp_path / "1.jpg"]
 
     def test_pipes_in_a_folder_are_found_and_refused_by_name_when_they_are_opened(self, tmp_path):
         os.mkfifo(tmp_path / "1.jpg")
-        assert find_pictures([str(tmp_path)]) == [tmp_path / "1.jpg"]
-        with pytest.raises(UnreadablePicture, match=r"1\.jpg: not a regular file"):
-            open_picture(tmp_path / "1.jpg")
+        assert find_images([str(tmp_path)]) == [tmp_path / "1.jpg"]
+        with pytest.raises(UnreadableImage, match=r"1\.jpg: not a regular file"):
+            open_image(tmp_path / "1.jpg")
 
 
 class TestCaptions:
@@ -143,12 +140,12 @@ class TestCaptions:
         ],
     )
     def test_line_ends_on_the_right_are_no_words(self, written, expected):
-        assert normalized_caption(written) == expected
+        assert normalize_caption(written) == expected
 
     @pytest.mark.parametrize("value", [None, 5, ["a"] * 500, "half \ud800 a character"])
     def test_no_caption(self, value):
         with pytest.raises(ValueError, match="a caption") as error:
-            normalized_caption(value)
+            normalize_caption(value)
         assert len(str(error.value)) < 200
 
 
@@ -168,7 +165,7 @@ class TestSegmentations:
         ],
     )
     def test_two_forms(self, value, expected):
-        assert normalized_segmentation(value) == expected
+        assert normalize_segmentation(value) == expected
 
     @pytest.mark.parametrize(
         ("value", "message"),
@@ -188,7 +185,7 @@ class TestSegmentations:
     )
     def test_others_are_refused(self, value, message):
         with pytest.raises(ValueError, match=message):
-            normalized_segmentation(value)
+            normalize_segmentation(value)
 
 
 class TestCocoFiles:
@@ -277,7 +274,7 @@ class TestCocoFiles:
         }
         flickr = {"images": [{"imgid": 8, "filename": "b.jpg", "split": "train", "sentences": [{"raw": "b"}]}]}
         files = [read_images(written(tmp_path / f"{n}.json", each)) for n, each in enumerate((captions, flickr))]
-        assert {image.image_id: image.file_name for image in listed_images(files).values()} == {7: "a.jpg", 8: "b.jpg"}
+        assert {image.image_id: image.file_name for image in merge_images(files).values()} == {7: "a.jpg", 8: "b.jpg"}
 
     @pytest.mark.parametrize(
         ("second", "message"),
@@ -290,7 +287,7 @@ class TestCocoFiles:
         entries = ({"id": 7, "file_name": "a.jpg"}, second)
         files = [read_images(written(tmp_path / f"{n}.json", {"images": [each]})) for n, each in enumerate(entries)]
         with pytest.raises(PackingError, match=message):
-            listed_images(files)
+            merge_images(files)
 
 
 class TestCaptionFiles:
@@ -505,24 +502,24 @@ class TestGridSizes:
     )
     def test_a_larger_grid_is_refused_with_the_remedy(self, cells, message):
         with pytest.raises(ValueError, match=message):
-            grid_of(np.ones((cells, 8), dtype=np.float32), 7, 8)
+            fit_grid(np.ones((cells, 8), dtype=np.float32), 7, 8)
 
     def test_pooling_is_the_mean_of_the_cells_that_lie_there(self):
         grid = np.arange(16, dtype=np.float32).reshape(16, 1)
-        pooled, cells = grid_of(grid, 2, 1, "pool")
+        pooled, cells = fit_grid(grid, 2, 1, "pool")
         assert (pooled[:, 0].tolist(), cells) == ([2.5, 4.5, 10.5, 12.5], 4)
 
     def test_pooling_needs_a_square(self):
         with pytest.raises(ValueError, match="84 cells are no square grid, so that --pool cannot know"):
-            grid_of(np.ones((84, 8), dtype=np.float32), 7, 8, "pool")
+            fit_grid(np.ones((84, 8), dtype=np.float32), 7, 8, "pool")
 
     def test_cutting_is_the_originals(self):
         grid = np.random.default_rng(0).random((64, 8), dtype=np.float32)
-        cut, cells = grid_of(grid, 7, 8, "cut")
+        cut, cells = fit_grid(grid, 7, 8, "cut")
         np.testing.assert_array_equal(cut, grid[:49])
         assert cells == 49
 
     def test_fewer_cells_are_padded_and_counted(self):
-        padded, cells = grid_of(GRID[:40], 7, 8)
+        padded, cells = fit_grid(GRID[:40], 7, 8)
         np.testing.assert_array_equal(padded[:40], GRID[:40])
         assert (padded[40:].any(), cells) == (False, 40)

@@ -11,11 +11,9 @@ from datasets import Dataset, DatasetDict, concatenate_datasets, load_from_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from difnet_transformers.data.batches import CaptionPairBatches, ImageCaptionBatches, ReferenceBatches
 from difnet_transformers.data.packed_dataset import (
-    CaptionPairBatches,
-    ImageCaptionBatches,
     PackedImages,
-    ReferenceBatches,
     decode_segmentation,
     encode_segmentation,
     float16_bound,

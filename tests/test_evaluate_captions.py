@@ -1,4 +1,4 @@
-"""`scripts/evaluate_captions.py`: every image of a split once, over one or two processes, and its scores."""
+"""`difnet evaluate`: every image of a split once, over one or two processes, and its scores."""
 
 import json
 import os
@@ -16,10 +16,12 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from caption_metrics import score_captions
+from difnet_transformers.cli import evaluate as evaluate_command
+from difnet_transformers.command_line import LeftOut
 from difnet_transformers.data.packed_dataset import decode_segmentation, encode_segmentation, packed_features
-from difnet_transformers.evaluation import evaluate as evaluate_captions
 from difnet_transformers.files import folder_lock
 from difnet_transformers.model_card import write_model_card
+from difnet_transformers.training.validation import CaptionedImage, caption_split, score_split
 from modeling_difnet import DifnetConfig, DifnetEnsemble, DifnetForConditionalGeneration, original_beam_search
 from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer
 
@@ -48,7 +50,7 @@ def save_captioner(folder: Path, seed: int = 3, **changes) -> Path:
     config = DifnetConfig(**{**CONFIG.to_dict(), **changes})
     model = DifnetForConditionalGeneration(config)
     for parameter in model.parameters():
-        parameter.data.mul_(4)  # else all pictures get one caption
+        parameter.data.mul_(4)  # else all images get one caption
     model.save_pretrained(folder)
     extractor = DifnetFeatureExtractor(
         grid_size=2, grid_feature_size=config.grid_feature_size, num_segmentation_classes=5
@@ -105,12 +107,12 @@ def in_two_processes(program: str, *arguments: object) -> subprocess.CompletedPr
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=180, check=False)
 
 
-def captions_of(captioner: Path, packed: Path, split: str, **options) -> list[evaluate_captions.CaptionedImage]:
+def captions_of(captioner: Path, packed: Path, split: str, **options) -> list[CaptionedImage]:
     model = DifnetForConditionalGeneration.from_pretrained(captioner)
     tokenizer = DifnetTokenizer.from_pretrained(captioner)
     accelerator = Accelerator(cpu=True)
     options = {"generation_options": OPTIONS, **options}
-    return evaluate_captions.caption_split(model, tokenizer, load_from_disk(packed)[split], accelerator, **options)
+    return caption_split(model, tokenizer, load_from_disk(packed)[split], accelerator, **options)
 
 
 def one_by_one(captioner: Path, packed: Path, split: str, **options) -> list[str]:
@@ -139,7 +141,7 @@ class TestCaptionSplit:
         assert [image.caption for image in captioned] == expected
         assert len(set(expected)) > 3
 
-    def test_the_librarys_decoding(self, captioner, packed):
+    def test_decoding_of_transformers(self, captioner, packed):
         captioned = captions_of(captioner, packed, "test", original_decoding=False, batch_size=5)
         assert [image.caption for image in captioned] == one_by_one(captioner, packed, "test")
 
@@ -147,9 +149,7 @@ class TestCaptionSplit:
         model = DifnetForConditionalGeneration.from_pretrained(captioner).train()
         tokenizer = DifnetTokenizer.from_pretrained(captioner)
         split, accelerator = load_from_disk(packed)["validation"], Accelerator(cpu=True)
-        captioned = evaluate_captions.caption_split(
-            model, tokenizer, split, accelerator, generation_options=OPTIONS, batch_size=50
-        )
+        captioned = caption_split(model, tokenizer, split, accelerator, generation_options=OPTIONS, batch_size=50)
         assert model.training
         assert captioned == captions_of(captioner, packed, "validation")
 
@@ -165,12 +165,12 @@ class TestCaptionSplit:
 
 def test_scores_are_those_of_caption_metrics(captioner, packed):
     captioned = captions_of(captioner, packed, "test")
-    scores = evaluate_captions.score_split(captioned)
+    scores = score_split(captioned)
     assert list(scores) == ["bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider_d"]
     references = load_from_disk(packed)["test"]["captions"][:]
     assert scores == score_captions([image.caption for image in captioned], references)
     perfect = [image._replace(caption=image.references[0]) for image in captioned]
-    assert evaluate_captions.score_split(perfect)["bleu_1"] == pytest.approx(1)
+    assert score_split(perfect)["bleu_1"] == pytest.approx(1)
 
 
 class TestProgram:
@@ -183,7 +183,7 @@ class TestProgram:
             defaults = {"--model": captioner, "--dataset": packed, "--output": tmp_path / "results"}
             for name, value in defaults.items():
                 given += [] if name in given else [name, str(value)]
-            return evaluate_captions.main([*given, "--cpu"])
+            return evaluate_command.main([*given, "--cpu"])
 
         return run
 
@@ -193,13 +193,14 @@ class TestProgram:
         results = json.loads((tmp_path / "results" / "captions_test_results.json").read_text())
         assert results == [{"image_id": image.image_id, "caption": image.caption} for image in captioned]
         report = json.loads((tmp_path / "results" / "scores_test.json").read_text())
-        assert report["scores"] == evaluate_captions.score_split(captioned)
+        assert report["scores"] == score_split(captioned)
         assert (report["dataset"], report["split"], report["images"]) == ("tiny", "test", 13)
         assert (report["decoding"], report["num_beams"], report["max_new_tokens"]) == ("original", 3, 6)
         assert report["images_per_second"] == pytest.approx(13 / report["seconds"], rel=0.05)
         assert sorted(path.name for path in (tmp_path / "results").iterdir()) == [
             ".lock",
             "captions_test_results.json",
+            "recipe_test.yaml",
             "scores_test.json",
         ]
         printed = capsys.readouterr().out
@@ -225,13 +226,13 @@ class TestProgram:
         expected = json.loads((folder / "scores_validation.json").read_text())["scores"]
         assert {name: found[name] for name in expected} == pytest.approx(expected)
 
-    @pytest.mark.parametrize("decoding", ["original", "library"])
+    @pytest.mark.parametrize("decoding", ["original", "transformers"])
     def test_an_ensemble(self, run, captioner, packed, tmp_path, decoding):
         members = [captioner, save_captioner(tmp_path / "small", seed=4, d_model=12)]
         members.append(save_captioner(tmp_path / "baseline", seed=5, use_segmentation=False))
         assert run("--model", *members, "--decoding", decoding, "--num-beams", 3, "--max-new-tokens", 6) == 0
         dataset = load_from_disk(packed)["test"]
-        captioned = evaluate_captions.caption_split(
+        captioned = caption_split(
             DifnetEnsemble.from_pretrained(members),
             DifnetTokenizer.from_pretrained(captioner),
             dataset,
@@ -253,14 +254,14 @@ class TestProgram:
         folder = tmp_path / "model"
         shutil.copytree(captioner, folder)
         write_model_card(folder, CONFIG, "Made for a test.")
-        assert run("--model", folder, "--update-card", "--dataset-name", "tiny", "--decoding", "library") == 0
+        assert run("--model", folder, "--update-card", "--dataset-name", "tiny", "--decoding", "transformers") == 0
         scores = json.loads((tmp_path / "results" / "scores_test.json").read_text())["scores"]
         results = {result.metric_name: result for result in ModelCard.load(folder / "README.md").data.eval_results}
         assert len(results) == 6
         cider = results["CIDEr-D"]
         assert cider.metric_value == round(100 * scores["cider_d"], 2)
         assert (cider.dataset_name, cider.dataset_split) == ("tiny", "test")
-        assert cider.metric_args == {"decoding": "library", "num_beams": 5}
+        assert cider.metric_args == {"decoding": "transformers", "num_beams": 5}
 
     def test_two_processes_write_what_one_writes(self, run, captioner, packed, tmp_path):
         arguments = ["--num-beams", 3, "--max-new-tokens", 6, "--batch-size", 3]
@@ -321,7 +322,7 @@ BROKEN = {
 
 
 @pytest.fixture(scope="module")
-def whole(captioner, packed) -> list[evaluate_captions.CaptionedImage]:
+def whole(captioner, packed) -> list[CaptionedImage]:
     return captions_of(captioner, packed, "test")
 
 
@@ -333,7 +334,7 @@ class TestBrokenRows:
     def test_one_of_each_kind(self, captioner, packed, whole, tmp_path, name, row, batch_size, capsys):
         change, reason = BROKEN[name]
         folder = broken_copy(packed, tmp_path / "broken", "test", {row: change})
-        left_out = evaluate_captions.LeftOut()
+        left_out = LeftOut()
         captioned = captions_of(captioner, folder, "test", batch_size=batch_size, left_out=left_out)
         image_id = 3000 - 7 * row
         (line,) = left_out.lines
@@ -349,7 +350,7 @@ class TestBrokenRows:
         changes = {row: change for row, (change, _) in zip((0, 2, 3, 8, 12), BROKEN.values(), strict=False)}
         folder = broken_copy(packed, tmp_path / "broken", "test", changes)
         words = ["--model", captioner, "--dataset", folder, "--output", tmp_path / "results", "--cpu", *flags]
-        assert evaluate_captions.main([str(word) for word in words]) == exit_code
+        assert evaluate_command.main([str(word) for word in words]) == exit_code
         said = capsys.readouterr()
         ids = [3000 - 7 * row for row in changes]
         for lines in (said.out, said.err):
@@ -374,7 +375,7 @@ class TestBrokenRows:
             tmp_path / "results",
             "--cpu",
         ]
-        assert evaluate_captions.main([str(word) for word in words]) == 2
+        assert evaluate_command.main([str(word) for word in words]) == 2
         assert "no image of the split can be read; the first: image 4000: " in capsys.readouterr().err
 
     def test_a_row_in_another_processs_share(self, captioner, packed, tmp_path):
@@ -400,7 +401,7 @@ class TestMistakes:
                     values.append(argument)
             flat = [str(word) for name, values in given.items() for word in (name, *values)]
             capsys.readouterr()  # what making the folders said
-            assert evaluate_captions.main([*flat, "--cpu"]) == 2
+            assert evaluate_command.main([*flat, "--cpu"]) == 2
             said = capsys.readouterr().err
             assert said.count("\n") == 1
             assert not (tmp_path / "results").exists()
@@ -486,7 +487,7 @@ class TestMistakes:
     def test_an_output_that_another_evaluation_writes(self, captioner, packed, tmp_path, capsys):
         words = ["--model", captioner, "--dataset", packed, "--output", tmp_path, "--cpu"]
         with folder_lock(tmp_path, "evaluate_captions.py"):
-            assert evaluate_captions.main([str(word) for word in words]) == 2
+            assert evaluate_command.main([str(word) for word in words]) == 2
         assert "another evaluate_captions.py is writing this folder" in capsys.readouterr().err
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
@@ -507,7 +508,7 @@ class TestMistakes:
     )
     def test_options_that_make_no_sense(self, capsys, arguments, message):
         with pytest.raises(SystemExit) as stopped:
-            evaluate_captions.main(["--model", "a", "b", "--dataset", "c", "--output", "d", *arguments])
+            evaluate_command.main(["--model", "a", "b", "--dataset", "c", "--output", "d", *arguments])
         assert stopped.value.code == 2
         assert message in capsys.readouterr().err
 

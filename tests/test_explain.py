@@ -1,4 +1,4 @@
-"""`scripts/explain.py` and what it draws: panels, a page that is tried in a real browser, curves."""
+"""`difnet explain` and what it draws: panels, a page that is tried in a real browser, curves."""
 
 import io
 import json
@@ -15,7 +15,8 @@ from PIL import Image
 from test_images import BROKEN, noise, save_captioner, thirty_images
 from tiny_packed import GRID_FEATURE_SIZE, NUM_CLASSES, SIZES, write_packed
 
-from difnet_transformers.reports import caption_images as caption
+from difnet_transformers.cli import caption
+from difnet_transformers.cli import explain as explain_command
 from difnet_transformers.reports import explain
 from difnet_transformers.reports.pages import relevance_page
 from difnet_transformers.reports.relevance import (
@@ -30,8 +31,6 @@ from difnet_transformers.reports.relevance import (
 )
 from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration, RelevanceOutput
 from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer
-
-SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 SPEAKING = {"suppress_tokens": [0, 1, 2], "min_new_tokens": 4, "max_new_tokens": 5, "num_beams": 2}
 
@@ -51,7 +50,7 @@ def model(tmp_path_factory) -> Path:
 
 
 def run(*arguments: object) -> int:
-    return explain.main([*map(str, arguments), "--device", "cpu"])
+    return explain_command.main([*map(str, arguments), "--device", "cpu"])
 
 
 def example(**changes) -> ExplainedImage:
@@ -255,7 +254,9 @@ def test_pictures(model, tmp_path, capsys):
     assert "left out" in printed.out
     assert "broken.png" in printed.out
     assert "UNTRAINED" in printed.err
-    assert sorted(path.name for path in why.iterdir()) == ["index.html", "relevance.npz", "tall.png", "wide.png"]
+    assert sorted(path.name for path in why.iterdir()) == [
+        *("index.html", "recipe.yaml", "relevance.npz", "tall.png", "wide.png"),
+    ]
     assert "UNTRAINED" in (why / "index.html").read_text()
     with np.load(why / "relevance.npz", allow_pickle=False) as arrays:
         words = arrays["wide/words"].tolist()
@@ -295,8 +296,8 @@ def test_mistakes_are_one_line(model, tmp_path, capsys, arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "m", "--output", "o"], "give pictures, or --dataset"),
-        (["a.png", "--model", "m", "--output", "o"], "pictures need --grid-backbone"),
+        (["--model", "m", "--output", "o"], "give images, or --dataset"),
+        (["a.png", "--model", "m", "--output", "o"], "images need --grid-backbone"),
         (["a.png", "--model", "m", "n", "--untrained", "--output", "o"], "one --model"),
         (["--dataset", "d", "--model", "m", "--untrained", "--output", "o"], "--dataset needs no"),
         (["a.png", "--model", "m", "--untrained", "--faithfulness", "--output", "o"], "belong to --dataset"),
@@ -306,7 +307,7 @@ def test_mistakes_are_one_line(model, tmp_path, capsys, arguments, message):
 def test_options_that_do_not_fit(capsys, arguments, message):
     arguments = sorted(arguments, key=lambda each: each != "a.png")  # --model would take it for a model
     with pytest.raises(SystemExit) as caught:
-        explain.main(arguments)
+        explain_command.main(arguments)
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -327,12 +328,12 @@ def test_a_split_gives_a_curve_for_each_model(tmp_path, capsys):
     packed = write_packed(tmp_path / "packed", {"test": 7})
     models = [save_tiny(tmp_path / "difnet", True), save_tiny(tmp_path / "baseline", False)]
     why = tmp_path / "why"
-    options = ["--images", 5, "--show", 3, "--batch-size", 2, "--faithfulness", "--model", *models]
+    options = ["--num-images", 5, "--show", 3, "--batch-size", 2, "--faithfulness", "--model", *models]
     assert run("--dataset", packed, *options, "--output", why) == 0
     assert "random cells" in capsys.readouterr().out
     assert sorted(path.name for path in why.iterdir()) == [
         *("100.png", "101.png", "102.png", "contribution.png", "curves.npz"),
-        *("faithfulness.png", "index.html", "relevance.npz"),
+        *("faithfulness.png", "index.html", "recipe.yaml", "relevance.npz"),
     ]
     with np.load(why / "curves.npz", allow_pickle=False) as curves:
         for name in ("difnet", "baseline"):
@@ -356,7 +357,7 @@ def test_caption_explains_one_picture(model, tmp_path, capsys):
 
     noise(2).save(tmp_path / "b.png")
     assert caption.main([str(tmp_path), *base[1:], "--explain", str(tmp_path / "why.html")]) == 2
-    assert "--explain takes one picture" in capsys.readouterr().err
+    assert "--explain takes one image" in capsys.readouterr().err
 
 
 def test_of_thirty_images_five_broken_ones_are_named_and_left_out(model, tmp_path, capsys):
@@ -416,7 +417,7 @@ def test_captions_that_fill_the_position_table_are_explained(tmp_path, capsys):
     packed, model = write_packed(tmp_path / "packed", {"test": 3}), save_tiny(tmp_path / "difnet", True)
     rows = DifnetConfig.from_pretrained(model).max_position_embeddings
     change_generation(model, suppress_tokens=[0, 1, 2, 3], min_new_tokens=None, max_new_tokens=rows, num_beams=1)
-    options = ["--dataset", packed, "--faithfulness", "--images", 3, "--model", model]
+    options = ["--dataset", packed, "--faithfulness", "--num-images", 3, "--model", model]
     assert run(*options, "--output", tmp_path / "why") == 0
     assert "left out" not in capsys.readouterr().out
     with np.load(tmp_path / "why" / "relevance.npz", allow_pickle=False) as arrays:
@@ -433,7 +434,7 @@ def test_captions_with_padding_inside_are_named_and_left_out(tmp_path, capsys, m
         return sequences
 
     monkeypatch.setattr(DifnetForConditionalGeneration, "generate", with_padding)
-    assert run("--dataset", packed, "--images", 3, "--model", model, "--output", tmp_path / "why") == 0
+    assert run("--dataset", packed, "--num-images", 3, "--model", model, "--output", tmp_path / "why") == 0
     printed = capsys.readouterr().out
     assert "left out: image 101: its caption goes on after <eos> or <pad> at position 2" in printed
     assert "2 of 3 images done, 1 left out" in printed
@@ -449,7 +450,7 @@ def test_pictures_of_a_split_are_looked_for_in_their_folder_only(tmp_path, capsy
     dataset = load_from_disk(str(packed))
     dataset["test"] = dataset["test"].map(lambda row: {"file_name": name})
     dataset.save_to_disk(str(tmp_path / "renamed"))
-    options = ["--pictures-of-split", tmp_path / "pictures", "--model", model, "--output", tmp_path / "why"]
+    options = ["--image-folder", tmp_path / "pictures", "--model", model, "--output", tmp_path / "why"]
     assert run("--dataset", tmp_path / "renamed", *options) == 0
     error = capsys.readouterr().err
     assert "image 100: drawn without its picture: the file name" in error

@@ -22,8 +22,8 @@ from PIL import Image
 from test_images import BROKEN, broken_files, noise, thirty_images
 
 from difnet_transformers.cli.extract import ExtractOptions, main
+from difnet_transformers.data.image_files import find_images, image_ids_from_names
 from difnet_transformers.data.packed_dataset import decode_segmentation
-from difnet_transformers.data.sources import find_pictures, image_ids_of
 from difnet_transformers.files import folder_lock
 from difnet_transformers.vision import extract
 from difnet_transformers.vision.segmentation_sources import ImageFile
@@ -181,9 +181,9 @@ def test_annotations_are_matched_to_the_pixels_they_were_drawn_on(tmp_path, caps
 
 def test_ids_come_from_cocos_names_or_are_numbers():
     coco = [Path("COCO_val2014_000000000042.jpg"), Path("a/000000000007.png"), Path("3.jpg")]
-    assert image_ids_of(coco) == [42, 7, 3]
-    assert image_ids_of([*coco, Path("holiday.jpg")]) == [1, 2, 3, 4]
-    assert image_ids_of([Path("a/7.jpg"), Path("b/7.jpg")]) == [1, 2]
+    assert image_ids_from_names(coco) == [42, 7, 3]
+    assert image_ids_from_names([*coco, Path("holiday.jpg")]) == [1, 2, 3, 4]
+    assert image_ids_from_names([Path("a/7.jpg"), Path("b/7.jpg")]) == [1, 2]
 
 
 def test_a_coco_file_chooses_images_and_their_ids(tmp_path):
@@ -199,9 +199,9 @@ def test_images_are_found_in_folders_below_whatever_the_case(tmp_path):
     (tmp_path / "a" / "b").mkdir(parents=True)
     for name in ("a/b/2.JPG", "a/1.png", "a/notes.txt"):
         (tmp_path / name).touch()
-    assert [path.name for path in find_pictures([str(tmp_path)])] == ["1.png", "2.JPG"]
+    assert [path.name for path in find_images([str(tmp_path)])] == ["1.png", "2.JPG"]
     with pytest.raises(ValueError, match="no such file"):
-        find_pictures([str(tmp_path / "elsewhere")])
+        find_images([str(tmp_path / "elsewhere")])
 
 
 def test_images_that_cannot_be_read_are_listed_and_the_others_done(tmp_path, capsys):
@@ -603,7 +603,7 @@ def test_the_error_of_one_process_is_told_once(tmp_path):
     done = subprocess.run(parallel, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     assert done.stderr.count("extract_features.py: error: ") == 1
-    assert "no pictures in this folder" in done.stderr
+    assert "no images in this folder" in done.stderr
 
 
 # Straight into the packed dataset

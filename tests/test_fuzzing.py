@@ -56,14 +56,12 @@ from PIL import EpsImagePlugin, Image
 
 import convert_checkpoint
 from caption_metrics.__main__ import main as score_main
+from difnet_transformers.cli import caption, explain, train
+from difnet_transformers.cli import evaluate as evaluate_captions
 from difnet_transformers.cli import extract as extract_features
-from difnet_transformers.cli import train
 from difnet_transformers.data import pack as pack_coco
 from difnet_transformers.data.packed_dataset import encode_segmentation, packed_features
-from difnet_transformers.evaluation import evaluate as evaluate_captions
-from difnet_transformers.reports import caption_images as caption
-from difnet_transformers.reports import explain
-from modeling_difnet.images_difnet import UnreadablePicture, open_picture
+from modeling_difnet.images_difnet import UnreadableImage, open_image
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -438,19 +436,19 @@ def test_only_regular_files_are_read(campaign_of, name, make):
 
 
 def check_image(content: bytes, name: str, folder: Path) -> str | None:
-    """What is wrong with how `open_picture` takes it, or None."""
+    """What is wrong with how `open_image` takes it, or None."""
     path = folder / "broken-image.jpg"
     path.write_bytes(content)
     try:
         with time_limit(SECONDS):
-            picture = open_picture(path)
-    except UnreadablePicture as error:
+            picture = open_image(path)
+    except UnreadableImage as error:
         said = str(error)
         if path.name not in said or "\n" in said or len(said) > LONGEST_MESSAGE or not said.isprintable():
             return f"{name}: the message is {said[:300]!r}"
         return None
     except BaseException as error:
-        return f"{name}: {type(error).__name__} leaves open_picture: {str(error)[:200]}"
+        return f"{name}: {type(error).__name__} leaves open_image: {str(error)[:200]}"
     if picture.mode != "RGB" or picture.width < 1 or picture.height < 1:
         return f"{name}: a {picture.mode} of {picture.size}"
     return None

@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
 from convert_checkpoint import convert_grid_backbone, main
+from difnet_transformers.grid_feats_vqa import convert_detectron2_state_dict
 from modeling_difnet import GridFeatureBackbone, GridFeatureBackboneConfig, grid_backbone_difnet
-from modeling_difnet.grid_backbone_difnet import convert_detectron2_state_dict, resized_shape
+from modeling_difnet.grid_backbone_difnet import resized_shape
 
 X101 = {"depths": (3, 4, 23, 3), "groups": 32, "width_per_group": 8, "stem": 64, "res2": 256}
 X152 = {**X101, "depths": (3, 8, 36, 3)}

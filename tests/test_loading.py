@@ -34,7 +34,10 @@ CLASSES = {
     "AutoFeatureExtractor": "DifnetFeatureExtractor",
     "AutoProcessor": "DifnetProcessor",
 }
-PIPELINE_FILES = {"grid_backbone_difnet.py", "images_difnet.py", "pipeline_difnet.py", "segmentation_difnet.py"}
+PIPELINE_FILES = {
+    *("grid_backbone_difnet.py", "images_difnet.py", "pipeline_difnet.py", "segmentation_difnet.py"),
+    "weights_difnet.py",
+}
 CODE_FILES = {
     *("configuration_difnet.py", "generation_difnet.py", "modeling_difnet.py", "processing_difnet.py"),
     *PIPELINE_FILES,
@@ -189,10 +192,10 @@ def user_without_pillow() -> None:
     """Everything but images works; where an image is needed, the error says what to install."""
     sys.modules["PIL"] = None
     from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration, GridFeatureBackbone  # noqa: F401
-    from modeling_difnet.images_difnet import open_picture
+    from modeling_difnet.images_difnet import open_image
 
     with pytest.raises(ImportError, match=r"difnet-transformers\[images\]"):
-        open_picture("image.jpg")
+        open_image("image.jpg")
 
 
 def user_of_the_hub(pictures: str, *names: str) -> None:

@@ -11,7 +11,9 @@ from torch import nn
 from transformers.loss.loss_utils import LOSS_MAPPING
 
 from modeling_difnet import DifnetConfig, DifnetEnsemble, DifnetForConditionalGeneration, DifnetModel
-from modeling_difnet.modeling_difnet import caption_loss, fast_dropout, relu_dropout, sinusoid_table
+from modeling_difnet.dropout_difnet import fast_dropout, relu_dropout
+from modeling_difnet.loss_difnet import caption_loss
+from modeling_difnet.modeling_difnet import sinusoid_table
 
 
 @pytest.fixture(params=["two flows", "baseline"])
@@ -561,11 +563,11 @@ def refuse_inputs() -> list:
         pytest.param(change("segmentation_features", lambda x: x.flatten(2)), "height, width", id="flat segmentation"),
         pytest.param(
             change("segmentation_features", lambda x: x[..., :3]),
-            r"2 pictures of 12 cells, `segmentation_features` 2 of 9 \(3 x 3\)",
+            r"2 images of 12 cells, `segmentation_features` 2 of 9 \(3 x 3\)",
             id="cells",
         ),
         pytest.param(
-            change("segmentation_features", lambda x: x[:1]), "must show the same pictures", id="number of pictures"
+            change("segmentation_features", lambda x: x[:1]), "must show the same images", id="number of pictures"
         ),
         pytest.param(
             change("decoder_input_ids", lambda x: x.new_full((2, 31), 5)),
@@ -574,7 +576,7 @@ def refuse_inputs() -> list:
         ),
         pytest.param(
             change("decoder_input_ids", lambda x: x[[0, 1, 1]]),
-            "given 3 captions for 2 pictures",
+            "given 3 captions for 2 images",
             id="captions per picture",
         ),
         pytest.param(

@@ -20,8 +20,8 @@ import torch
 from datasets import load_dataset, load_from_disk
 
 from difnet_transformers.data import pack as pack_coco
+from difnet_transformers.data.grids import average_pool
 from difnet_transformers.data.packed_dataset import PackedImages, decode_segmentation, float16_bound
-from difnet_transformers.data.sources import average_pool
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "pack_coco.py"
 

@@ -105,6 +105,18 @@ class TestExtras:
         optional = {each.name for name, group in extras.items() if name not in ("all", "dev") for each in group}
         assert {DISTRIBUTIONS.get(module, module) for module in EXTRA_OF} - {"pyarrow"} == optional
 
+    def test_extras_that_are_named_exist(self, extras):
+        pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+        code = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+        named = re.compile(r"""(?:difnet-transformers|pip install ["']?\.)\[([a-z,]+)\]|requires\("([a-z]+)"\)""")
+        found = {
+            extra
+            for path in [*pages, *code, ROOT / "Makefile"]
+            for groups in named.findall(path.read_text(encoding="utf-8"))
+            for extra in ",".join(filter(None, groups)).split(",")
+        }
+        assert {"completion", "data", "images", "train"} <= found <= set(extras)
+
     def test_pinned_versions_are_allowed(self, setup, extras):
         pins = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#"]
         required = [Requirement(line) for line in lines(setup["options"]["install_requires"])]

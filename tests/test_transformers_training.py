@@ -18,7 +18,8 @@ from transformers import AutoModel, AutoProcessor, Seq2SeqTrainer, Seq2SeqTraini
 from transformers.trainer_pt_utils import LabelSmoother
 
 from convert_checkpoint import default_generation_config
-from difnet_transformers.data.packed_dataset import CaptionCollator, CaptionPairs, PackedImages
+from difnet_transformers.data.batches import CaptionCollator, CaptionPairs
+from difnet_transformers.data.packed_dataset import PackedImages
 from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration
 from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer
 

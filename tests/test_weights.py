@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from difnet_transformers.weights import check_finite_weights
+from modeling_difnet.weights_difnet import check_finite_weights
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

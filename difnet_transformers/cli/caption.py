@@ -4,12 +4,134 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from simple_parsing import field
+
+from ..command_line import LeftOut, quiet_transformers, run_command
+from ..options import check_at_least, debug_option, parse_options, strict_option
+
+DESCRIPTION = """\
+Caption images.
+
+  difnet caption image.jpg folder/ --model ./difnet --grid-backbone x101 \\
+      --segmentation-model facebook/mask2former-swin-large-coco-panoptic --contact-sheet captions.html
+
+  --model               a converted DIFNet checkpoint (difnet convert)
+  --grid-backbone       made by `difnet convert grid-backbone` of X-101.pth (grid-feats-vqa, Apache-2.0)
+  --segmentation-model  a COCO panoptic model of Transformers: MaskFormer, Mask2Former, OneFormer, EoMT, DETR
+                        (the paper's baseline needs none)
+
+or features that were made before, by difnet extract or by others:
+
+  difnet caption --features grid_features.hdf5 --segmentation segmentations --model ./difnet
+
+Captions are printed, one line for each image. An image, or an image's features, that cannot be used get one line, and
+the others are captioned: the exit code is 0, with --strict 2. It is 2 also for mistakes, and if nothing could be
+captioned. What was captioned before an error or an interruption is printed and written all the same. Image ids come
+from COCO's file names; other images are numbered in order."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    from ..reports.caption_images import main
+@dataclass
+class CaptionOptions:
+    """Options of `difnet caption`."""
 
-    return main(argv)
+    model: str = field(metavar="NAME", help="folder or repository of the captioner")
+    images: list[str] = field(
+        default_factory=list, positional=True, metavar="IMAGE", help="images, or folders of them"
+    )
+    grid_backbone: str | None = field(default=None, metavar="FOLDER", help="folder or repository")
+    segmentation_model: str | None = field(default=None, metavar="NAME", help="folder or repository")
+    features: list[str] | None = field(default=None, metavar="HDF5", help="grid features, instead of images")
+    segmentation: str | None = field(default=None, metavar="PATH", help="folder of <image id>.npy, or HDF5 file")
+    ids: list[int] | None = field(default=None, metavar="ID", help="of --features: these images alone")
+    json: Path | None = field(default=None, metavar="FILE", help="write COCO's results format")
+    contact_sheet: Path | None = field(default=None, metavar="FILE", help="write images and captions: .html or .png")
+    explain: Path | None = field(
+        default=None, metavar="FILE", help="of one image: write where its words come from: .html or .png"
+    )
+    num_captions: int = field(default=1, metavar="N", help="captions of each image")
+    num_beams: int | None = field(default=None, metavar="N", help="default: the checkpoint's; at least --num-captions")
+    original_beam_search: bool = field(default=False, help="the original's search, token for token")
+    batch_size: int = field(default=8, metavar="N", help="images captioned together")
+    device: str | None = field(
+        default=None, metavar="DEVICE", help="for example cuda:1 (default: a GPU if there is one)"
+    )
+    untrained: bool = field(
+        default=False,
+        help="check without weights: a feature network that is not named is a small random one; captions mean nothing",
+    )
+    seed: int = field(default=0, metavar="N", help="of --untrained")
+    strict: bool = strict_option()
+    debug: bool = debug_option()
+
+    def __post_init__(self) -> None:
+        if bool(self.images) == bool(self.features):
+            raise ValueError("give images, or --features")
+        if not self.features and (self.segmentation or self.ids):
+            raise ValueError("--segmentation and --ids belong to --features")
+        if self.features and (self.grid_backbone or self.segmentation_model or self.untrained):
+            raise ValueError("--features needs no --grid-backbone, --segmentation-model or --untrained")
+        if self.contact_sheet is not None:
+            if self.features:
+                raise ValueError("--contact-sheet needs images")
+            if self.contact_sheet.suffix not in (".html", ".png"):
+                raise ValueError("--contact-sheet must end with .html or .png")
+        if self.explain is not None and (self.explain.suffix not in (".html", ".png") or len(self.images) != 1):
+            raise ValueError(
+                "--explain takes one image, and a file that ends with .html or .png (difnet explain takes many)"
+            )
+        if self.images and self.grid_backbone is None and not self.untrained:
+            raise ValueError("images need --grid-backbone (or --untrained for a check without weights)")
+        check_at_least(self, 1, "num_captions", "num_beams", "batch_size")
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "caption.py") -> int:
+    options = parse_options(CaptionOptions, argv, prog=prog, description=DESCRIPTION)
+
+    def command() -> int:
+        from ..evaluation.image_captions import (
+            decoding_options,
+            feature_items,
+            image_items,
+            load_pipeline,
+            warn_of_untrained,
+        )
+        from ..reports.caption_images import CaptionOutputs, caption_images
+
+        quiet_transformers()
+        warnings = warn_of_untrained(options.untrained)
+        outputs = CaptionOutputs(options.json, options.contact_sheet, options.explain)
+        outputs.check()
+        captioner = load_pipeline(
+            options.model,
+            grid_backbone=options.grid_backbone,
+            segmentation_model=options.segmentation_model,
+            untrained=options.untrained,
+            seed=options.seed,
+            device=options.device,
+        )
+        left_out = LeftOut()
+        if options.features:
+            items = feature_items(captioner, options.features, options.segmentation, options.ids, left_out)
+        else:
+            items = image_items(captioner, options.images, left_out)
+        results = caption_images(
+            captioner,
+            items,
+            outputs,
+            model_name=options.model,
+            generation_options=decoding_options(
+                captioner, options.num_captions, options.num_beams, options.original_beam_search
+            ),
+            left_out=left_out,
+            batch_size=options.batch_size,
+            warnings=warnings,
+        )
+        return left_out.report(len(results), options.strict)
+
+    return run_command(prog, command, options.debug)
 
 
 if __name__ == "__main__":

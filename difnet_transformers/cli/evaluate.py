@@ -4,12 +4,119 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from simple_parsing import field
+
+from ..command_line import quiet_transformers, run_command
+from ..options import check_at_least, debug_option, parse_options, save_options, strict_option
+
+DESCRIPTION = """\
+Caption every image of a split and score the captions.
+
+  difnet evaluate --model ./difnet --dataset coco_packed --output results
+  difnet evaluate --model seed1 seed2 seed3 --dataset coco_packed --output results/ensemble
+  accelerate launch scripts/evaluate_captions.py ..   or   torchrun --nproc_per_node 8 scripts/evaluate_captions.py ..
+
+Writes OUTPUT/captions_SPLIT_results.json, [{"image_id": 42, "caption": "a dog runs"}, ..] as for the COCO server, and
+OUTPUT/scores_SPLIT.json: BLEU-1 to 4, ROUGE-L, CIDEr-D, how the captions were made, images per second. Both appear
+complete or not at all; OUTPUT/recipe_SPLIT.yaml repeats the run. Scores of single images: difnet metrics --per-image.
+
+Several models are an ensemble: at each step the mean of their probabilities. They may differ in size and some may be
+the baseline without segmentation; they need one vocabulary.
+
+The scores of papers on COCO are those of the defaults on a converted checkpoint and the Karpathy test split, times
+100. Every process captions its share and each image is captioned once. An image whose row is broken is named and left
+out; scores_SPLIT.json says how many images the scores are of, and which were left out. Mistakes end the program with
+one line and exit code 2."""
+
+DTYPES = ["float32", "bfloat16", "float16"]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    from ..evaluation.evaluate import main
+def decoding_name(text: str) -> str:
+    """The name of a decoding; "library" is an earlier name of "transformers"."""
+    return "transformers" if text == "library" else text
 
-    return main(argv)
+
+@dataclass
+class EvaluationOptions:
+    """Options of `difnet evaluate`."""
+
+    model: list[str] = field(metavar="FOLDER", help="a checkpoint, or several for their ensemble")
+    dataset: Path = field(metavar="FOLDER", help="packed dataset (difnet pack)")
+    output: Path = field(metavar="FOLDER", help="where the files go")
+    split: str = field(default="test", metavar="NAME", help="of the dataset")
+
+    decoding: str = field(
+        default="original",
+        choices=["original", "transformers"],
+        type=decoding_name,
+        help="the original's beam search (default), or generate's with the checkpoint's settings",
+        group="captions",
+    )
+    num_beams: int = field(default=5, metavar="N", help="1 is greedy (default: 5)", group="captions")
+    max_new_tokens: int = field(default=20, metavar="N", help="of a caption", group="captions")
+
+    meteor: bool = field(default=False, help="add METEOR 1.5 (needs Java)", group="scores")
+    spice: bool = field(default=False, help="add SPICE (needs Java; slow)", group="scores")
+    update_card: bool = field(
+        default=False, help="put the scores into the README.md of the one --model", group="scores"
+    )
+    dataset_name: str | None = field(
+        default=None,
+        metavar="NAME",
+        help="what files and card call the data (default: the folder's name)",
+        group="scores",
+    )
+
+    batch_size: int = field(default=50, metavar="N", help="images of one process at a time", group="the machine")
+    dtype: str = field(default="float32", choices=DTYPES, help="of weights and features", group="the machine")
+    cpu: bool = field(default=False, help="even where there is a GPU", group="the machine")
+    strict: bool = strict_option()
+    debug: bool = debug_option()
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "num_beams", "max_new_tokens", "batch_size")
+        if self.update_card and len(self.model) > 1:
+            raise ValueError("--update-card takes one --model: an ensemble has no card")
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "evaluate_captions.py") -> int:
+    options = parse_options(EvaluationOptions, argv, prog=prog, description=DESCRIPTION)
+
+    def command() -> int:
+        from accelerate import Accelerator
+
+        from ..evaluation.evaluate import evaluate_split
+        from ..training.processes import end_training
+
+        quiet_transformers()
+        accelerator = Accelerator(cpu=options.cpu)
+        exit_code = evaluate_split(
+            accelerator,
+            options.model,
+            options.dataset,
+            options.output,
+            split=options.split,
+            dataset_name=options.dataset_name,
+            decoding=options.decoding,
+            num_beams=options.num_beams,
+            max_new_tokens=options.max_new_tokens,
+            batch_size=options.batch_size,
+            dtype=options.dtype,
+            with_meteor=options.meteor,
+            with_spice=options.spice,
+            update_card=options.update_card,
+            strict=options.strict,
+            program=prog,
+        )
+        if accelerator.is_main_process:
+            save_options(options, options.output / f"recipe_{options.split}.yaml")
+        end_training(accelerator)
+        return exit_code
+
+    return run_command(prog, command, options.debug)
 
 
 if __name__ == "__main__":

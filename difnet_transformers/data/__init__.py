@@ -5,14 +5,13 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "packed_dataset": [
+        "batches": [
             "CaptionCollator",
             "CaptionPairBatches",
             "CaptionPairs",
             "ImageCaptionBatches",
-            "PackedImages",
             "ReferenceBatches",
-            "load_packed_split",
-        ]
+        ],
+        "packed_dataset": ["PackedImages", "load_packed_split"],
     },
 )

@@ -38,6 +38,11 @@ with requires("data"):
     import datasets
     from datasets.arrow_writer import ArrowWriter, ParquetWriter
 
+from .captions import ImageRow, read_annotations
+from .errors import BrokenImage, GridSizeError, PackingError, Problem, raise_problems
+from .feature_files import GridFiles, SegmentationFiles
+from .grids import check_segmentation, fit_grid
+from .normalization import normalize_caption, normalize_file_name
 from .packed_dataset import (
     decode_segmentation,
     encode_segmentation,
@@ -46,21 +51,6 @@ from .packed_dataset import (
     packed_features,
     packed_splits,
     to_stored,
-)
-from .sources import (
-    BrokenImage,
-    GridDoesNotFit,
-    GridFiles,
-    ImageRow,
-    PackingError,
-    Problem,
-    SegmentationFiles,
-    grid_of,
-    normalized_caption,
-    normalized_file_name,
-    raise_for,
-    read_annotations,
-    segmentation_of,
 )
 
 ROWS_PER_WRITE = 64  # bounds the memory of a writer to a few times 13 MB
@@ -73,7 +63,7 @@ LARGEST_GRID_SIZE = 255  # the number of cells is stored as uint16
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Everything that decides what the rows look like. `grid_fit` is `fit` of `grid_of`."""
+    """Everything that decides what the rows look like. `grid_fit` is `fit` of `fit_grid`."""
 
     features: tuple[str, ...]
     segmentation: str | None
@@ -117,13 +107,13 @@ class Packer:
         try:
             array = self.grids.read(grid_path, row.image_id)
             wanted = self.recipe.grid_size**2
-            grid, cells = grid_of(array, self.recipe.grid_size, self.recipe.grid_feature_size, self.recipe.grid_fit)
+            grid, cells = fit_grid(array, self.recipe.grid_size, self.recipe.grid_feature_size, self.recipe.grid_fit)
             is_fitted = array.ndim == 2 and len(array) != wanted
             segmentation = None
             if self.segmentation is not None:
                 source = os.path.join(self.segmentation.path, segmentation_name)
                 array, self.hashes[row.image_id] = self.segmentation.read(segmentation_name)
-                segmentation = segmentation_of(array, self.recipe.segmentation_shape())
+                segmentation = check_segmentation(array, self.recipe.segmentation_shape())
         except (PackingError, BrokenImage):
             raise
         except (ValueError, OSError, RuntimeError) as error:
@@ -198,7 +188,7 @@ def make_plan(recipe: Recipe) -> Plan:
         )
     if not recipe.skip_missing:
         # With entries that cannot be read, features of theirs and images without captions only follow from it.
-        raise_for(problems + (surplus if are_annotations_whole else []))
+        raise_problems(problems + (surplus if are_annotations_whole else []))
     return Plan({name: rows for name, rows in planned.items() if rows}, annotation_files, problems, unused)
 
 
@@ -209,8 +199,8 @@ def check_grid_size(recipe: Recipe, plan: Plan) -> None:
     said = []
     for row, (path, _) in rows:
         try:
-            grid_of(grids.read(path, row.image_id), recipe.grid_size, recipe.grid_feature_size, recipe.grid_fit)
-        except GridDoesNotFit as error:
+            fit_grid(grids.read(path, row.image_id), recipe.grid_size, recipe.grid_feature_size, recipe.grid_fit)
+        except GridSizeError as error:
             said.append(f"{printable(path, 300)}: image {row.image_id}: {error}")
         except ValueError:
             continue
@@ -254,7 +244,7 @@ class CocoCaptions(datasets.GeneratorBasedBuilder):
         packer = Packer(self.config.recipe)
         yield from packer.examples(rows)
         if not self.config.recipe.skip_missing:
-            raise_for(packer.problems)
+            raise_problems(packer.problems)
 
 
 # Shards: written one by one under other names and renamed when they are complete
@@ -398,7 +388,7 @@ def write_shards(recipe: Recipe, plan: Plan, shards: list[Shard], work: Path, nu
                     raise
     ordered = [results[shard] for shard in shards]
     if not recipe.skip_missing:
-        raise_for([Problem(*problem) for result in ordered for problem in result["problems"]])
+        raise_problems([Problem(*problem) for result in ordered for problem in result["problems"]])
     return ordered
 
 
@@ -590,7 +580,7 @@ def pack(recipe: Recipe, output: Path, num_proc: int, parquet: bool, shard_size:
         print(f"{printable(output, 300)} is complete already; --verify compares it with its sources")
         return finished
     if not shards:
-        raise_for(plan.left_out)
+        raise_problems(plan.left_out)
         raise PackingError(f"{printable(recipe.annotations, 300)}: no image has features and captions")
     check_grid_size(recipe, plan)
     work.mkdir(parents=True, exist_ok=True)
@@ -620,7 +610,7 @@ def pack(recipe: Recipe, output: Path, num_proc: int, parquet: bool, shard_size:
         provenance = provenance_of(recipe, plan, shards, results, work, command)
         if not any(counts["images"] for counts in provenance["splits"].values()):
             shutil.rmtree(work)
-            raise_for([Problem(**problem) for problem in provenance["left_out"]])
+            raise_problems([Problem(**problem) for problem in provenance["left_out"]])
         provenance["identity"] = identity
         if not parquet:
             write_dataset_files(recipe, shards, results, work / "packed")
@@ -762,15 +752,15 @@ def _verify_rows(recipe: Recipe, plan: Plan, packed: Mapping[str, datasets.Datas
             )
             # Folders of the first version hold names and captions as their sources wrote them.
             texts = (
-                normalized_file_name(stored["file_name"]),
+                normalize_file_name(stored["file_name"]),
                 bool(stored["restval"]),
-                tuple(map(normalized_caption, stored["captions"])),
+                tuple(map(normalize_caption, stored["captions"])),
                 int(stored["grid_cells"]),
             )
             if not same_features or texts != (row.file_name, row.restval, row.captions, cells):
                 differences.append(Problem(split, "differs from its sources", row.image_id))
             verified += 1
-    raise_for(differences)
+    raise_problems(differences)
     for line in fitted_lines({**provenance, "grids_of_another_size": packer.fitted}):
         print(line)
     return verified

@@ -23,7 +23,7 @@ from transformers import AutoModel, AutoProcessor
 
 from caption_metrics import score_captions
 
-from ..data.packed_dataset import PackedImages
+from ..data import PackedImages
 from ..files import atomic_write
 from ..reports.pages import relevance_page
 from ..reports.relevance import ExplainedImage, explain_captions, heat_map, panels

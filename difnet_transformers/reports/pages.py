@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..command_line import requires
+from ..files import printable
 from ..vision.images import THUMBNAIL_SIDE, thumbnail
 from .colors import BACKGROUND, TEXT, TEXT_LIGHT
 from .relevance import (
@@ -157,7 +158,7 @@ def png_sheet(
         caption = textwrap.wrap(each.captions[0], characters, max_lines=3, placeholder=" ..")
         draw.multiline_text((left, upper + side + 4), "\n".join(caption), TEXT, font, spacing=3)
         if each.name:
-            draw.text((left, upper + side + 66), each.name, TEXT_LIGHT, small)
+            draw.text((left, upper + side + 66), printable(each.name, 46), TEXT_LIGHT, small)
     return png_file(sheet)
 
 

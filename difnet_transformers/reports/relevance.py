@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from modeling_difnet import DifnetForConditionalGeneration, RelevanceOutput, relevance
-from modeling_difnet.images_difnet import open_picture
+from modeling_difnet.images_difnet import open_image
 from modeling_difnet.pipeline_difnet import DifnetImageCaptioningPipeline
 from modeling_difnet.segmentation_difnet import CLASS_NAMES
 from processing_difnet import DifnetTokenizer
@@ -165,7 +165,7 @@ def explain_image(
 
     Args:
         captioner: the pipeline.
-        source: what `open_picture` opens.
+        source: what `open_image` opens.
         name: of the image; by default that of its file.
         caption: the words to explain; by default the model's own.
         method: of `relevance`.
@@ -174,7 +174,7 @@ def explain_image(
     Raises:
         ValueError: the image cannot be read, or the caption is empty or holds words that the model does not know.
     """
-    image = open_picture(source)
+    image = open_image(source)
     features = captioner.processor(**captioner.features_of(image), return_tensors="pt").to(captioner.device)
     if caption is None:
         sequences = captioner.model.generate(**features, **generation_options)[:1]

@@ -10,7 +10,7 @@ five times as fine); here a pixel belongs to a polygon if its centre lies within
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -48,12 +48,12 @@ def channels_of_categories(categories: Iterable[Mapping[str, Any]]) -> dict[int,
     return channels
 
 
-def _is_integer(value: object) -> bool:
+def _is_integer(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _channel_of(annotation: Mapping[str, Any], channels: Mapping[int, int]) -> int:
-    category = annotation.get("category_id")
+    category: Any = annotation.get("category_id")
     if not _is_integer(category) or category not in channels:
         raise ValueError(f'the category {printable(category, 40)} is not among the "categories" of the file')
     return channels[category]

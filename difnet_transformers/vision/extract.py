@@ -47,16 +47,8 @@ with requires("images"):
     from accelerate.utils import broadcast_object_list, gather_object
     from PIL import Image
 
-    from ..data.sources import (
-        CocoFile,
-        find_pictures,
-        image_ids_of,
-        listed_images,
-        match_images,
-        read_images,
-        read_instances,
-        read_panoptic,
-    )
+    from ..data.coco import CocoFile, merge_images, read_images, read_instances, read_panoptic
+    from ..data.image_files import find_images, image_ids_from_names, match_images
 
 GRIDS = "grid_features.hdf5"
 SEGMENTATIONS = "segmentations"
@@ -131,11 +123,12 @@ class Extraction:
             The arrays by name, grid features (49, C) and segmentation features (133, 7, 7), and a remark on the image.
         """
         opened = open_as_annotated(image)
-        arrays = []
+        arrays: list[np.ndarray] = []
         if self.backbone is not None:
-            arrays.append(self.backbone.grid_features(opened).cpu().numpy())
+            grid: Any = self.backbone.grid_features(opened)  # (49, C)
+            arrays.append(grid.cpu().numpy())
         if self.segmentation is not None:
-            arrays.append(self.segmentation(opened, image))
+            arrays.append(self.segmentation(opened, image))  # (133, 7, 7)
         if not all(np.isfinite(array).all() for array in arrays):
             raise UnreadableImage("NaN or infinity among the features")
         return dict(zip(self.arrays_of(image), arrays, strict=True)), unusual_size(opened)
@@ -306,12 +299,12 @@ def list_images(places: Sequence[str], coco_files: Sequence[CocoFile]) -> tuple[
         tqdm.write(f"{LEFT_OUT}: {what}", file=sys.stderr)
         left_out.append(LeftOutImage(image_id, what))
 
-    paths = find_pictures(places, leave_out=lambda path, reason: leave_out("", f"{printable(path, 300)}: {reason}"))
+    paths = find_images(places, leave_out=lambda path, reason: leave_out("", f"{printable(path, 300)}: {reason}"))
     found: dict[int, tuple[Path, tuple[int, int] | None]] = {}
     if not coco_files:
-        found = {image_id: (path, None) for image_id, path in zip(image_ids_of(paths), paths, strict=True)}
+        found = {image_id: (path, None) for image_id, path in zip(image_ids_from_names(paths), paths, strict=True)}
     else:
-        listed = listed_images(coco_files)
+        listed = merge_images(coco_files)
         matches = match_images(paths, {image.image_id: image.file_name for image in listed.values()})
         found = {image_id: (path, listed[image_id].size) for image_id, path in matches.paths.items()}
         for problem in [*(problem for file in coco_files for problem in file.problems), *matches.problems]:

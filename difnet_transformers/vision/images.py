@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from modeling_difnet.images_difnet import fitted_size, open_picture
+from modeling_difnet.images_difnet import fitted_size, open_image
 
 from ..command_line import requires
 
@@ -27,7 +27,7 @@ def thumbnail(image: str | os.PathLike | Image.Image, longest_side: int = THUMBN
     """
     if not isinstance(image, Image.Image):
         try:
-            image = open_picture(image)
+            image = open_image(image)
         except ValueError:
             return Image.new("RGB", (longest_side, longest_side), MISSING_COLOR)
     return image.resize(fitted_size(image.size, longest_side), Image.Resampling.LANCZOS)

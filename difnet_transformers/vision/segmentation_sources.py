@@ -30,7 +30,9 @@ from .coco_annotations import channels_of_categories, instance_channel_map, pano
 with requires("images"):
     from PIL import Image
 
-    from ..data.sources import CocoFile, leads_out, read_npy
+    from ..data.coco import CocoFile
+    from ..data.feature_files import read_npy
+    from ..data.image_files import leads_out
 
 
 class ImageFile(NamedTuple):

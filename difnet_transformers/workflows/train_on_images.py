@@ -20,8 +20,9 @@ from processing_difnet import DifnetTokenizer
 
 from ..child_process import run_difnet
 from ..command_line import LeftOut
+from ..data.captions import read_annotations
+from ..data.image_files import find_images, match_images
 from ..data.packed_dataset import load_packed_split
-from ..data.sources import find_pictures, match_images, read_annotations
 from ..files import atomic_output, atomic_write, check_regular_file, printable, read_file, read_json
 from ..model_card import METRICS, check_license
 from ..presets import SMALL_NETWORK
@@ -330,7 +331,7 @@ def write_page(
         captions: by image id.
         reports: of `evaluate`.
     """
-    image_files = find_pictures(map(str, images))
+    image_files = find_images(map(str, images))
     rows = ["<tr><th>split</th><th>images</th>"]
     rows[0] += "".join(f"<th>{title}</th>" for _, title in METRICS.values() if title not in ("METEOR", "SPICE"))
     sections = []

@@ -1,0 +1,285 @@
+"""Captions of images and of features that were made before: items, batches, decoding, COCO's results format.
+
+The original (mrwu-mac/DIFNet, CVPR 2022) captions the splits of its feature file only; what corresponds to that is
+`caption_split` in training/validation.py.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from modeling_difnet import original_beam_search
+from modeling_difnet.images_difnet import open_image, unusual_size
+from modeling_difnet.pipeline_difnet import TASK, UNTRAINED_WARNING, DifnetImageCaptioningPipeline
+
+from ..checkpoints import load_captioner
+from ..command_line import LeftOut, describe, requires
+from ..files import printable
+
+with requires("images"):
+    from ..data.feature_files import GridFiles, SegmentationFiles
+    from ..data.image_files import find_images, image_ids_from_names
+
+
+class ImageCaptions(NamedTuple):
+    """An image with its captions, the best first. `path` is `None` for features."""
+
+    image_id: int
+    path: Path | None
+    captions: list[str]
+
+    @property
+    def name(self) -> str:
+        return printable(self.path, 1000) if self.path is not None else str(self.image_id)
+
+
+class CaptionItem(NamedTuple):
+    """An image to caption.
+
+    Args:
+        image_id: from COCO's file name, or a number.
+        path: `None` for features.
+        name: in messages.
+        features: reads or computes the features of the image; may raise anything.
+    """
+
+    image_id: int
+    path: Path | None
+    name: object
+    features: Callable[[], Mapping[str, Any]]
+
+
+def load_pipeline(
+    model: str,
+    *,
+    grid_backbone: str | None = None,
+    segmentation_model: str | None = None,
+    untrained: bool = False,
+    seed: int = 0,
+    device: str | None = None,
+) -> DifnetImageCaptioningPipeline:
+    """The pipeline of a captioner and, for images, of the networks that make its features.
+
+    Args:
+        model: folder or repository of the captioner.
+        grid_backbone: folder or repository; not needed for features.
+        segmentation_model: folder or repository; not needed for features.
+        untrained: lets small random networks stand in for those that are not named.
+        seed: of these.
+        device: such as "cuda:1"; by default a GPU where there is one.
+
+    Raises:
+        ValueError: a network cannot be loaded or does not fit the captioner.
+    """
+    captioner, processor = load_captioner(model)
+    return DifnetImageCaptioningPipeline(
+        model=captioner,
+        processor=processor,
+        task=TASK,
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        grid_backbone=grid_backbone,
+        segmentation_model=segmentation_model,
+        untrained=untrained,
+        seed=seed,
+    )
+
+
+def warn_of_untrained(untrained: bool) -> list[str]:
+    """The warnings of a run, printed too: one if random networks stand in for trained ones."""
+    if untrained:
+        print(UNTRAINED_WARNING, file=sys.stderr)
+    return [UNTRAINED_WARNING] if untrained else []
+
+
+def decoding_options(
+    captioner: DifnetImageCaptioningPipeline,
+    num_captions: int = 1,
+    num_beams: int | None = None,
+    original: bool = False,
+) -> dict[str, Any]:
+    """Options of `generate`.
+
+    Args:
+        captioner: the pipeline.
+        num_captions: captions of each image.
+        num_beams: by default those of the checkpoint; at least `num_captions`.
+        original: whether to decode with the original's beam search.
+    """
+    num_beams = num_beams or captioner.model.generation_config.num_beams or 1
+    options: dict[str, Any] = {"num_return_sequences": num_captions, "num_beams": max(num_beams, num_captions)}
+    return options | ({"custom_generate": original_beam_search} if original else {})
+
+
+# Items
+
+
+def image_items(
+    captioner: DifnetImageCaptioningPipeline, images: Sequence[str], left_out: LeftOut
+) -> list[CaptionItem]:
+    """An item for each image.
+
+    Args:
+        captioner: the pipeline, with the networks for images.
+        images: files, and folders of them.
+        left_out: gets the files of folders that cannot be used.
+
+    Raises:
+        ValueError: there is no such file or folder, a folder has no image, or the captioner lacks a network.
+    """
+    if captioner.model.config.use_segmentation and captioner.segmenter is None:
+        raise ValueError("this captioner needs --segmentation-model")
+    paths = find_images(images, leave_out=left_out.add)
+    return [
+        CaptionItem(image_id, path, path, lambda path=path: _features_of_image(captioner, path))
+        for image_id, path in zip(image_ids_from_names(paths), paths, strict=True)
+    ]
+
+
+def _features_of_image(captioner: DifnetImageCaptioningPipeline, path: Path) -> Mapping[str, Any]:
+    image = open_image(path)
+    features = captioner.features_of(image)
+    remark = unusual_size(image)
+    if remark is not None:
+        tqdm.write(f"unusual: {printable(path, 300)}: {remark}", file=sys.stderr)
+    return features
+
+
+def feature_items(
+    captioner: DifnetImageCaptioningPipeline,
+    features: Sequence[str],
+    segmentation: str | None,
+    ids: Sequence[int] | None,
+    left_out: LeftOut,
+) -> list[CaptionItem]:
+    """An item for each image of feature files, in the order of the image ids, or for those asked for.
+
+    Args:
+        captioner: the pipeline.
+        features: HDF5 files of grid features.
+        segmentation: folder of `<image id>.npy` or HDF5 file; `None` for a captioner without a segmentation flow.
+        ids: images to caption; `None` for all.
+        left_out: gets the ids that are not in the features.
+
+    Raises:
+        ValueError: a file cannot be read, or the captioner has, or lacks, a segmentation flow.
+    """
+    grids = GridFiles(tuple(features))
+    files = grids.index()
+    segmentations = None if segmentation is None else SegmentationFiles(segmentation)
+    names = {} if segmentations is None else segmentations.index()
+
+    def read(image_id: int) -> dict[str, Any]:
+        if segmentations is not None and image_id not in names:
+            raise ValueError(f"not in {printable(segmentation)}")
+        found = {"grid_features": grids.read(files[image_id], image_id)}
+        if segmentations is not None:
+            found["segmentation_features"] = segmentations.read(names[image_id])[0]
+        return found
+
+    items = []
+    for image_id in sorted(files) if ids is None else dict.fromkeys(ids):
+        if image_id in files:
+            name = f"{printable(files[image_id], 200)}: image {image_id}"
+            items.append(CaptionItem(image_id, None, name, lambda image_id=image_id: read(image_id)))
+        else:
+            left_out.add(f"image {image_id}", f"not in the features ({', '.join(map(printable, features))})")
+    if captioner.model.config.use_segmentation and segmentation is None:
+        raise ValueError("this captioner needs the segmentation features too: give --segmentation")
+    if not captioner.model.config.use_segmentation and segmentation is not None:
+        raise ValueError("this captioner has no segmentation flow: leave --segmentation out")
+    return items
+
+
+# Captions
+
+
+def caption_items(
+    captioner: DifnetImageCaptioningPipeline,
+    items: Sequence[CaptionItem],
+    batch_size: int,
+    options: Mapping[str, Any],
+    left_out: LeftOut,
+) -> Iterator[ImageCaptions]:
+    """Captions items, `batch_size` together. One that fails is left out.
+
+    Args:
+        captioner: the pipeline.
+        items: from `image_items` or `feature_items`.
+        batch_size: of items.
+        options: of `generate`, from `decoding_options`.
+        left_out: gets the items that fail.
+
+    Raises:
+        Exception: that of the first batch, where all of its items fail in the same way.
+    """
+    prepared: list[tuple[CaptionItem, Mapping[str, torch.Tensor]]] = []
+    succeeded = False
+    for number, item in enumerate(items, start=1):
+        try:
+            prepared.append((item, captioner.preprocess(item.features())))
+        except Exception as error:
+            # The processor counts the images of a batch; here is one.
+            left_out.add(item.name, describe(error).replace(" of image 0", ""))
+        if prepared and (number == len(items) or len(prepared) == batch_size):
+            results, problems = caption_batch(captioner, prepared, options)
+            reasons = {describe(error) for _, error in problems}
+            if not succeeded and not results and len(problems) > 1 and len(reasons) == 1:
+                raise problems[0][1]  # not the images are wrong, but what was asked for
+            for problem, error in problems:
+                left_out.add(problem.name, error)
+            succeeded = succeeded or bool(results)
+            yield from results
+            prepared = []
+
+
+def caption_batch(
+    captioner: DifnetImageCaptioningPipeline,
+    prepared: list[tuple[CaptionItem, Mapping[str, torch.Tensor]]],
+    options: Mapping[str, Any],
+) -> tuple[list[ImageCaptions], list[tuple[CaptionItem, Exception]]]:
+    """Captions items together; those of a batch that fails one by one.
+
+    Args:
+        captioner: the pipeline.
+        prepared: items with their inputs, each of batch size 1. Where their names or shapes differ, items are
+            captioned one by one.
+        options: of `generate`.
+
+    Returns:
+        The captions, and the items that failed, each with its error.
+    """
+    names = sorted({name for _, inputs in prepared for name in inputs})
+    try:
+        batch = {name: torch.cat([inputs[name] for _, inputs in prepared]) for name in names}
+        sequences = captioner.forward(batch, **options)["sequences"]
+    except Exception as error:
+        if len(prepared) == 1:
+            return [], [(prepared[0][0], error)]
+        alone = [caption_batch(captioner, [each], options) for each in prepared]
+        return [each for results, _ in alone for each in results], [each for _, bad in alone for each in bad]
+    results = []
+    for index, (item, _) in enumerate(prepared):
+        answer = captioner.postprocess({"sequences": sequences[index : index + 1]})
+        results.append(ImageCaptions(item.image_id, item.path, [each["generated_text"] for each in answer]))
+    return results, []
+
+
+# Results
+
+
+def coco_results(results: Sequence[ImageCaptions]) -> str:
+    """COCO's results format, a list of `{"image_id", "caption"}`, with the image's path where there is one."""
+    entries = [
+        {"image_id": result.image_id, "caption": result.captions[0]}
+        | ({} if result.path is None else {"file_name": str(result.path)})
+        | ({} if len(result.captions) == 1 else {"captions": result.captions})
+        for result in results
+    ]
+    return json.dumps(entries, indent=1, ensure_ascii=False) + "\n"

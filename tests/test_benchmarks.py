@@ -1,0 +1,60 @@
+"""Every benchmark runs, at its smallest. What it finds here means nothing, and nothing is timed."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+SHORT = {
+    "data.py": ["--images", 210, "--rounds", 1],
+    "generation.py": ["--batch-sizes", 1, "--repeats", 1, "--device", "cpu"],
+    "metrics.py": ["--number", 2000, "--images", 50],
+    "relevance.py": ["--batch-sizes", 1, "--positions", 2, "--repeats", 1, "--device", "cpu"],
+    "training.py": ["--repeats", 1, "--device", "cpu"],
+}
+
+
+def run_benchmark(name: str, *options: object) -> str:
+    words = [sys.executable, REPOSITORY / "benchmarks" / name, *options]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(list(map(str, words)), env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("data.py", marks=pytest.mark.slow),
+        "generation.py",
+        "metrics.py",
+        "relevance.py",
+        pytest.param("training.py", marks=pytest.mark.slow),
+    ],
+)
+def test_a_benchmark_writes_a_table(name, tmp_path):
+    run_benchmark(name, *SHORT[name], "--output", tmp_path / "table.md")
+    table = (tmp_path / "table.md").read_text()
+    assert f"`python benchmarks/{name}" in table
+    assert re.search(r"^\| --- \|", table, flags=re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_the_study_of_the_demo_and_the_relevance_of_its_model(tmp_path):
+    run_benchmark(
+        *("demo_study.py", "--quick", "--seeds", 3, "--output", tmp_path / "runs", "--table", tmp_path / "table.md")
+    )
+    assert "two flows above the baseline, after SCST: in" in (tmp_path / "table.md").read_text()
+    demo = tmp_path / "runs" / "seed_3"
+    # All scenes of training, so that some caption names an object.
+    found = run_benchmark("relevance_on_objects.py", "--demo", demo, "--split", "train")
+    assert "words that name a drawn object, in captions of 34 train scenes" in found
+
+
+def test_every_benchmark_is_run_here():
+    scripts = {path.name for path in (REPOSITORY / "benchmarks").glob("*.py")}
+    assert scripts == {*SHORT, "common.py", "demo_study.py", "relevance_on_objects.py"}
