@@ -11,7 +11,7 @@ from datasets import load_from_disk
 from PIL import Image
 
 from caption_metrics import CiderD
-from difnet_transformers.data import pack as pack_coco
+from difnet_transformers.cli import pack as pack_coco
 from difnet_transformers.data.packed_dataset import PackedImages
 from difnet_transformers.demo import page as demo_page
 from difnet_transformers.demo.captions import make_captions
