@@ -939,7 +939,7 @@ def write_original(folder: Path) -> None:
 
 def write_packed(folder: Path, sizes: dict[str, int] | None = None) -> Path:
     """A packed dataset, written by the program."""
-    from difnet_transformers.data import pack as pack_coco
+    from difnet_transformers.cli import pack as pack_coco
 
     with tempfile.TemporaryDirectory() as place:
         source = write_features(Path(place, "features"), IDS)

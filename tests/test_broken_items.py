@@ -32,7 +32,7 @@ from caption_metrics.__main__ import main as score_main
 from difnet_transformers.cli import caption, explain
 from difnet_transformers.cli import evaluate as evaluate_captions
 from difnet_transformers.cli import extract as extract_features
-from difnet_transformers.data import pack as pack_coco
+from difnet_transformers.cli import pack as pack_coco
 from difnet_transformers.data.packed_dataset import encode_segmentation, packed_features
 
 REPOSITORY = Path(__file__).parent.parent

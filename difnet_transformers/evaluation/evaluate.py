@@ -51,7 +51,7 @@ def load_ensemble(
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{' '.join(names)}: a vocab.json cannot be read ({reason_of(error)})") from error
     processor = load_processor(names[0])
-    models = [load_model(name).to(dtype) for name in names]
+    models = [load_model(name).to(dtype) for name in names]  # type: ignore[arg-type]
     for name, model in zip(names, models, strict=True):
         if len(processor.tokenizer) != model.config.vocab_size:
             raise ValueError(
