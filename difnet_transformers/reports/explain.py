@@ -24,9 +24,9 @@ from modeling_difnet.pipeline_difnet import DifnetImageCaptioningPipeline
 from modeling_difnet.relevance_difnet import check_captions
 from processing_difnet import DifnetTokenizer
 
+from ..checkpoints import load_ensemble
 from ..command_line import LeftOut, describe, requires
 from ..data import ReferenceBatches, load_packed_split
-from ..evaluation.evaluate import load_ensemble
 from ..files import atomic_write, path_inside, printable
 
 with requires("images"):
