@@ -32,12 +32,10 @@ PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokeniz
 FLOATING_POINT = {"F64", "F32", "F16", "BF16"}
 SETTINGS_SIZE_LIMIT = 2**26  # bytes of a JSON file beside the weights
 LARGEST_SETTING = 10_000  # beams, captions and tokens of generation_config.json
+NUMBER = (int, float)
 # Types to the other settings of generation_config.json that have them.
 OTHER_SETTINGS: dict[tuple[type, ...], str] = {
-    (
-        int,
-        float,
-    ): "length_penalty temperature top_p top_h min_p typical_p epsilon_cutoff eta_cutoff repetition_penalty "
+    NUMBER: "length_penalty temperature top_p top_h min_p typical_p epsilon_cutoff eta_cutoff repetition_penalty "
     "encoder_repetition_penalty diversity_penalty guidance_scale max_time penalty_alpha",
     (int,): "top_k no_repeat_ngram_size encoder_no_repeat_ngram_size num_beam_groups",
     (bool,): "do_sample use_cache remove_invalid_values renormalize_logits return_dict_in_generate output_scores "
