@@ -5,7 +5,8 @@ Corresponds to `data/field.py` of the original (mrwu-mac/DIFNet, CVPR 2022): `Te
 
 * The original replaces a missing image by random numbers and takes features of any width; here wrong shapes, NaN and
   differing numbers of images are a ValueError that names the image.
-* The original cuts a grid with too many cells to its top rows; here that is a ValueError, unless `cut_large_grids=True`.
+* The original cuts a grid with too many cells to its top rows; here that is a ValueError, but for
+  `cut_large_grids=True`.
 * Cells that pad a small grid are masked (`grid_attention_mask`). The original attends to them, and so does
   `mask_padded_cells=False`.
 * The vocabulary is a JSON list in the order of the ids instead of a pickle.
@@ -531,9 +532,7 @@ def _as_images(
 ) -> list[np.ndarray]:
     """The images in `value`: one array of `image_ndim` dimensions, a batch with one dimension more, or a list."""
     if isinstance(value, (list, tuple)):
-        images = [
-            _as_array(element, f"{name} of {_image_name(index, image_ids)}") for index, element in enumerate(value)
-        ]
+        images = [_as_array(each, f"{name} of {_image_name(index, image_ids)}") for index, each in enumerate(value)]
         if images and all(image.ndim == image_ndim - 1 for image in images):
             images = [_as_array(value, name)]
     else:

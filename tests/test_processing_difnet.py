@@ -217,7 +217,7 @@ class TestVocabulary:
         ("vocab", "message"),
         [
             (SMALL[1:], "'<unk>' is not among the 8 tokens"),
-            ([*SMALL, "dog"], "'dog' stands at 5 and at 9"),
+            ([*SMALL, "dog"], "'dog' has the ids 5 and 9"),
             ({**dict(zip(SMALL, range(9), strict=True)), "cat": 5}, "'dog' and 'cat' both have the id 5"),
             ({**dict(zip(SMALL, range(9), strict=True)), "cat": 12}, "9 is missing and 'cat' has 12"),
             ({**dict(zip(SMALL, range(9), strict=True)), "cat": "9"}, "the id of 'cat' is '9', not an integer"),
