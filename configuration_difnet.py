@@ -170,8 +170,8 @@ class DifnetConfig(PreTrainedConfig):
             if not 1 <= self.fusion_layers < self.encoder_layers:
                 raise ValueError(
                     f"DifnetConfig: `fusion_layers` ({integer_text(self.fusion_layers)}) must be at least 1 and "
-                    f"smaller than `encoder_layers` ({self.encoder_layers}): the layers after the fusion read the sum of "
-                    "the two flows. Lower `fusion_layers`, raise `encoder_layers`, or set `use_segmentation=False`."
+                    f"smaller than `encoder_layers` ({self.encoder_layers}): the layers after the fusion read the sum "
+                    "of the two flows. Lower `fusion_layers`, raise `encoder_layers`, or set `use_segmentation=False`."
                 )
             if not 1 <= self.fusion_iterations <= 1000:
                 raise ValueError(

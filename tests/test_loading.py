@@ -5,6 +5,7 @@ They import Transformers themselves, because it reads the Hub's address when it 
 look-alike of `hub.py`; any other address is refused.
 """
 
+import ast
 import importlib.metadata
 import importlib.util
 import json
@@ -34,14 +35,15 @@ CLASSES = {
     "AutoFeatureExtractor": "DifnetFeatureExtractor",
     "AutoProcessor": "DifnetProcessor",
 }
+MODEL_FILES = {
+    *("cache_difnet.py", "checks_difnet.py", "dropout_difnet.py", "generation_difnet.py", "loss_difnet.py"),
+    *("modeling_difnet.py", "outputs_difnet.py"),
+}
 PIPELINE_FILES = {
     *("grid_backbone_difnet.py", "images_difnet.py", "pipeline_difnet.py", "segmentation_difnet.py"),
     "weights_difnet.py",
 }
-CODE_FILES = {
-    *("configuration_difnet.py", "generation_difnet.py", "modeling_difnet.py", "processing_difnet.py"),
-    *PIPELINE_FILES,
-}
+CODE_FILES = {"configuration_difnet.py", "processing_difnet.py", *MODEL_FILES, *PIPELINE_FILES}
 SETTINGS_FILES = {
     "config.json",
     "generation_config.json",
@@ -394,6 +396,16 @@ def test_a_saved_model_names_and_carries_the_pipeline(captioner_folder: Path) ->
     assert {path.name for path in captioner_folder.glob("*.py")} == CODE_FILES
 
 
+def test_a_saved_model_carries_every_file_that_its_files_import(captioner_folder: Path) -> None:
+    """Transformers follows `from .x import y` alone: another form would be missed on saving or on loading."""
+    for path in captioner_folder.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert node.level == 1, path.name
+                assert node.module is not None, path.name
+                assert (captioner_folder / f"{node.module}.py").is_file(), f"{path.name} imports {node.module}"
+
+
 def test_the_pipeline_works_where_the_project_is_not_installed(captioner_folder: Path, tmp_path: Path) -> None:
     from test_images import noise
 
@@ -472,9 +484,9 @@ def truncate(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("auto", "damage", "file", "message"),
+    ("load", "damage", "file", "message"),
     [
-        ("AutoModel", truncate, "model.safetensors", "damaged: .* truncated"),
+        ("load_captioner", truncate, "model.safetensors", "damaged/model.safetensors: truncated or damaged"),
         ("AutoModel", Path.unlink, "model.safetensors", "no file named model.safetensors.*damaged"),
         ("AutoModel", truncate, "config.json", "damaged/config.json"),
         ("AutoModel", Path.unlink, "config.json", "damaged.*config.json"),
@@ -485,14 +497,17 @@ def truncate(path: Path) -> None:
     ],
 )
 def test_damaged_checkpoints_are_refused_by_name(
-    auto: str, damage: Callable, file: str, message: str, checkpoint: Checkpoint, tmp_path: Path
+    load: str, damage: Callable, file: str, message: str, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     import transformers
 
+    from difnet_transformers.checkpoints import load_captioner
+
     shutil.copytree(checkpoint.folder, tmp_path / "damaged")
     damage(tmp_path / "damaged" / file)
+    loader = load_captioner if load == "load_captioner" else getattr(transformers, load).from_pretrained
     with pytest.raises((ValueError, OSError), match=message):
-        getattr(transformers, auto).from_pretrained(tmp_path / "damaged")
+        loader(tmp_path / "damaged")
 
 
 def refuse_other_addresses(event: str, arguments: tuple) -> None:

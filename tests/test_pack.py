@@ -19,9 +19,13 @@ import pytest
 import torch
 from datasets import load_dataset, load_from_disk
 
-from difnet_transformers.data import pack as pack_coco
+from difnet_transformers.cli import pack as pack_coco
+from difnet_transformers.data.captions import ImageRow
 from difnet_transformers.data.grids import average_pool
-from difnet_transformers.data.packed_dataset import PackedImages, decode_segmentation, float16_bound
+from difnet_transformers.data.pack import packing_identity, source_states
+from difnet_transformers.data.packed_dataset import PackedImages, float16_bound
+from difnet_transformers.data.packing_plan import PackingConfig, make_plan
+from difnet_transformers.data.shards import ShardReport
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "pack_coco.py"
 
@@ -285,32 +289,33 @@ def test_killed_at_random_moments_and_started_again(tmp_path, kills):
         assert tree(output.parent) == reference
 
 
-def test_finished_shards_are_kept(small, tmp_path, monkeypatch, capsys):
+def test_finished_shards_are_kept(tmp_path, capsys):
     """A run that could write two shards leaves them to the next one, which writes only the others."""
-    output = tmp_path / "packed"
-    arguments = [*small, "--output", str(output), "--shard-size", "3"]
+    corpus = Corpus(tmp_path, 12)
+    arguments = [*corpus.arguments("karpathy"), "--output", str(tmp_path / "packed"), "--shard-size", "3"]
+    path = tmp_path / "annotations" / "dataset_coco.json"
+    content = json.loads(path.read_text())
+    for image in content["images"]:
+        if image["cocoid"] == 9:  # of the third shard, which no longer fits
+            image["sentences"][0]["raw"] = "A dog. " * 100_000
+    path.write_text(json.dumps(content))
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    written = []
-    write = pack_coco.write_shard
-
-    def count(recipe, rows, path, report, scratch, tick):
-        written.append(path.name)
-        if len(written) == 3:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
-        return write(recipe, rows, path, report, scratch, tick)
-
-    monkeypatch.setattr(pack_coco, "write_shard", count)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limit[1]))
     try:
         assert pack_coco.main(arguments) == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert "packed.partial: cannot write" in capsys.readouterr().err
-    assert not output.exists()
+    partial, packed = tmp_path / "packed.partial", tmp_path / "packed"
+    assert not packed.exists()
     with pytest.raises((FileNotFoundError, ValueError)):
-        load_from_disk(tmp_path / "packed.partial" / "packed")
+        load_from_disk(partial / "packed")
+    finished = {path.relative_to(partial / "packed"): path.stat().st_mtime_ns for path in partial.rglob("*.arrow")}
+    assert sorted(path.name for path in finished) == ["data-00000-of-00003.arrow", "data-00001-of-00003.arrow"]
     assert pack_coco.main(arguments) == 0
-    assert written[3:] == written[2:3] + ["data-00000-of-00001.arrow"] * 2
-    assert not (tmp_path / "packed.partial").exists()
+    assert {path: (packed / path).stat().st_mtime_ns for path in finished} == finished
+    assert len(list(packed.rglob("*.arrow"))) == 5
+    assert not partial.exists()
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from Linux's /proc")
@@ -338,22 +343,15 @@ def test_memory_does_not_grow_with_the_input(tmp_path):
     assert peaks[1] - peaks[0] < 50
 
 
-def test_the_builder_gives_the_same_rows(small, tmp_path):
-    packed = tmp_path / "packed"
-    assert pack_coco.main([*small, "--output", str(packed)]) == 0
-    builder = pack_coco.CocoCaptions(
-        grid_files=[small[1]],
-        segmentation=small[3],
-        annotations=small[5],
-        grid_feature_size=WIDTH,
-        cache_dir=str(tmp_path),
-    )
-    builder.download_and_prepare()
-    for split, dataset in load_from_disk(packed).items():
-        assert builder.as_dataset(split)[:] == dataset[:]
-        streamed = next(iter(builder.as_streaming_dataset(split)))
-        assert streamed["image_id"] == dataset[0]["image_id"]
-        decode_segmentation([streamed["segmentation_features"]])
+@pytest.mark.parametrize("options", [["--skip-missing", "--dtype", "float32"], ["--parquet"]])
+def test_the_recipe_repeats_the_run(small, tmp_path, options):
+    """It says the same whatever the number of processes, and rows are the same bytes."""
+    for number, place in enumerate(("first", "second"), 1):
+        (tmp_path / place).mkdir()
+        output = ["--output", str(tmp_path / place / "packed"), "--num-proc", str(number)]
+        recipe = ["--recipe", str(tmp_path / "first" / "packed" / "recipe.yaml")]
+        assert pack_coco.main([*(recipe if number == 2 else [*small, *options]), *output]) == 0
+    assert tree(tmp_path / "first") == tree(tmp_path / "second")
 
 
 class TestVerify:
@@ -572,16 +570,22 @@ def test_help_leads_from_the_originals_files_to_a_packed_folder(capsys):
         assert word in text
 
 
+def test_the_text_of_a_row_is_part_of_the_identity():
+    """Packed folders of earlier versions are recognized by it."""
+    row = ImageRow(7, "7.jpg", False, ("a dog",))
+    assert repr(row) == "ImageRow(image_id=7, file_name='7.jpg', restval=False, captions=('a dog',))"
+
+
 def test_a_source_that_changed_since_a_kill_is_packed_anew(tmp_path):
     """The shards of an interrupted run are kept only if every file is still what it was."""
     corpus = Corpus(tmp_path / "corpus", 12)
     arguments = corpus.arguments("karpathy")
-    recipe = pack_coco.Recipe((arguments[1],), arguments[3], arguments[5], grid_feature_size=WIDTH)
-    plan = pack_coco.make_plan(recipe)
-    before = pack_coco.identity_of(recipe, plan, False, 1000)
-    assert pack_coco.identity_of(recipe, plan, False, 1000) == before
+    config = PackingConfig((arguments[1],), arguments[3], arguments[5], grid_feature_size=WIDTH)
+    plan = make_plan(config)
+    before = packing_identity(config, plan, False, 1000)
+    assert packing_identity(config, plan, False, 1000) == before
     np.save(tmp_path / "corpus" / "segmentations" / "train2014" / "7.npy", segmentation(8))
-    assert pack_coco.identity_of(recipe, plan, False, 1000) != before
+    assert packing_identity(config, plan, False, 1000) != before
 
 
 @pytest.mark.parametrize("shape", [(5, 19, 25), (5, 7, 7), (5, 3, 30), (5, 1, 1)])
@@ -714,16 +718,16 @@ def test_swapped_files_of_equal_size_and_time_are_packed_anew(tmp_path):
     """Copying tools preserve times; which file a name leads to and when it was last touched they cannot."""
     corpus = Corpus(tmp_path, 12)
     arguments = corpus.arguments("karpathy")
-    recipe = pack_coco.Recipe((arguments[1],), arguments[3], arguments[5], grid_feature_size=WIDTH)
+    config = PackingConfig((arguments[1],), arguments[3], arguments[5], grid_feature_size=WIDTH)
     first, second = (tmp_path / "segmentations" / "train2014" / f"{index}.npy" for index in (7, 8))
     os.utime(first, ns=(0, 0))
     os.utime(second, ns=(0, 0))
-    before = pack_coco.identity_of(recipe, pack_coco.make_plan(recipe), False, 1000), pack_coco.states_of(recipe)
+    before = packing_identity(config, make_plan(config), False, 1000), source_states(config)
     aside = first.with_name("aside")
     first.rename(aside)
     second.rename(first)
     aside.rename(second)
-    after = pack_coco.identity_of(recipe, pack_coco.make_plan(recipe), False, 1000), pack_coco.states_of(recipe)
+    after = packing_identity(config, make_plan(config), False, 1000), source_states(config)
     assert before[0] == after[0]
     assert before[1] != after[1]
 
@@ -767,7 +771,7 @@ def test_a_provenance_of_wrong_types(small, tmp_path, capsys, change):
 
 def test_a_report_that_was_not_written_to_its_end_is_not_believed(tmp_path):
     (tmp_path / "report.json").write_text('{"rows": 3, "bytes"')
-    assert pack_coco._finished_report(tmp_path / "report.json") is None
+    assert ShardReport.read(tmp_path / "report.json") is None
 
 
 def test_parquet_is_opened_by_load_dataset(small, tmp_path, capsys):

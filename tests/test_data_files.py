@@ -18,7 +18,7 @@ from difnet_transformers.data.coco import (
     read_instances,
     read_panoptic,
 )
-from difnet_transformers.data.errors import BrokenImage, PackingError
+from difnet_transformers.data.errors import BrokenImage, DataError
 from difnet_transformers.data.feature_files import GridFiles, SegmentationFiles, read_npy
 from difnet_transformers.data.grids import fit_grid
 from difnet_transformers.data.image_files import find_images, image_ids_from_names, match_images
@@ -286,7 +286,7 @@ class TestCocoFiles:
     def test_files_that_contradict_each_other(self, tmp_path, second, message):
         entries = ({"id": 7, "file_name": "a.jpg"}, second)
         files = [read_images(written(tmp_path / f"{n}.json", {"images": [each]})) for n, each in enumerate(entries)]
-        with pytest.raises(PackingError, match=message):
+        with pytest.raises(DataError, match=message):
             merge_images(files)
 
 
@@ -399,14 +399,14 @@ class TestHdf5:
     def test_one_id_twice_because_of_its_zeros(self, tmp_path):
         with h5py.File(tmp_path / "grids.hdf5", "w") as file:
             file["42_grids"] = file["042_grids"] = GRID
-        with pytest.raises(PackingError, match="duplicate image ids: 42"):
+        with pytest.raises(DataError, match="duplicate image ids: 42"):
             GridFiles((str(tmp_path / "grids.hdf5"),)).index()
 
     @pytest.mark.parametrize("key", ["1_boxes", "1_cls_prob", "1_num_boxes"])
     def test_regions_of_a_detector_are_no_grid(self, tmp_path, key):
         with h5py.File(tmp_path / "detections.hdf5", "w") as file:
             file["1_features"], file[key] = GRID, GRID[:, :4]
-        with pytest.raises(PackingError, match=f"1_features beside {key}.* give a file of grid features"):
+        with pytest.raises(DataError, match=f"1_features beside {key}.* give a file of grid features"):
             GridFiles((str(tmp_path / "detections.hdf5"),)).index()
 
     def test_grids_beside_regions_are_taken(self, tmp_path):
@@ -436,7 +436,7 @@ class TestHdf5:
                 file[f"{image_id}_grids"] = GRID[:1]
         content = path.read_bytes()
         path.write_bytes(content.replace(b"TREE", b"EERT").replace(b"SNOD", b"DONS"))
-        with pytest.raises(PackingError, match=str(path)):
+        with pytest.raises(DataError, match=str(path)):
             GridFiles((str(path),)).index()
 
 
