@@ -432,7 +432,7 @@ def test_files_that_cannot_be_read(checkpoint: Path, tmp_path: Path, capsys: pyt
 
 
 def test_folders_that_are_no_whole_captioner(tmp_path: Path, tiny_config: DifnetConfig) -> None:
-    """The library would fill in random numbers; here nothing is written."""
+    """Transformers would fill in random numbers; here nothing is written."""
     model = DifnetForConditionalGeneration(tiny_config)
     model.model.save_pretrained(tmp_path / "base")
     model.save_pretrained(tmp_path / "other_sizes")
