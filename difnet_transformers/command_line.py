@@ -27,7 +27,6 @@ EXTRA_OF = {
     "datasets": "data",
     "evaluate": "metrics",
     "h5py": "data",
-    "jinja2": "reports",
     "matplotlib": "reports",
     "PIL": "images",
     "pyarrow": "data",

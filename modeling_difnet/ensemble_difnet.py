@@ -1,9 +1,10 @@
 """Several captioners as one: at each step the mean of their probabilities for the next word.
 
-Image captioning's usual ensemble (the original paper reports single models). It is a model for `generate`, in all its
-modes, and for the original's beam search; each member reads the pictures and the words so far on its own.
+The usual ensemble of image captioning. It works with `generate` in all its modes and with the original's beam search;
+each member reads the images and the tokens so far on its own. The original's `TransformerEnsemble` does not run: its
+`step` lacks the segmentation features.
 
-    members' encoders --> states (B, N, d_1), (B, N, d_2), .. side by side: one tensor to repeat and select from
+    members' encoders --> states (B, N, d_1), (B, N, d_2), .. concatenated, so that one tensor is repeated and selected
     members' decoders, each with its own layers of one common cache --> log(mean of softmax(logits)) (B, L, V)
 """
 
@@ -28,11 +29,11 @@ from .generation_difnet import DifnetGenerationMixin, sequence_log_probs
 from .loss_difnet import caption_loss, compute_loss, shift_tokens_right
 from .modeling_difnet import DifnetForConditionalGeneration, DifnetPreTrainedModel
 
-SHARED = ("unk_token_id", "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
+SPECIAL_TOKEN_IDS = ("unk_token_id", "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
 
 
 class DifnetEnsembleEncoder(nn.Module):
-    """The members' encoders, their outputs side by side in the last dimension."""
+    """The members' encoders, their outputs concatenated in the last dimension."""
 
     main_input_name = "grid_features"
 
@@ -50,7 +51,7 @@ class DifnetEnsembleEncoder(nn.Module):
     ) -> BaseModelOutput:
         """Arguments as in `DifnetForConditionalGeneration.forward`; returns states (B, N, sum of the d_model)."""
         kwargs.pop("labels", None)  # `generate` gives the encoder whatever it is given
-        check_outputs_of_ensemble(check_kwargs(self, kwargs))
+        check_requested_outputs(check_kwargs(self, kwargs))
         inputs = (grid_features, segmentation_features, grid_attention_mask, segmentation_attention_mask)
         states = [member.get_encoder()(*inputs, return_dict=True).last_hidden_state for member in self.members]
         return BaseModelOutput(torch.cat(states, dim=-1))
@@ -64,10 +65,10 @@ class DifnetEnsemble(DifnetPreTrainedModel, DifnetGenerationMixin):
     member, has no weights of its own and cannot be saved: save the members.
 
     Args:
-        members: captioners of one dtype, on one device. They are used as they are, not copied.
+        members: captioners of one dtype, on one device. They are not copied.
 
     Raises:
-        ValueError: no members, or members that do not fit together, with what differs.
+        ValueError: no members, or members that cannot be averaged, with what differs.
 
     ```python
     >>> from modeling_difnet import DifnetEnsemble
@@ -130,16 +131,16 @@ class DifnetEnsemble(DifnetPreTrainedModel, DifnetGenerationMixin):
         cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Seq2SeqLMOutput:
-        r"""Scores captions of pictures, as `DifnetForConditionalGeneration.forward`, whose arguments these are.
+        r"""Scores captions of images, as `DifnetForConditionalGeneration.forward`, whose arguments these are.
 
         Returns:
             `Seq2SeqLMOutput` with `logits` (captions, length, vocab_size), the logarithm of the members' mean
             probability in float32 or better, and, with `labels`, `loss`, the mean of its negative over the labels.
 
         Raises:
-            ValueError: as a member's forward; attention weights or hidden states are asked for.
+            ValueError: as a member's forward, or attention weights or hidden states are requested.
         """
-        check_outputs_of_ensemble(check_kwargs(self, kwargs))
+        check_requested_outputs(check_kwargs(self, kwargs))
         cache = resolve_cache(past_key_values, cache)
         if encoder_outputs is None:
             if grid_features is None:
@@ -156,15 +157,13 @@ class DifnetEnsemble(DifnetPreTrainedModel, DifnetGenerationMixin):
         if use_cache and cache is None:
             cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
 
-        # The members' caches are views that are made for each call: what padding the common one holds is known here.
+        # The members' caches are views of the common one, made for each call: the common one carries the padding mask.
         decoder_attention_mask = padding_mask(
             decoder_input_ids, decoder_attention_mask, cache, self.config.pad_token_id
         )
-        states = self.states_of_members(encoder_outputs)
+        states = self.split_states(encoder_outputs)
         log_probs = []
-        for member, member_states, member_cache in zip(
-            self.members, states, self.caches_of_members(cache), strict=True
-        ):
+        for member, member_states, member_cache in zip(self.members, states, self.split_cache(cache), strict=True):
             logits = member(
                 grid_attention_mask=grid_attention_mask,
                 decoder_input_ids=decoder_input_ids,
@@ -176,7 +175,7 @@ class DifnetEnsemble(DifnetPreTrainedModel, DifnetGenerationMixin):
                 return_dict=True,
             ).logits
             log_probs.append(logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1))
-        logits = log_of_mean_exp(log_probs)  # (B * K, L, V)
+        logits = log_mean_exp(log_probs)  # (B * K, L, V)
 
         loss = None
         if labels is not None:
@@ -198,8 +197,8 @@ class DifnetEnsemble(DifnetPreTrainedModel, DifnetGenerationMixin):
         **model_kwargs,
     ) -> torch.Tensor:
         """Log-probability of each token of given captions under the ensemble; see `sequence_log_probs`."""
-        states = [None] * len(self.members) if encoder_outputs is None else self.states_of_members(encoder_outputs)
-        return log_of_mean_exp(
+        states = [None] * len(self.members) if encoder_outputs is None else self.split_states(encoder_outputs)
+        return log_mean_exp(
             [
                 sequence_log_probs(
                     member,
@@ -213,36 +212,36 @@ class DifnetEnsemble(DifnetPreTrainedModel, DifnetGenerationMixin):
             ]
         )
 
-    def states_of_members(self, encoder_outputs: BaseModelOutput | tuple) -> tuple[torch.Tensor, ...]:
-        """Each member's part (B, N, d_model) of what the ensemble's encoder returned."""
+    def split_states(self, encoder_outputs: BaseModelOutput | tuple) -> tuple[torch.Tensor, ...]:
+        """Each member's part (B, N, d_model) of the output of the ensemble's encoder."""
         return encoder_outputs[0].split([member.config.d_model for member in self.members], dim=-1)
 
-    def caches_of_members(self, cache: EncoderDecoderCache | None) -> list[EncoderDecoderCache | None]:
-        """Views of one cache that holds the layers of all decoders one after another.
+    def split_cache(self, cache: EncoderDecoderCache | None) -> list[EncoderDecoderCache | None]:
+        """One cache for each member: views of the common cache, which holds the layers of all decoders in turn.
 
-        What is done to the common cache (reordering of beams, selection of pictures) is thereby done to all members.
+        So reordering of beams and selection of images in the common cache reaches all members.
         """
         if cache is None:
             return [None] * len(self.members)
         views, first = [], 0
         for member in self.members:
             last = first + member.config.decoder_layers
-            # A view finds out by itself which of its cross-attention layers hold the picture already.
+            # `EncoderDecoderCache` finds out which of its cross-attention layers hold the image already.
             parts = (cache.self_attention_cache, cache.cross_attention_cache)
-            views.append(EncoderDecoderCache(*(layers_of_cache(part, first, last) for part in parts)))
+            views.append(EncoderDecoderCache(*(select_layers(part, first, last) for part in parts)))
             first = last
         return views
 
 
-def check_outputs_of_ensemble(kwargs: TransformersKwargs) -> None:
-    """ValueError if something is asked for that there is once a member."""
+def check_requested_outputs(kwargs: TransformersKwargs) -> None:
+    """Raises `ValueError` for outputs of which each member has its own."""
     for name in ("output_attentions", "output_hidden_states"):
         if kwargs.get(name):
             raise ValueError(f"An ensemble has no {name.removeprefix('output_')}: call one of its `members`.")
 
 
-def layers_of_cache(cache: Cache, first: int, last: int) -> Cache:
-    """A cache of some layers of another: the same layers, not copies. Layers that do not exist yet are made."""
+def select_layers(cache: Cache, first: int, last: int) -> Cache:
+    """A cache of the layers `first` to `last - 1` of another, not copied; layers that do not exist yet are created."""
     while len(cache.layers) < last:
         cache.layers.append(cache.layer_class_to_replicate())
     view = copy.copy(cache)
@@ -250,15 +249,15 @@ def layers_of_cache(cache: Cache, first: int, last: int) -> Cache:
     return view
 
 
-def log_of_mean_exp(log_probs: list[torch.Tensor]) -> torch.Tensor:
-    """Logarithm of the mean of probabilities that are given as logarithms, all of one shape."""
+def log_mean_exp(log_probs: list[torch.Tensor]) -> torch.Tensor:
+    """Logarithm of the mean of probabilities, given their logarithms, all of one shape."""
     if len(log_probs) == 1:
         return log_probs[0]
     return torch.stack(log_probs).logsumexp(0) - math.log(len(log_probs))
 
 
 def ensemble_config(configs: list[DifnetConfig]) -> DifnetConfig:
-    """What `generate` and its caches ask for: the first member's, with all layers and widths, the shortest table."""
+    """The first member's configuration, with all layers and widths and the shortest position table, for `generate`."""
     config = copy.deepcopy(configs[0])
     config.use_segmentation = any(member.use_segmentation for member in configs)
     for member in configs:
@@ -271,7 +270,7 @@ def ensemble_config(configs: list[DifnetConfig]) -> DifnetConfig:
 
 
 def check_compatible(members: list[DifnetForConditionalGeneration]) -> None:
-    """ValueError if captioners cannot be averaged."""
+    """Raises `ValueError` if the members cannot be averaged."""
     if not members:
         raise ValueError("DifnetEnsemble needs at least one member.")
     for position, member in enumerate(members):
@@ -283,7 +282,7 @@ def check_compatible(members: list[DifnetForConditionalGeneration]) -> None:
 
     configs = [member.config for member in members]
     same_data = "Average models that were trained with one vocabulary and one kind of features."
-    for name in ("vocab_size", *SHARED, "grid_feature_size"):
+    for name in ("vocab_size", *SPECIAL_TOKEN_IDS, "grid_feature_size"):
         check_equal(name, {i: getattr(config, name) for i, config in enumerate(configs)}, same_data)
     classes = {i: config.num_segmentation_classes for i, config in enumerate(configs) if config.use_segmentation}
     check_equal("num_segmentation_classes", classes, same_data)
@@ -295,18 +294,18 @@ def check_compatible(members: list[DifnetForConditionalGeneration]) -> None:
 
 
 def check_equal(name: str, values: dict[int, object], remedy: str) -> None:
-    """ValueError if members have different values, which are given by their position."""
+    """Raises `ValueError` if members, given by their position, have different values."""
     for position, value in values.items():
         first = next(iter(values))
         if value != values[first]:
             raise ValueError(
-                f"The members do not fit together: `{name}` is {values[first]} in member {first} and {value} in "
+                f"The members are not compatible: `{name}` is {values[first]} in member {first} and {value} in "
                 f"member {position}. {remedy}"
             )
 
 
 def check_same_vocabulary(names: Sequence[str | os.PathLike]) -> None:
-    """ValueError if two checkpoints number their words differently; one without a `vocab.json` is not compared."""
+    """Raises `ValueError` if checkpoints number their tokens differently; one without a `vocab.json` is skipped."""
     first, expected = None, None
     for name in names:
         path = cached_file(str(name), "vocab.json", _raise_exceptions_for_missing_entries=False)
@@ -323,6 +322,7 @@ def check_same_vocabulary(names: Sequence[str | os.PathLike]) -> None:
 
 
 def first_difference(expected: list[str], tokens: list[str]) -> str:
+    """The first id at which two vocabularies differ, for a message."""
     for index, (one, other) in enumerate(zip(expected, tokens, strict=False)):
         if one != other:
             return f"the id {index} is {one!r} in the one and {other!r} in the other"

@@ -1,8 +1,8 @@
-"""Which relevance to believe: without the cells that it points at, a word should lose its probability.
+"""How well relevance explains a model: without its most relevant cells, a word should lose its probability.
 
 The original has no such check. It is the deletion test that is usual for relevance maps (Samek et al., "Evaluating the
 Visualization of What a Deep Neural Network Has Learned", 2017), with two differences: a cell is not painted over but
-hidden from every attention, which leaves the model nothing to misread; and the yardstick is random cells.
+hidden from every attention, so that the model sees no artefact of it; and random cells are the baseline.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from .modeling_difnet import DifnetForConditionalGeneration
-from .relevance_difnet import RelevanceOutput, check_captions, check_pictures, inputs_and_targets
+from .relevance_difnet import RelevanceOutput, check_captions, check_images, inputs_and_targets
 
 
 @dataclass
@@ -19,8 +19,8 @@ class FaithfulnessOutput:
     """Probabilities of the explained words while cells are removed, one share of the cells after the other.
 
     Args:
-        shares (`(K,)`): shares of a picture's cells that are removed.
-        relevant_first (`(B, T, K)`): probability of each word without its most relevant cells; 0 where none is asked.
+        shares (`(K,)`): shares of an image's cells that are removed.
+        relevant_first (`(B, T, K)`): probability of each word without its most relevant cells; 0 where there is none.
         random (`(B, T, K)`): the same without random cells, mean of all draws.
     """
 
@@ -48,7 +48,7 @@ def faithfulness(
     segmentation_attention_mask: torch.Tensor | None = None,
     chunk_size: int = 100,
 ) -> FaithfulnessOutput:
-    r"""Removes the most relevant cells of each word and watches its probability fall, beside random cells.
+    r"""Probability of each word without its most relevant cells, and without random cells.
 
     A removed cell is hidden from every attention, in both flows: nothing of it reaches the word.
 
@@ -69,12 +69,12 @@ def faithfulness(
             "`shares` must be in [0, 1), so that a cell remains, and `num_random` at least 1, got "
             f"{tuple(shares)} and {num_random}."
         )
-    check_pictures(model, grid_features, segmentation_features)
+    check_images(model, grid_features, segmentation_features)
     check_captions(sequences, len(grid_features), model.config, allow_unknown_words=True)
     input_ids, target_ids = inputs_and_targets(sequences.to(model.device), explanation.target_ids, model.config)
-    captions, positions = (target_ids != model.config.pad_token_id).nonzero(as_tuple=True)  # (P,): words asked for
+    captions, positions = (target_ids != model.config.pad_token_id).nonzero(as_tuple=True)  # (P,): words to explain
     all_cells = torch.ones(grid_features.shape[:2], dtype=torch.bool, device=model.device)
-    visible, of_segmentation = (
+    visible_grid, visible_segmentation = (
         all_cells if mask is None else mask.to(model.device).bool()
         for mask in (grid_attention_mask, segmentation_attention_mask)
     )
@@ -83,20 +83,20 @@ def faithfulness(
     orders = [scores, *(torch.rand(scores.shape, generator=generator).to(scores) for _ in range(num_random))]
     kept = []
     for order in orders:
-        rank = order.masked_fill(~visible[captions], -torch.inf).argsort(-1, descending=True).argsort(-1)
-        num_removed = [(share * visible.sum(-1)).floor()[captions].unsqueeze(-1) for share in shares]
-        kept += [visible[captions] & (rank >= number) for number in num_removed]
+        rank = order.masked_fill(~visible_grid[captions], -torch.inf).argsort(-1, descending=True).argsort(-1)
+        num_removed = [(share * visible_grid.sum(-1)).floor()[captions].unsqueeze(-1) for share in shares]
+        kept += [visible_grid[captions] & (rank >= number) for number in num_removed]
     kept = torch.cat(kept)  # (orders * K * P, N)
 
     probabilities = []
     words = torch.arange(len(captions), device=model.device).repeat(len(orders) * len(shares))
-    for some, cells in zip(words.split(chunk_size), kept.split(chunk_size), strict=True):
-        rows, at = captions[some], positions[some]
-        shown = {"grid_features": grid_features.to(model.device)[rows], "grid_attention_mask": cells}
+    for chunk, cells in zip(words.split(chunk_size), kept.split(chunk_size), strict=True):
+        rows, at = captions[chunk], positions[chunk]
+        inputs = {"grid_features": grid_features.to(model.device)[rows], "grid_attention_mask": cells}
         if segmentation_features is not None:
-            shown["segmentation_features"] = segmentation_features.to(model.device)[rows]
-            shown["segmentation_attention_mask"] = cells & of_segmentation[rows]
-        logits = model(**shown, decoder_input_ids=input_ids[rows], use_cache=False, return_dict=True).logits
+            inputs["segmentation_features"] = segmentation_features.to(model.device)[rows]
+            inputs["segmentation_attention_mask"] = cells & visible_segmentation[rows]
+        logits = model(**inputs, decoder_input_ids=input_ids[rows], use_cache=False, return_dict=True).logits
         logits = logits[torch.arange(len(rows), device=model.device), at].float()  # (chunk, V)
         probabilities.append(logits.softmax(-1).gather(-1, target_ids[rows, at].unsqueeze(-1)).squeeze(-1))
     curves = torch.zeros(len(orders), len(shares), *target_ids.shape, device=model.device)

@@ -22,8 +22,7 @@ What differs from the original:
 - cells are hidden by an explicit mask, not when their embedded features happen to sum to exactly zero;
 - logits are returned, not log-probabilities, and the state of decoding lives in the caches of Transformers;
 - keys and values of the encoder's output are computed once for each image, not once a step.
-The position table of a converted checkpoint is frozen noise, which the original's initialisation leaves there: it is
-loaded, never recomputed.
+The position table of a converted checkpoint is frozen noise: it is loaded, never recomputed.
 """
 
 from collections.abc import Callable
@@ -260,10 +259,8 @@ class DifnetFlowLayer(GradientCheckpointingLayer):
             attention_output, attention_weights = self.self_attn(flows, attention_mask, **kwargs)
             flows = double_residual(flows, attention_output, self.dropout, self.self_attn_layer_norm, self.layer_norm)
             flows = self.final_layer_norm(flows + self.feed_forward(flows))
-        grid_weights, segmentation_weights = (
-            (None, None) if attention_weights is None else attention_weights.unflatten(0, (2, -1))
-        )
-        return *flows.unflatten(0, (2, -1)), grid_weights, segmentation_weights
+        weights = (None, None) if attention_weights is None else attention_weights.unflatten(0, (2, -1))
+        return *flows.unflatten(0, (2, -1)), *weights  # states and attention weights, of the grid flow first
 
 
 class DifnetDecoderLayer(GradientCheckpointingLayer):
@@ -332,6 +329,7 @@ class DifnetPositionTable(nn.Module):
 
 
 class DifnetPreTrainedModel(PreTrainedModel):
+    config: DifnetConfig
     config_class = DifnetConfig
     base_model_prefix = "model"
     main_input_name = "grid_features"
@@ -372,14 +370,12 @@ class DifnetEncoder(DifnetPreTrainedModel):
     def __init__(self, config: DifnetConfig) -> None:
         super().__init__(config)
         self.grid_embedding = DifnetFlowEmbedding(config, config.grid_feature_size)
-        num_flow_layers = 0
+        num_flow_layers = config.fusion_layers if config.use_segmentation else 0
         if config.use_segmentation:
             self.segmentation_embedding = DifnetFlowEmbedding(config, config.num_segmentation_classes)
-            num_flow_layers = config.fusion_layers
         self.flow_layers = nn.ModuleList([DifnetFlowLayer(config) for _ in range(num_flow_layers)])
-        self.layers = nn.ModuleList(
-            [DifnetEncoderLayer(config) for _ in range(config.encoder_layers - num_flow_layers)]
-        )
+        num_layers = config.encoder_layers - num_flow_layers
+        self.layers = nn.ModuleList([DifnetEncoderLayer(config) for _ in range(num_layers)])
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -398,27 +394,31 @@ class DifnetEncoder(DifnetPreTrainedModel):
         kwargs.pop("labels", None)  # `generate` gives the encoder whatever it is given
         kwargs = check_kwargs(self, kwargs)
         check_features(self.config, grid_features, segmentation_features)
-        grid_states = self.grid_embedding(grid_features)  # (B, N, d_model)
+        hidden_states = grid_states = self.grid_embedding(grid_features)  # (B, N, d_model)
         grid_mask = create_bidirectional_mask(self.config, grid_states, grid_attention_mask)
-        if not self.config.use_segmentation:
-            hidden_states = grid_states
-            for layer in self.layers:
-                hidden_states, _ = layer(hidden_states, grid_mask, **kwargs)
-            return DifnetEncoderOutput(last_hidden_state=hidden_states)
-
-        segmentation_features = segmentation_features.flatten(2).transpose(1, 2)  # (B, N, classes), row by row
-        segmentation_states = self.segmentation_embedding(segmentation_features)  # (B, N, d_model)
-        masks, flow_masks = (grid_attention_mask, segmentation_attention_mask), None
-        if any(mask is not None for mask in masks):
-            all_cells = torch.ones(grid_states.shape[:2], dtype=torch.bool, device=grid_states.device)
-            flow_masks = torch.cat([all_cells if mask is None else mask.bool() for mask in masks])  # (2B, N)
-        flow_mask = create_bidirectional_mask(self.config, torch.cat([grid_states, segmentation_states]), flow_masks)
-        for layer in self.flow_layers:
-            grid_states, segmentation_states, _, _ = layer(grid_states, segmentation_states, flow_mask, **kwargs)
-        hidden_states = grid_states + segmentation_states
+        if self.config.use_segmentation:
+            segmentation_features = segmentation_features.flatten(2).transpose(1, 2)  # (B, N, classes), row by row
+            segmentation_states = self.segmentation_embedding(segmentation_features)  # (B, N, d_model)
+            masks = (grid_attention_mask, segmentation_attention_mask)
+            flow_mask = self.create_flow_mask(grid_states, segmentation_states, *masks)
+            for layer in self.flow_layers:
+                grid_states, segmentation_states, _, _ = layer(grid_states, segmentation_states, flow_mask, **kwargs)
+            hidden_states = grid_states + segmentation_states
         for layer in self.layers:
             hidden_states, _ = layer(hidden_states, grid_mask, **kwargs)
-        return DifnetEncoderOutput(last_hidden_state=hidden_states + grid_states + segmentation_states)
+        if self.config.use_segmentation:
+            hidden_states = hidden_states + grid_states + segmentation_states
+        return DifnetEncoderOutput(last_hidden_state=hidden_states)
+
+    def create_flow_mask(
+        self, grid_states: torch.Tensor, segmentation_states: torch.Tensor, *masks: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """The attention mask of the stacked flows, 2B in the batch dimension, from their two masks (B, N)."""
+        stacked = None
+        if any(mask is not None for mask in masks):
+            all_cells = torch.ones(grid_states.shape[:2], dtype=torch.bool, device=grid_states.device)
+            stacked = torch.cat([all_cells if mask is None else mask.bool() for mask in masks])  # (2B, N)
+        return create_bidirectional_mask(self.config, torch.cat([grid_states, segmentation_states]), stacked)
 
 
 class DifnetDecoder(DifnetPreTrainedModel):
@@ -464,9 +464,7 @@ class DifnetDecoder(DifnetPreTrainedModel):
             cache = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
         if cache is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             # The backward pass runs the layers once more, which would add their keys a second time.
-            raise ValueError(
-                "Gradient checkpointing takes no cache: leave it out, or call the model in `torch.no_grad`."
-            )
+            raise ValueError("Gradient checkpointing takes no cache: leave it out, or run in `torch.no_grad`.")
 
         attention_mask = padding_mask(input_ids, attention_mask, cache, self.config.pad_token_id, inputs_embeds)
         if position_ids is None:
@@ -481,13 +479,11 @@ class DifnetDecoder(DifnetPreTrainedModel):
             )
 
         # The original sets the rows of <pad> to 0 in every layer. No other row reads them: once at the end is enough.
-        is_padding = None
         if attention_mask is not None and attention_mask.ndim == 2:
             is_padding = attention_mask[:, -inputs_embeds.shape[1] :] == 0  # (B * K, L)
-        elif input_ids is not None:
-            is_padding = input_ids == self.config.pad_token_id
-        if is_padding is not None:
             hidden_states = hidden_states.masked_fill(is_padding.unsqueeze(-1), 0)
+        elif input_ids is not None:
+            hidden_states = hidden_states.masked_fill((input_ids == self.config.pad_token_id).unsqueeze(-1), 0)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_states, **{CACHE_NAME: cache})
 
     def count_positions(
@@ -513,18 +509,15 @@ class DifnetDecoder(DifnetPreTrainedModel):
         cache: EncoderDecoderCache | None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Masks of self-attention and cross-attention, in the form that the attention function takes."""
-        self_attention_cache = cache.self_attention_cache if cache is not None else None
-        self_attention_mask = create_causal_mask(
-            self.config, inputs_embeds, attention_mask, **{CACHE_NAME: self_attention_cache}
-        )
+        tokens = {CACHE_NAME: cache.self_attention_cache if cache is not None else None}
+        self_attention_mask = create_causal_mask(self.config, inputs_embeds, attention_mask, **tokens)
         # Several captions of one image stand side by side in the query dimension, see `DifnetAttention`.
         num_images = encoder_hidden_states.shape[0]
         check_num_captions(inputs_embeds.shape[0], num_images)
         queries = inputs_embeds.reshape(num_images, -1, inputs_embeds.shape[-1])  # (B, K * L, d_model)
-        cross_attention_mask = create_bidirectional_mask(
-            self.config, queries, encoder_attention_mask, encoder_hidden_states=encoder_hidden_states
+        return self_attention_mask, create_bidirectional_mask(
+            self.config, queries, encoder_attention_mask, encoder_hidden_states
         )
-        return self_attention_mask, cross_attention_mask
 
 
 class DifnetModel(DifnetPreTrainedModel):
@@ -564,14 +557,8 @@ class DifnetModel(DifnetPreTrainedModel):
         if encoder_outputs is None:
             if grid_features is None:
                 raise ValueError("Pass `grid_features` or `encoder_outputs`.")
-            encoder_outputs = self.encoder(
-                grid_features,
-                segmentation_features,
-                grid_attention_mask,
-                segmentation_attention_mask,
-                return_dict=True,
-                **kwargs,
-            )
+            inputs = (grid_features, segmentation_features, grid_attention_mask, segmentation_attention_mask)
+            encoder_outputs = self.encoder(*inputs, return_dict=True, **kwargs)
         elif not isinstance(encoder_outputs, BaseModelOutput):
             encoder_outputs = DifnetEncoderOutput(*encoder_outputs)
         if decoder_input_ids is None and decoder_inputs_embeds is None:
@@ -646,15 +633,13 @@ class DifnetForConditionalGeneration(DifnetPreTrainedModel, DifnetGenerationMixi
                 Share of each class in each cell, in [0, 1]; `height * width` is the number of grid cells. Required
                 with `use_segmentation=True`, ignored by the baseline.
             grid_attention_mask (`torch.Tensor` of shape `(batch, cells)`, *optional*):
-                1 for real grid cells, 0 for cells that are not attended to. By default all cells are real; the
-                original, too, lets padded (all-zero) cells take part.
+                1 for real grid cells, 0 for cells that are not attended to. By default all are real.
             segmentation_attention_mask (`torch.Tensor` of shape `(batch, cells)`, *optional*):
                 The same for the segmentation flow before the fusion; afterwards `grid_attention_mask` rules.
             decoder_input_ids (`torch.LongTensor` of shape `(captions, length)`, *optional*):
                 `<bos> w1 w2 ..`. Made from `labels` where these are given. `<pad>` is padding wherever it stands.
             decoder_attention_mask (`torch.Tensor` of shape `(captions, past length + length)`, *optional*):
-                1 for words, 0 for padding, in place of the rule that `<pad>` is padding. The cache keeps the mask for
-                calls that leave it out. In `generate` it may pad prompts of different lengths on either side.
+                1 for words, 0 for padding, wherever it stands; replaces the rule that `<pad>` is padding.
             labels (`torch.LongTensor` of shape `(captions, length)`, *optional*):
                 `w1 .. wn <eos>`, then -100 for positions without loss.
             encoder_outputs (*optional*): output of `model.get_encoder()`, to encode an image once for many calls.
@@ -663,20 +648,17 @@ class DifnetForConditionalGeneration(DifnetPreTrainedModel, DifnetGenerationMixi
             decoder_inputs_embeds (`torch.FloatTensor` of shape `(captions, length, d_model)`, *optional*):
                 In place of `decoder_input_ids`; positions are added to them.
             decoder_position_ids (`torch.LongTensor` of shape `(captions, length)`, *optional*):
-                Rows of the position table; words count from 1, behind the padding that a caption begins with.
+                Rows of the position table, from 1; by default the padding that a caption begins with is not counted.
             use_cache (`bool`, *optional*): whether to return the cache; not with `labels`.
-            num_items_in_batch (*optional*):
-                Divides the summed loss, in place of the number of labels: for gradient accumulation.
+            num_items_in_batch (*optional*): divides the summed loss in place of the number of labels.
 
         Returns:
-            `DifnetSeq2SeqLMOutput` with `logits` of shape `(captions, length, vocab_size)` and, with `labels`, `loss`:
-            the mean negative log-likelihood over all labels that are not -100, or the result of the function that is
-            set as `model.loss_function`. The cache is called `cache` from Transformers 5.24 on, `past_key_values`
-            before.
+            `DifnetSeq2SeqLMOutput` with `logits` of shape `(captions, length, vocab_size)`, with `labels` the `loss`,
+            which is the mean negative log-likelihood of all labels but -100 or the result of `model.loss_function`,
+            and the cache, as `cache` from Transformers 5.24 on and as `past_key_values` before.
 
         Raises:
-            ValueError: a missing, unknown or misshapen input, captions that are longer than the position table, a
-                number of captions that is not a multiple of the number of images.
+            ValueError: an input is missing, unknown or misshapen, or a caption is longer than the position table.
         """
         kwargs = check_kwargs(self, kwargs)
         check_tensors(grid_features=grid_features, segmentation_features=segmentation_features, labels=labels)
@@ -702,10 +684,7 @@ class DifnetForConditionalGeneration(DifnetPreTrainedModel, DifnetGenerationMixi
         )
         logits = self.lm_head(outputs.last_hidden_state)  # (B * K, L, V)
 
-        loss = None
-        if labels is not None:
-            loss = compute_loss(self, logits, labels, num_items_in_batch)
-
+        loss = None if labels is None else compute_loss(self, logits, labels, num_items_in_batch)
         others = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return DifnetSeq2SeqLMOutput(loss=loss, logits=logits, **others)
 

@@ -2,9 +2,9 @@
 
 Original files: `lrp_total.py`, `models/layers_lrp.py` and the second copies of both networks in `models/*_lrp/`. Their
 rules are those of Chefer et al., "Transformer Interpretability Beyond Attention Visualization", CVPR 2021; they end at
-the encoder's output. Here no network is written a second time: the model's own classes run once in float64, a `Tape`
-notes what each layer read and gave, and the functions below walk the layers backwards, for many captions and target
-words at once, down to the two inputs. What a layer does with relevance is one of three sets of rules:
+the encoder's output. Here no network is written a second time: the model's own classes run once in float64, a
+`ForwardRecord` keeps the inputs and outputs of their layers, and the functions below go back through the layers, for
+many captions and target words at once, down to the two inputs. Each operation follows one of three sets of rules:
 
 - `OriginalRules`: the original's, number for number (tests/test_relevance_difnet.py);
 - `GradientRules`: plain gradients, which become gradient x input at the end;
@@ -12,13 +12,14 @@ words at once, down to the two inputs. What a layer does with relevance is one o
   2022: gradient x input with attention weights and the norms' deviations held constant, so that the relevance of all
   inputs adds up to the word's logit, but for what biases contribute.
 
-`attention_rollout` (Abnar and Zuidema, "Quantifying Attention Flow in Transformers", ACL 2020) needs no way back.
-`faithfulness` (faithfulness_difnet.py) tells which of them to believe for a model.
+`attention_rollout` (Abnar and Zuidema, "Quantifying Attention Flow in Transformers", ACL 2020) needs no backward pass.
+`faithfulness` (faithfulness_difnet.py) measures how well each of them explains a model.
 """
 
 import copy
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -96,13 +97,13 @@ def relevance(
 
     Args:
         model: a `DifnetForConditionalGeneration` of any size, in any precision; it is not changed.
-        grid_features (`(B, N, 2048)`): the pictures' grid cells, row by row.
+        grid_features (`(B, N, 2048)`): the images' grid cells, row by row.
         segmentation_features (`(B, 133, H, W)`): their class shares; `None` for a model without segmentation.
-        sequences (`(B, L)`): one caption of each picture: `<bos> w1 .. wn`, then `<eos>` and `<pad>` or nothing, as
+        sequences (`(B, L)`): one caption of each image: `<bos> w1 .. wn`, then `<eos>` and `<pad>` or nothing, as
             `generate` returns them.
         method: `"original"`, `"conservative"`, `"gradient_x_input"` or `"attention_rollout"`.
         targets: `"predicted"`, the most likely word at each position (the original's choice); `"caption"`, the
-            caption's own words and its `<eos>`; or token ids `(B, T)`, `<pad>` where nothing is asked.
+            caption's own words and its `<eos>`; or token ids `(B, T)`, `<pad>` where no word is explained.
         grid_attention_mask, segmentation_attention_mask (`(B, N)`): as in the model's `forward`.
         allow_unknown_words: whether a caption may hold `<unk>`. It raises by default, since it is not the caption that
             somebody wrote that would be explained.
@@ -129,54 +130,79 @@ def relevance(
     if chunk_size < 1:
         raise ValueError(f"`chunk_size` must be at least 1, got {chunk_size}.")
     config = model.config
-    check_pictures(model, grid_features, segmentation_features)
+    check_images(model, grid_features, segmentation_features)
     check_captions(sequences, len(grid_features), config, allow_unknown_words)
     input_ids, target_ids = inputs_and_targets(sequences.to(model.device), targets, config)
 
-    pictures = {
+    inputs = {
         "grid_features": grid_features.to(dtype),
         "segmentation_features": None if segmentation_features is None else segmentation_features.to(dtype),
         "grid_attention_mask": grid_attention_mask,
         "segmentation_attention_mask": segmentation_attention_mask,
     }
-    network, word_rows = double(model.model, dtype), model.lm_head.weight.detach().to(dtype)
+    inputs = {name: value for name, value in inputs.items() if value is not None}
+    network, lm_head = copy_in_dtype(model.model, dtype), model.lm_head.weight.detach().to(dtype)
     rules = methods[method]() if methods[method] else None
-    num_captions, num_words = input_ids.shape
-    captions_at_once = max(1, chunk_size // num_words)
+    captions_at_once = max(1, chunk_size // input_ids.shape[1])
     chunks = []
-    for start in range(0, num_captions, captions_at_once):
+    for start in range(0, len(input_ids), captions_at_once):
         rows = slice(start, start + captions_at_once)
-        shown = {name: value[rows].to(model.device) for name, value in pictures.items() if value is not None}
-        with torch.no_grad(), Tape(network) as tape:
-            is_word = input_ids[rows] != config.pad_token_id  # (B, T)
-            states = network(
-                **shown,
-                decoder_inputs_embeds=model.get_input_embeddings()(input_ids[rows]).to(dtype),
-                decoder_attention_mask=is_word.long(),
-                use_cache=False,
-            ).last_hidden_state  # (B, T, d_model)
-            log_probs = nn.functional.linear(states, word_rows).log_softmax(-1)  # (B, T, V)
-            words = log_probs.argmax(-1) if target_ids is None else target_ids[rows]
-            words = words.masked_fill(~is_word, config.pad_token_id)
-            is_asked = is_word if target_ids is None else words != config.pad_token_id
-            if rules is None:
-                shares = shown.get("segmentation_features")
-                maps = [attention_rollout(network, tape, is_asked, shares, through_encoder)]
-            else:
-                # The relevance of word t starts at the decoder's state t: (B, T, T, d_model).
-                first = rules.word(states, word_rows[words]) * is_asked.unsqueeze(-1)
-                first = first.unsqueeze(2) * torch.eye(num_words, dtype=dtype, device=model.device).unsqueeze(-1)
-                maps = [walk(network, tape, rules, some, through_encoder) for some in first.split(chunk_size, dim=1)]
-        maps = {name: torch.cat([some[name] for some in maps], dim=1) for name in maps[0]}
-        target_log_probs = log_probs.gather(-1, words.unsqueeze(-1)).squeeze(-1).masked_fill(~is_asked, 0)
-        chunks.append({"target_ids": words, "target_log_probs": target_log_probs, **maps})
+        chunks.append(
+            chunk_relevance(
+                network,
+                lm_head,
+                rules,
+                {name: value[rows].to(model.device) for name, value in inputs.items()},
+                input_ids[rows],
+                None if target_ids is None else target_ids[rows],
+                through_encoder,
+                chunk_size,
+            )
+        )
     return RelevanceOutput(**{name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]})
 
 
-# What the network is asked
+@torch.no_grad()
+def chunk_relevance(
+    network: DifnetModel,
+    lm_head: torch.Tensor,  # (V, d_model)
+    rules: "Rules | None",  # None: attention rollout
+    inputs: dict[str, torch.Tensor],  # features and masks of B images
+    input_ids: torch.LongTensor,  # (B, T)
+    target_ids: torch.LongTensor | None,  # (B, T)
+    through_encoder: bool,
+    chunk_size: int,
+) -> dict[str, torch.Tensor]:
+    """The fields of `RelevanceOutput` for captions that run through the network together."""
+    pad_token_id, num_words = network.config.pad_token_id, input_ids.shape[1]
+    is_word = input_ids != pad_token_id  # (B, T)
+    with ForwardRecord(network) as record:
+        states = network(
+            **inputs,
+            decoder_inputs_embeds=network.get_input_embeddings()(input_ids).to(lm_head.dtype),
+            decoder_attention_mask=is_word.long(),
+            use_cache=False,
+        ).last_hidden_state  # (B, T, d_model)
+    log_probs = nn.functional.linear(states, lm_head).log_softmax(-1)  # (B, T, V)
+    words = log_probs.argmax(-1) if target_ids is None else target_ids
+    words = words.masked_fill(~is_word, pad_token_id)
+    is_target = is_word if target_ids is None else words != pad_token_id  # (B, T)
+    target_log_probs = log_probs.gather(-1, words.unsqueeze(-1)).squeeze(-1).masked_fill(~is_target, 0)
+    if rules is None:
+        maps = attention_rollout(network, record, is_target, inputs.get("segmentation_features"), through_encoder)
+    else:
+        # The relevance of word t starts at the decoder's state t: (B, T, T, d_model).
+        start = rules.word(states, lm_head[words]) * is_target.unsqueeze(-1)
+        start = start.unsqueeze(2) * torch.eye(num_words, dtype=start.dtype, device=start.device).unsqueeze(-1)
+        parts = [propagate(network, record, rules, part, through_encoder) for part in start.split(chunk_size, dim=1)]
+        maps = {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}
+    return {"target_ids": words, "target_log_probs": target_log_probs, **maps}
 
 
-def check_pictures(
+# Arguments
+
+
+def check_images(
     model: DifnetForConditionalGeneration, grid_features: torch.Tensor, segmentation_features: torch.Tensor | None
 ) -> None:
     """The model's own checks, and no silent leaving out of segmentation features."""
@@ -189,13 +215,13 @@ def check_pictures(
 
 
 def check_captions(
-    sequences: torch.LongTensor, num_pictures: int, config: DifnetConfig, allow_unknown_words: bool
+    sequences: torch.LongTensor, num_images: int, config: DifnetConfig, allow_unknown_words: bool
 ) -> None:
-    """Raises `ValueError` unless `sequences` are captions of known words, one of each picture."""
-    if sequences.ndim != 2 or sequences.is_floating_point() or len(sequences) != num_pictures:
+    """Raises `ValueError` unless `sequences` are captions of known words, one of each image."""
+    if sequences.ndim != 2 or sequences.is_floating_point() or len(sequences) != num_images:
         raise ValueError(
-            f"`sequences` must be token ids of the shape (pictures, length), one caption for each of the "
-            f"{num_pictures} pictures, got {sequences.dtype} of shape {tuple(sequences.shape)}."
+            f"`sequences` must be token ids of the shape (images, length), one caption for each of the "
+            f"{num_images} images, got {sequences.dtype} of shape {tuple(sequences.shape)}."
         )
     eos_token_ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     for index, tokens in enumerate(sequences.tolist()):
@@ -221,7 +247,7 @@ def check_captions(
         if end < 2:
             raise ValueError(f"Caption {index} is empty: there is no word to explain after <bos>.")
         if any(token != config.pad_token_id for token in tokens[end + 1 :]):
-            raise ValueError(f"Caption {index} goes on after <eos> or <pad> at position {end}: cut it there.")
+            raise ValueError(f"Caption {index} continues after <eos> or <pad> at position {end}: cut it there.")
 
 
 def inputs_and_targets(
@@ -251,61 +277,64 @@ def inputs_and_targets(
     return input_ids[:, :num_words], target_ids
 
 
-# One run of the network, noted down
+# One run of the network, recorded
 
 
-def double(network: DifnetModel, dtype: torch.dtype) -> DifnetModel:
+def copy_in_dtype(network: DifnetModel, dtype: torch.dtype) -> DifnetModel:
     """The same network in another precision, with attention weights to read; word embeddings stay as they are."""
     embeddings = network.decoder.embed_tokens.weight
     copies = {id(embeddings): embeddings}
     for tensor in (*network.parameters(), *network.buffers()):
         if id(tensor) not in copies:
             copies[id(tensor)] = nn.Parameter(tensor.detach().to(dtype), requires_grad=False)
-    twin = copy.deepcopy(network, copies)
-    twin.config._attn_implementation = "eager"
-    return twin.eval()
+    copied = copy.deepcopy(network, copies)
+    copied.config._attn_implementation = "eager"
+    return copied.eval()
 
 
-class Tape:
-    """While it is open: what each linear layer, norm and attention of a network read and gave, call by call."""
+class ForwardRecord:
+    """Inputs and outputs of each linear layer, norm and attention of a network, call by call, while it is open."""
 
     def __init__(self, network: nn.Module) -> None:
-        self.calls = defaultdict(list)
+        self.calls: defaultdict[nn.Module, list[tuple[torch.Tensor, Any]]] = defaultdict(list)
         self.handles = [
             module.register_forward_hook(lambda module, inputs, output: self.calls[module].append((inputs[0], output)))
             for module in network.modules()
             if isinstance(module, nn.Linear | nn.LayerNorm | DifnetIndependentLayerNorm | DifnetAttention)
         ]
 
-    def __enter__(self) -> "Tape":
+    def __enter__(self) -> "ForwardRecord":
         return self
 
     def __exit__(self, *error) -> None:
         for handle in self.handles:
             handle.remove()
 
-    def read(self, module: nn.Module, call: int = -1) -> torch.Tensor:
+    def inputs(self, module: nn.Module, call: int = -1) -> torch.Tensor:
+        """The first input of a module; of its last call by default."""
         return self.calls[module][call][0]
 
-    def gave(self, module: nn.Module, call: int = -1) -> torch.Tensor:
+    def outputs(self, module: nn.Module, call: int = -1) -> torch.Tensor:
+        """The output of a module; of its last call by default."""
         return self.calls[module][call][1]
 
     def heads(self, attention: DifnetAttention, projection: nn.Linear, call: int = -1) -> torch.Tensor:
-        """What a projection gave, (B, heads, L, head_dim)."""
-        return self.gave(projection, call).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        """The output of a projection, (B, heads, L, head_dim)."""
+        return self.outputs(projection, call).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
 
 
-# What one operation does with relevance. Activations are (B, L, features); relevance has a target word as its second
-# dimension, (B, T, L, features), and is relevance itself or, in the rules of gradients, relevance over activation.
+# Rules: from the relevance of an operation's output to the relevance of its inputs. Activations are (B, L, features);
+# relevance has a target word as its second dimension, (B, T, L, features), and is relevance itself or, in the rules of
+# gradients, relevance over activation.
 
 
-def divisor(activations: torch.Tensor) -> torch.Tensor:
-    """The original's `safe_divide(a, b)` is `a / divisor(b)`: b + 1e-9, and infinity where b is 0."""
+def safe_divisor(activations: torch.Tensor) -> torch.Tensor:
+    """b + 1e-9, and infinity where b is 0: the original's `safe_divide(a, b)` is `a / safe_divisor(b)`."""
     shifted = activations + 1e-9
     return shifted.masked_fill(shifted == 0, 1e-9).masked_fill(activations == 0, torch.inf)
 
 
-def of_rows(shares: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def matmul_nonzero_rows(shares: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Equals `shares @ weights`; rows of zeros are left out, which in the decoder are more than half of all.
 
     No relevance reaches the tokens behind a word, and in the last layer none but the word's own.
@@ -331,24 +360,24 @@ class OriginalRules:
     def word(self, states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """1 of relevance at a word's logit, given its row of the output layer: (B, T, d_model) alike."""
         products = (states * rows).clamp(min=0)
-        return products / divisor(products.sum(-1, keepdim=True))
+        return products / safe_divisor(products.sum(-1, keepdim=True))
 
-    def linear(self, layer: nn.Linear, inputs: torch.Tensor, relevance: torch.Tensor) -> torch.Tensor:
+    def linear(self, layer: nn.Linear, inputs: torch.Tensor, output_relevance: torch.Tensor) -> torch.Tensor:
         """Equals the rule for positive and for negative inputs apart: each input meets the weights of its own sign.
 
-        `relevance` is overwritten: with many words it is the largest tensor there is.
+        `output_relevance` is overwritten: with many words it is the largest tensor there is.
         """
         positive_weights = self.weights_of_sign(layer, 1)
         if (inputs >= 0).all():  # features and what follows a ReLU: half of the work
-            relevance /= divisor(nn.functional.linear(inputs, positive_weights)).unsqueeze(1)
-            return of_rows(relevance, positive_weights).mul_(inputs.unsqueeze(1))
+            output_relevance /= safe_divisor(nn.functional.linear(inputs, positive_weights)).unsqueeze(1)
+            return matmul_nonzero_rows(output_relevance, positive_weights).mul_(inputs.unsqueeze(1))
         negative_weights = self.weights_of_sign(layer, -1)
         positive_inputs, negative_inputs = inputs.clamp(min=0), inputs.clamp(max=0)
         products = nn.functional.linear(positive_inputs, positive_weights)
         products += nn.functional.linear(negative_inputs, negative_weights)
-        relevance /= divisor(products).unsqueeze(1)
-        result = of_rows(relevance, positive_weights).mul_(positive_inputs.unsqueeze(1))
-        return result.addcmul_(of_rows(relevance, negative_weights), negative_inputs.unsqueeze(1))
+        output_relevance /= safe_divisor(products).unsqueeze(1)
+        result = matmul_nonzero_rows(output_relevance, positive_weights).mul_(positive_inputs.unsqueeze(1))
+        return result.addcmul_(matmul_nonzero_rows(output_relevance, negative_weights), negative_inputs.unsqueeze(1))
 
     def weights_of_sign(self, layer: nn.Linear, sign: int) -> torch.Tensor:
         """A layer's positive or negative weights, the others 0; made once for all chunks."""
@@ -356,7 +385,7 @@ class OriginalRules:
             self.signed_weights[layer, sign] = layer.weight.clamp(min=0) if sign > 0 else layer.weight.clamp(max=0)
         return self.signed_weights[layer, sign]
 
-    def features(self, layer: nn.Linear, inputs: torch.Tensor, relevance: torch.Tensor) -> torch.Tensor:
+    def features(self, layer: nn.Linear, inputs: torch.Tensor, output_relevance: torch.Tensor) -> torch.Tensor:
         """As `linear`, but what reaches a unit without any positive product is shared by its negative ones.
 
         The original, which has no rule for this layer, would let it vanish: half of what reaches a cell of one class.
@@ -364,9 +393,9 @@ class OriginalRules:
         products = nn.functional.linear(inputs.clamp(min=0), self.weights_of_sign(layer, 1))
         products += nn.functional.linear(inputs.clamp(max=0), self.weights_of_sign(layer, -1))  # (B, N, out)
         if (products > 0).all():
-            return self.linear(layer, inputs, relevance)
-        stranded = relevance * (products == 0).unsqueeze(1)
-        return self.linear(layer, inputs, relevance) + self.linear(layer, -inputs, stranded)
+            return self.linear(layer, inputs, output_relevance)
+        without_positive = output_relevance * (products == 0).unsqueeze(1)
+        return self.linear(layer, inputs, output_relevance) + self.linear(layer, -inputs, without_positive)
 
     def attention(
         self,
@@ -375,47 +404,47 @@ class OriginalRules:
         query: torch.Tensor,  # (B, heads, L, head_dim)
         key: torch.Tensor,  # (B, heads, S, head_dim)
         value: torch.Tensor,  # (B, heads, S, head_dim)
-        relevance: torch.Tensor,  # (B, T, heads, L, head_dim)
+        output_relevance: torch.Tensor,  # (B, T, heads, L, head_dim)
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
         """Relevance of query, key and value: each product gives half to each factor; softmax lets it pass."""
         weights, query, key, value = (tensor.unsqueeze(1) for tensor in (weights, query, key, value))
-        shares = relevance / divisor(weights @ value)
-        of_value = (weights.transpose(-1, -2) @ shares).mul_(value / 2)
-        shares = (shares @ value.transpose(-1, -2)).mul_(weights / divisor(query @ key.transpose(-1, -2)) / 2)
-        of_query = (shares @ key).mul_(query / 2)
-        return of_query, (shares.transpose(-1, -2) @ query).mul_(key / 2), of_value
+        shares = output_relevance / safe_divisor(weights @ value)
+        value_relevance = (weights.transpose(-1, -2) @ shares).mul_(value / 2)
+        shares = (shares @ value.transpose(-1, -2)).mul_(weights / safe_divisor(query @ key.transpose(-1, -2)) / 2)
+        query_relevance = (shares @ key).mul_(query / 2)
+        return query_relevance, (shares.transpose(-1, -2) @ query).mul_(key / 2), value_relevance
 
-    def relu(self, outputs: torch.Tensor, relevance: torch.Tensor) -> torch.Tensor:
-        return relevance
+    def relu(self, outputs: torch.Tensor, output_relevance: torch.Tensor) -> torch.Tensor:
+        return output_relevance
 
-    def layer_norm(self, norm: nn.LayerNorm, inputs: torch.Tensor, relevance: torch.Tensor) -> torch.Tensor:
-        return relevance
+    def layer_norm(self, norm: nn.LayerNorm, inputs: torch.Tensor, output_relevance: torch.Tensor) -> torch.Tensor:
+        return output_relevance
 
     def residual(
-        self, left: torch.Tensor, right: torch.Tensor, relevance: torch.Tensor
+        self, left: torch.Tensor, right: torch.Tensor, output_relevance: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Relevance of both addends of a sum, scaled so that their totals stand as their absolute totals do.
 
         Totals are over all positions and features of one target word (the original's are over its whole batch of 1).
         """
-        shift = divisor(left + right)
-        parts = [relevance * (addend / shift).unsqueeze(1) for addend in (left, right)]
+        shift = safe_divisor(left + right)
+        parts = [output_relevance * (addend / shift).unsqueeze(1) for addend in (left, right)]
         totals = [part.sum((-2, -1), keepdim=True) for part in parts]
-        share = relevance.sum((-2, -1), keepdim=True) / divisor(totals[0].abs() + totals[1].abs())
-        of_left, of_right = (
-            part.mul_(total.abs() * share / divisor(total)) for part, total in zip(parts, totals, strict=True)
+        share = output_relevance.sum((-2, -1), keepdim=True) / safe_divisor(totals[0].abs() + totals[1].abs())
+        left_relevance, right_relevance = (
+            part.mul_(total.abs() * share / safe_divisor(total)) for part, total in zip(parts, totals, strict=True)
         )
-        return of_left, of_right
+        return left_relevance, right_relevance
 
     def copies(self, source: torch.Tensor, relevances: list[torch.Tensor | None]) -> torch.Tensor:
         """Relevance of what several branches read: their sum, up to the original's division by the source."""
         total = relevances[0] + relevances[1]
-        for relevance in relevances[2:]:
-            total += relevance
-        return total.mul_((source / divisor(source)).unsqueeze(1))
+        for branch in relevances[2:]:
+            total += branch
+        return total.mul_((source / safe_divisor(source)).unsqueeze(1))
 
-    def finish(self, inputs: torch.Tensor, relevance: torch.Tensor) -> torch.Tensor:
-        return relevance
+    def finish(self, inputs: torch.Tensor, output_relevance: torch.Tensor) -> torch.Tensor:
+        return output_relevance
 
 
 class GradientRules:
@@ -424,241 +453,282 @@ class GradientRules:
     def word(self, states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         return rows
 
-    def linear(self, layer: nn.Linear, inputs: torch.Tensor, relevance: torch.Tensor) -> torch.Tensor:
-        return relevance @ layer.weight
+    def linear(self, layer: nn.Linear, inputs: torch.Tensor, output_relevance: torch.Tensor) -> torch.Tensor:
+        return output_relevance @ layer.weight
 
     features = linear
 
-    def attention(self, layer, weights, query, key, value, relevance):
+    def attention(self, layer, weights, query, key, value, output_relevance):
         """As `OriginalRules.attention`."""
         weights, query, key, value = (tensor.unsqueeze(1) for tensor in (weights, query, key, value))
-        of_weights = relevance @ value.transpose(-1, -2)  # (B, T, heads, L, S)
-        of_scores = layer.scaling * weights * (of_weights - (weights * of_weights).sum(-1, keepdim=True))
-        return of_scores @ key, of_scores.transpose(-1, -2) @ query, weights.transpose(-1, -2) @ relevance
+        weights_gradient = output_relevance @ value.transpose(-1, -2)  # (B, T, heads, L, S)
+        scores_gradient = (
+            layer.scaling * weights * (weights_gradient - (weights * weights_gradient).sum(-1, keepdim=True))
+        )
+        return (
+            scores_gradient @ key,
+            scores_gradient.transpose(-1, -2) @ query,
+            weights.transpose(-1, -2) @ output_relevance,
+        )
 
-    def relu(self, outputs: torch.Tensor, relevance: torch.Tensor) -> torch.Tensor:
-        return relevance * (outputs > 0).unsqueeze(1)
+    def relu(self, outputs: torch.Tensor, output_relevance: torch.Tensor) -> torch.Tensor:
+        return output_relevance * (outputs > 0).unsqueeze(1)
 
-    def layer_norm(self, norm: nn.LayerNorm, inputs: torch.Tensor, relevance: torch.Tensor) -> torch.Tensor:
-        relevance = relevance * norm.weight
+    def layer_norm(self, norm: nn.LayerNorm, inputs: torch.Tensor, output_relevance: torch.Tensor) -> torch.Tensor:
+        output_relevance = output_relevance * norm.weight
         deviation = (inputs.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
         normed = ((inputs - inputs.mean(-1, keepdim=True)) / deviation).unsqueeze(1)
-        relevance = relevance - relevance.mean(-1, keepdim=True) - normed * (relevance * normed).mean(-1, keepdim=True)
-        return relevance / deviation.unsqueeze(1)
+        output_relevance = (
+            output_relevance
+            - output_relevance.mean(-1, keepdim=True)
+            - normed * (output_relevance * normed).mean(-1, keepdim=True)
+        )
+        return output_relevance / deviation.unsqueeze(1)
 
     def residual(
-        self, left: torch.Tensor, right: torch.Tensor, relevance: torch.Tensor
+        self, left: torch.Tensor, right: torch.Tensor, output_relevance: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return relevance, relevance
+        return output_relevance, output_relevance
 
     def copies(self, source: torch.Tensor, relevances: list[torch.Tensor | None]) -> torch.Tensor:
-        return sum(relevance for relevance in relevances if relevance is not None)
+        return sum(branch for branch in relevances if branch is not None)
 
-    def finish(self, inputs: torch.Tensor, relevance: torch.Tensor) -> torch.Tensor:
-        return inputs.unsqueeze(1) * relevance
+    def finish(self, inputs: torch.Tensor, output_relevance: torch.Tensor) -> torch.Tensor:
+        return inputs.unsqueeze(1) * output_relevance
 
 
 class ConservativeRules(GradientRules):
     """The chain rule with attention weights and the norms' deviations held constant: a network of linear pieces."""
 
-    def attention(self, layer, weights, query, key, value, relevance):
+    def attention(self, layer, weights, query, key, value, output_relevance):
         """As `OriginalRules.attention`; all relevance goes to the values."""
-        return None, None, weights.unsqueeze(1).transpose(-1, -2) @ relevance
+        return None, None, weights.unsqueeze(1).transpose(-1, -2) @ output_relevance
 
-    def layer_norm(self, norm: nn.LayerNorm, inputs: torch.Tensor, relevance: torch.Tensor) -> torch.Tensor:
-        relevance = relevance * norm.weight
+    def layer_norm(self, norm: nn.LayerNorm, inputs: torch.Tensor, output_relevance: torch.Tensor) -> torch.Tensor:
+        output_relevance = output_relevance * norm.weight
         deviation = (inputs.var(-1, correction=0, keepdim=True) + norm.eps).sqrt().unsqueeze(1)
-        return (relevance - relevance.mean(-1, keepdim=True)) / deviation
+        return (output_relevance - output_relevance.mean(-1, keepdim=True)) / deviation
 
 
 Rules = OriginalRules | GradientRules
 
 
-# The way back through the network
+# Back through the network. Each function takes the relevance of what a part returns, and returns that of its inputs.
 
 
-def walk(
-    network: DifnetModel, tape: Tape, rules: Rules, relevance: torch.Tensor, through_encoder: bool
+def propagate(
+    network: DifnetModel, record: ForwardRecord, rules: Rules, state_relevance: torch.Tensor, through_encoder: bool
 ) -> dict[str, torch.Tensor]:
-    """From the decoder's states (B, T, L, d_model), through all layers, to what `RelevanceOutput` holds."""
-    of_pictures = []
+    """From the decoder's states (B, T, L, d_model), through all layers, to the fields of `RelevanceOutput`."""
+    token_relevance, image_relevances = state_relevance, []
     for layer in reversed(network.decoder.layers):
-        relevance, of_picture = decoder_layer(rules, layer, tape, relevance)
-        of_pictures.append(of_picture)
-    of_pictures = torch.stack(of_pictures).sum(0)  # (B, T, N, d_model)
+        token_relevance, image_relevance = decoder_layer_relevance(rules, record, layer, token_relevance)
+        image_relevances.append(image_relevance)
+    image_relevance = torch.stack(image_relevances).sum(0)  # (B, T, N, d_model)
 
-    of_words = rules.finish(tape.read(network.decoder.layers[0].self_attn.q_proj), relevance)
-    encoder_states = tape.read(network.decoder.layers[0].encoder_attn.k_proj)
+    first_layer = network.decoder.layers[0]
+    token_relevance = rules.finish(record.inputs(first_layer.self_attn.q_proj), token_relevance)
+    encoder_states = record.inputs(first_layer.encoder_attn.k_proj)
     maps = {
-        "encoder_output": rules.finish(encoder_states, of_pictures).sum(-1),
-        "caption": of_words.sum(-1),
-        "caption_absolute": of_words.abs().sum(-1),
+        "encoder_output": rules.finish(encoder_states, image_relevance).sum(-1),
+        "caption": token_relevance.sum(-1),
+        "caption_absolute": token_relevance.abs().sum(-1),
     }
     if through_encoder:
-        maps |= encoder(rules, network.encoder, tape, of_pictures)
+        maps |= encoder_relevance(rules, record, network.encoder, image_relevance)
     return maps
 
 
-def decoder_layer(
-    rules: Rules, layer: DifnetDecoderLayer, tape: Tape, relevance: torch.Tensor
+def decoder_layer_relevance(
+    rules: Rules, record: ForwardRecord, layer: DifnetDecoderLayer, output_relevance: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Relevance of the layer's words (B, T, L, d_model) and of the encoder's output (B, T, N, d_model)."""
-    relevance = feed_forward(rules, layer.feed_forward, layer.final_layer_norm, tape, relevance)
+    """Relevance of the layer's tokens (B, T, L, d_model) and of the encoder's output (B, T, N, d_model)."""
+    cross_relevance = feed_forward_relevance(
+        rules, record, layer.feed_forward, layer.final_layer_norm, output_relevance
+    )
     norms = (layer.encoder_attn_layer_norm, layer.encoder_layer_norm)
-    *of_words, of_keys, of_values = double_residual(rules, layer.encoder_attn, *norms, tape, relevance)
-    of_picture = rules.copies(tape.read(layer.encoder_attn.k_proj), [of_keys, of_values])
-    relevance = rules.copies(tape.read(layer.encoder_attn.q_proj), of_words)
+    *queries, keys, values = attention_relevance(rules, record, layer.encoder_attn, *norms, cross_relevance)
+    image_relevance = rules.copies(record.inputs(layer.encoder_attn.k_proj), [keys, values])
+    self_relevance = rules.copies(record.inputs(layer.encoder_attn.q_proj), queries)
     norms = (layer.self_attn_layer_norm, layer.layer_norm)
-    branches = double_residual(rules, layer.self_attn, *norms, tape, relevance)
-    return rules.copies(tape.read(layer.self_attn.q_proj), branches), of_picture
+    branches = attention_relevance(rules, record, layer.self_attn, *norms, self_relevance)
+    return rules.copies(record.inputs(layer.self_attn.q_proj), branches), image_relevance
 
 
-def encoder(rules: Rules, network: DifnetEncoder, tape: Tape, relevance: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Relevance of the inputs; the original's encoder has a rule for each layer, but never calls it."""
-    if not network.config.use_segmentation:
-        for layer in reversed(network.layers):
-            relevance = encoder_layer(rules, layer, tape, relevance)
-        return {"grid": flow_embedding(rules, network.grid_embedding, tape, relevance).sum(-1)}
+def encoder_relevance(
+    rules: Rules, record: ForwardRecord, encoder: DifnetEncoder, output_relevance: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Relevance of the features; the original's encoder has a rule for each layer, but never calls it."""
+    if not encoder.config.use_segmentation:
+        grid = output_relevance
+        for layer in reversed(encoder.layers):
+            grid = encoder_layer_relevance(rules, record, layer, grid)
+        return {"grid": flow_embedding_relevance(rules, record, encoder.grid_embedding, grid).sum(-1)}
 
-    states = tape.gave(network.layers[-1].final_layer_norm)
-    grid_states, segmentation_states = tape.gave(network.flow_layers[-1].final_layer_norm).chunk(2)
-    relevance, of_segmentation = rules.residual(states + grid_states, segmentation_states, relevance)
-    relevance, of_grid = rules.residual(states, grid_states, relevance)
-    for layer in reversed(network.layers):
-        relevance = encoder_layer(rules, layer, tape, relevance)
-    of_fused_grid, of_fused_segmentation = rules.residual(grid_states, segmentation_states, relevance)
-    of_grid = rules.copies(grid_states, [of_grid, of_fused_grid])
-    of_segmentation = rules.copies(segmentation_states, [of_segmentation, of_fused_segmentation])
-    relevance = torch.cat([of_grid, of_segmentation])  # (2B, T, N, d_model), as the layers had the flows
-    for layer in reversed(network.flow_layers):
+    states = record.outputs(encoder.layers[-1].final_layer_norm)
+    grid_states, segmentation_states = record.outputs(encoder.flow_layers[-1].final_layer_norm).chunk(2)
+    # The output is states + grid_states + segmentation_states.
+    sum_relevance, segmentation = rules.residual(states + grid_states, segmentation_states, output_relevance)
+    fused, grid = rules.residual(states, grid_states, sum_relevance)
+    for layer in reversed(encoder.layers):
+        fused = encoder_layer_relevance(rules, record, layer, fused)
+    fused_grid, fused_segmentation = rules.residual(grid_states, segmentation_states, fused)
+    grid = rules.copies(grid_states, [grid, fused_grid])
+    segmentation = rules.copies(segmentation_states, [segmentation, fused_segmentation])
+    flows = torch.cat([grid, segmentation])  # (2B, T, N, d_model), as the layers had the flows
+    for layer in reversed(encoder.flow_layers):
         for call in reversed(range(layer.fusion_iterations)):
-            relevance = encoder_layer(rules, layer, tape, relevance, call)
-    of_grid, of_segmentation = relevance.chunk(2)
-    of_grid = flow_embedding(rules, network.grid_embedding, tape, of_grid)
-    of_segmentation = flow_embedding(rules, network.segmentation_embedding, tape, of_segmentation)
+            flows = encoder_layer_relevance(rules, record, layer, flows, call)
+    grid, segmentation = flows.chunk(2)
+    grid = flow_embedding_relevance(rules, record, encoder.grid_embedding, grid)
+    segmentation = flow_embedding_relevance(rules, record, encoder.segmentation_embedding, segmentation)
     return {
-        "grid": of_grid.sum(-1),
-        "segmentation": of_segmentation.sum(-1),
-        "segmentation_classes": of_segmentation.sum(-2),
+        "grid": grid.sum(-1),
+        "segmentation": segmentation.sum(-1),
+        "segmentation_classes": segmentation.sum(-2),
     }
 
 
-def encoder_layer(
-    rules: Rules, layer: DifnetEncoderLayer | DifnetFlowLayer, tape: Tape, relevance: torch.Tensor, call: int = 0
-) -> torch.Tensor:
-    relevance = feed_forward(rules, layer.feed_forward, layer.final_layer_norm, tape, relevance, call)
-    norms = (layer.self_attn_layer_norm, layer.layer_norm)
-    *of_queries, of_keys, of_values = double_residual(rules, layer.self_attn, *norms, tape, relevance, call)
-    states = tape.read(layer.self_attn.q_proj, call)
-    return rules.copies(states, [rules.copies(states, of_queries), of_keys, of_values])
-
-
-def feed_forward(
-    rules: Rules, layer: DifnetFeedForward, norm: nn.Module, tape: Tape, relevance: torch.Tensor, call: int = 0
-) -> torch.Tensor:
-    """The feed-forward layer with its residual and norm."""
-    states, activations = tape.read(layer.fc1, call), tape.read(layer.fc2, call)
-    relevance = layer_norm(rules, norm, tape.read(norm, call), relevance)
-    of_states, relevance = rules.residual(states, tape.gave(layer.fc2, call), relevance)
-    relevance = rules.relu(activations, rules.linear(layer.fc2, activations, relevance))
-    return rules.copies(states, [of_states, rules.linear(layer.fc1, states, relevance)])
-
-
-def double_residual(
+def encoder_layer_relevance(
     rules: Rules,
+    record: ForwardRecord,
+    layer: DifnetEncoderLayer | DifnetFlowLayer,
+    output_relevance: torch.Tensor,
+    call: int = 0,
+) -> torch.Tensor:
+    """Relevance of the layer's cells, (B, T, N, d_model)."""
+    attended = feed_forward_relevance(
+        rules, record, layer.feed_forward, layer.final_layer_norm, output_relevance, call
+    )
+    norms = (layer.self_attn_layer_norm, layer.layer_norm)
+    *queries, keys, values = attention_relevance(rules, record, layer.self_attn, *norms, attended, call)
+    states = record.inputs(layer.self_attn.q_proj, call)
+    return rules.copies(states, [rules.copies(states, queries), keys, values])
+
+
+def feed_forward_relevance(
+    rules: Rules,
+    record: ForwardRecord,
+    layer: DifnetFeedForward,
+    norm: nn.Module,
+    output_relevance: torch.Tensor,
+    call: int = 0,
+) -> torch.Tensor:
+    """Relevance of what the feed-forward layer reads, its residual and norm included."""
+    states, activations = record.inputs(layer.fc1, call), record.inputs(layer.fc2, call)
+    sum_relevance = layer_norm_relevance(rules, norm, record.inputs(norm, call), output_relevance)
+    residual, fc2_output = rules.residual(states, record.outputs(layer.fc2, call), sum_relevance)
+    fc1_output = rules.relu(activations, rules.linear(layer.fc2, activations, fc2_output))
+    return rules.copies(states, [residual, rules.linear(layer.fc1, states, fc1_output)])
+
+
+def attention_relevance(
+    rules: Rules,
+    record: ForwardRecord,
     attention: DifnetAttention,
-    inner_layer_norm: nn.Module,
-    outer_layer_norm: nn.Module,
-    tape: Tape,
-    relevance: torch.Tensor,  # (B, T, L, d_model)
+    inner_norm: nn.Module,
+    outer_norm: nn.Module,
+    output_relevance: torch.Tensor,  # (B, T, L, d_model)
     call: int = 0,
 ) -> tuple[torch.Tensor, ...]:
-    """Relevance that reaches the attention's inputs: residual, queries (B, T, L, ..), keys, values (B, T, S, ..)."""
-    states = tape.read(attention.q_proj, call)
-    relevance = layer_norm(rules, outer_layer_norm, tape.read(outer_layer_norm, call), relevance)
-    of_states, relevance = rules.residual(states, tape.gave(inner_layer_norm, call), relevance)
-    relevance = layer_norm(rules, inner_layer_norm, tape.read(inner_layer_norm, call), relevance)
-    of_inner_states, relevance = rules.residual(states, tape.gave(attention.out_proj, call), relevance)
+    """Relevance of what an attention with its two residuals reads: residual, queries (B, T, L, ..), keys, values
+    (B, T, S, ..); of each as if it alone read its input."""
+    states = record.inputs(attention.q_proj, call)
+    sum_relevance = layer_norm_relevance(rules, outer_norm, record.inputs(outer_norm, call), output_relevance)
+    outer_residual, block_relevance = rules.residual(states, record.outputs(inner_norm, call), sum_relevance)
+    sum_relevance = layer_norm_relevance(rules, inner_norm, record.inputs(inner_norm, call), block_relevance)
+    inner_residual, projected = rules.residual(states, record.outputs(attention.out_proj, call), sum_relevance)
 
-    relevance = rules.linear(attention.out_proj, tape.read(attention.out_proj, call), relevance)
+    heads = rules.linear(attention.out_proj, record.inputs(attention.out_proj, call), projected)
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-    of_heads = rules.attention(
+    query, key, value = (record.heads(attention, projection, call) for projection in projections)
+    of_projections = rules.attention(
         attention,
-        tape.gave(attention, call)[1],
-        *(tape.heads(attention, projection, call) for projection in projections),
-        relevance.unflatten(-1, (-1, attention.head_dim)).transpose(2, 3),  # (B, T, heads, L, head_dim)
+        record.outputs(attention, call)[1],
+        query,
+        key,
+        value,
+        heads.unflatten(-1, (-1, attention.head_dim)).transpose(2, 3),  # (B, T, heads, L, head_dim)
     )
-    of_queries, of_keys, of_values = (
+    queries, keys, values = (
         None
-        if relevance is None
-        else rules.linear(projection, tape.read(projection, call), relevance.transpose(2, 3).flatten(-2))
-        for projection, relevance in zip(projections, of_heads, strict=True)
+        if each is None
+        else rules.linear(projection, record.inputs(projection, call), each.transpose(2, 3).flatten(-2))
+        for projection, each in zip(projections, of_projections, strict=True)
     )
-    return of_states, rules.copies(states, [of_inner_states, of_queries]), of_keys, of_values
+    return outer_residual, rules.copies(states, [inner_residual, queries]), keys, values
 
 
-def layer_norm(rules: Rules, norm: nn.Module, inputs: torch.Tensor, relevance: torch.Tensor) -> torch.Tensor:
-    """One norm, or one for each of the two flows that are stacked in the batch dimension."""
+def layer_norm_relevance(
+    rules: Rules, norm: nn.Module, inputs: torch.Tensor, output_relevance: torch.Tensor
+) -> torch.Tensor:
+    """Of one norm, or of one for each of the two flows that are stacked in the batch dimension."""
     if not isinstance(norm, DifnetIndependentLayerNorm):
-        return rules.layer_norm(norm, inputs, relevance)
+        return rules.layer_norm(norm, inputs, output_relevance)
     norms = (norm.grid_layer_norm, norm.segmentation_layer_norm)
-    parts = zip(norms, inputs.chunk(2), relevance.chunk(2), strict=True)
+    parts = zip(norms, inputs.chunk(2), output_relevance.chunk(2), strict=True)
     return torch.cat([rules.layer_norm(*part) for part in parts])
 
 
-def flow_embedding(rules: Rules, embedding: DifnetFlowEmbedding, tape: Tape, relevance: torch.Tensor) -> torch.Tensor:
+def flow_embedding_relevance(
+    rules: Rules, record: ForwardRecord, embedding: DifnetFlowEmbedding, output_relevance: torch.Tensor
+) -> torch.Tensor:
     """Relevance of one flow's features, (B, T, N, feature_size)."""
-    features = tape.read(embedding.projection)
-    relevance = rules.layer_norm(embedding.layer_norm, tape.read(embedding.layer_norm), relevance)
-    relevance = rules.relu(tape.read(embedding.layer_norm), relevance)
-    return rules.finish(features, rules.features(embedding.projection, features, relevance))
+    features, activations = record.inputs(embedding.projection), record.inputs(embedding.layer_norm)
+    relu_output = rules.layer_norm(embedding.layer_norm, activations, output_relevance)
+    projected = rules.relu(activations, relu_output)
+    return rules.finish(features, rules.features(embedding.projection, features, projected))
 
 
 # Attention alone
 
 
 def attention_rollout(
-    network: DifnetModel, tape: Tape, is_asked: torch.Tensor, class_shares: torch.Tensor | None, through_encoder: bool
+    network: DifnetModel,
+    record: ForwardRecord,
+    is_target: torch.Tensor,
+    class_shares: torch.Tensor | None,
+    through_encoder: bool,
 ) -> dict[str, torch.Tensor]:
     """What `RelevanceOutput` holds, from attention weights alone: mixtures of tokens, multiplied from layer to layer.
 
-    Each row adds up to 1. It does not depend on the word that is asked for, and it knows no classes: a cell's part of
+    Each row adds up to 1. It does not depend on the word that is explained, and knows no classes: a cell's part of
     the segmentation is given to the classes by their shares in the cell.
     """
-    num_words = is_asked.shape[1]
-    num_cells = tape.gave(network.decoder.layers[0].encoder_attn)[1].shape[-1]
+    num_words = is_target.shape[1]
+    num_cells = record.outputs(network.decoder.layers[0].encoder_attn)[1].shape[-1]
     tokens = torch.eye(num_words, num_words + num_cells, dtype=network.dtype, device=network.device)
-    tokens = tokens.expand(len(is_asked), -1, -1)  # (B, T, T + N): words, then cells of the encoder's output
+    tokens = tokens.expand(len(is_target), -1, -1)  # (B, T, T + N): words, then cells of the encoder's output
     for layer in network.decoder.layers:
-        tokens = mixed(tape, layer.self_attn, tokens)
-        looks = tape.gave(layer.encoder_attn)[1].mean(1)  # (B, T, N)
-        tokens = 0.75 * tokens + 0.25 * nn.functional.pad(looks, (num_words, 0))
-    words, picture = (tokens * is_asked.unsqueeze(-1)).split([num_words, num_cells], dim=-1)
-    maps = {"encoder_output": picture, "caption": words, "caption_absolute": words}
+        tokens = mix(record, layer.self_attn, tokens)
+        attended = record.outputs(layer.encoder_attn)[1].mean(1)  # (B, T, N)
+        tokens = 0.75 * tokens + 0.25 * nn.functional.pad(attended, (num_words, 0))
+    words, image = (tokens * is_target.unsqueeze(-1)).split([num_words, num_cells], dim=-1)
+    maps = {"encoder_output": image, "caption": words, "caption_absolute": words}
     if not through_encoder:
         return maps
 
     # Rows: cells. Columns: cells of the grid, then cells of the segmentation.
     grid = torch.eye(num_cells, 2 * num_cells, dtype=network.dtype, device=network.device)
-    grid = grid.expand(len(is_asked), -1, -1)
+    grid = grid.expand(len(is_target), -1, -1)
     flows = torch.cat([grid, grid.roll(num_cells, dims=-1)])
     if not network.config.use_segmentation:
         for layer in network.encoder.layers:
-            grid = mixed(tape, layer.self_attn, grid)
-        return maps | {"grid": picture @ grid[..., :num_cells]}
+            grid = mix(record, layer.self_attn, grid)
+        return maps | {"grid": image @ grid[..., :num_cells]}
     for layer in network.encoder.flow_layers:
         for call in range(layer.fusion_iterations):
-            flows = mixed(tape, layer.self_attn, flows, call)
+            flows = mix(record, layer.self_attn, flows, call)
     both_flows = flows.chunk(2)[0] + flows.chunk(2)[1]
     cells = both_flows / 2
     for layer in network.encoder.layers:
-        cells = mixed(tape, layer.self_attn, cells)
-    grid, segmentation = (picture @ (cells + both_flows) / 3).chunk(2, dim=-1)
+        cells = mix(record, layer.self_attn, cells)
+    grid, segmentation = (image @ (cells + both_flows) / 3).chunk(2, dim=-1)
     class_shares = nn.functional.normalize(class_shares.flatten(2), p=1, dim=1).transpose(1, 2)  # (B, N, classes)
     return maps | {"grid": grid, "segmentation": segmentation, "segmentation_classes": segmentation @ class_shares}
 
 
-def mixed(tape: Tape, attention: DifnetAttention, tokens: torch.Tensor, call: int = -1) -> torch.Tensor:
+def mix(record: ForwardRecord, attention: DifnetAttention, tokens: torch.Tensor, call: int = -1) -> torch.Tensor:
     """Mixtures (B, L, columns) after an attention, which brings a quarter: twice its input is added, then normed."""
-    weights = tape.gave(attention, call)[1].mean(1)  # (B, L, L)
+    weights = record.outputs(attention, call)[1].mean(1)  # (B, L, L)
     return 0.75 * tokens + 0.25 * weights @ tokens

@@ -16,11 +16,11 @@ from datasets import Dataset
 
 from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration
 from modeling_difnet.ensemble_difnet import first_difference
+from modeling_difnet.generation_difnet import default_generation_config
 from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer
 
 from ..checkpoints import load_model, load_processor
 from ..command_line import reason_of
-from ..conversion import default_generation_config
 from ..data import PackedImages
 from ..files import printable, read_json
 from .config import TrainingConfig
