@@ -100,9 +100,8 @@ class DifnetEnsemble(DifnetPreTrainedModel, DifnetGenerationMixin):
         """
         if isinstance(names, str | os.PathLike) or not names:
             raise ValueError(f"DifnetEnsemble.from_pretrained takes a list of one or more folders, got {names!r}.")
-        check_same_vocabulary(
-            {name: tokens for name in map(str, names) if (tokens := read_vocabulary(name)) is not None}
-        )
+        vocabularies = {str(name): read_vocabulary(str(name)) for name in names}
+        check_same_vocabulary({name: tokens for name, tokens in vocabularies.items() if tokens is not None})
         return cls([DifnetForConditionalGeneration.from_pretrained(name, **kwargs) for name in names])
 
     def save_pretrained(self, *args, **kwargs) -> None:
