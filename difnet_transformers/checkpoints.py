@@ -81,11 +81,8 @@ def load_ensemble(
     Raises:
         ValueError: a checkpoint cannot be loaded, or their vocabularies differ.
     """
-    folders = [checkpoint_folder(name) for name in names]
-    for vocabulary in (folder / "vocab.json" for folder in folders):
-        if vocabulary.exists():
-            read_vocabulary(vocabulary)
-    check_same_vocabulary(names)
+    vocabulary_files = {os.fspath(name): checkpoint_folder(name) / "vocab.json" for name in names}
+    check_same_vocabulary({name: read_vocabulary(path) for name, path in vocabulary_files.items() if path.exists()})
     processor = load_processor(names[0])
     models = []
     for name in names:
