@@ -7,7 +7,7 @@ processes share the images and every image is captioned exactly once, ensembles,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from caption_metrics import score_captions
 from modeling_difnet import (
-    DifnetConfig,
     DifnetEnsemble,
     DifnetForConditionalGeneration,
     original_beam_search,
@@ -57,7 +56,7 @@ def validation_loss(
     log_prob, tokens = 0.0, 0
     for batch in pairs:
         on_device = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
-        sequences, features = xe_sequences(on_device, cast(DifnetConfig, model.config))
+        sequences, features = xe_sequences(on_device, model.config)
         log_prob += sequence_log_probs(model, sequences, **features).sum().item()
         tokens += int((batch["labels"] != -100).sum())
     return -total(accelerator, log_prob) / total(accelerator, tokens)
