@@ -31,7 +31,6 @@ EXTRA_OF = {
     "PIL": "images",
     "pyarrow": "data",
     "pycocoevalcap": "java",
-    "pycocotools": "images",
     "scipy": "images",
     "shtab": "completion",
     "tensorboard": "train",
