@@ -20,7 +20,7 @@ from difnet_transformers.demo.run import TRAINING, Demo
 from difnet_transformers.demo.scenes import SPLIT_SIZES
 
 FEW_SCENES = {"train": 30, "restval": 4, "validation": 4, "test": 5}
-TWO_EPOCHS = {"xe-epochs": 2, "scst-epochs": 2, "min-word-count": 1}
+SHORT_TRAINING = {"warmup-steps": 10, "xe-epochs": 30, "xe-patience": 30, "scst-epochs": 1, "min-word-count": 1}
 FORMS = {"two flows": ("run", ()), "baseline": ("run_baseline", ("--no-segmentation",))}
 
 
@@ -30,9 +30,9 @@ def study(folder: Path, seeds: list[int], quick: bool = False) -> dict[int, dict
     Args:
         folder: of the corpora and runs.
         seeds: one demo each.
-        quick: whether to take few scenes and epochs, which shows that everything works and no more.
+        quick: whether to take few scenes and steps, which shows that everything works and no more.
     """
-    sizes, training = (FEW_SCENES, TRAINING | TWO_EPOCHS) if quick else (SPLIT_SIZES, TRAINING)
+    sizes, training = (FEW_SCENES, TRAINING | SHORT_TRAINING) if quick else (SPLIT_SIZES, TRAINING)
     results: dict[int, dict[str, dict[str, float]]] = {}
     for seed in seeds:
         demo = Demo(folder / f"seed_{seed}", seed, sizes, training)
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
         "--table", type=Path, help="where the table goes (default: a dated file in benchmarks/results/)"
     )
     parser.add_argument(
-        "--quick", action="store_true", help="few scenes and epochs: whether it runs, not what it finds"
+        "--quick", action="store_true", help="few scenes and steps: whether it runs, not what it finds"
     )
     options = parser.parse_args(argv)
     results = study(options.output, options.seeds, options.quick)

@@ -8,17 +8,15 @@ imports torch and nothing else stands beside it. The exit code is 1 where a medi
 
 from __future__ import annotations
 
-import datetime
 import subprocess
 import sys
 from functools import partial
 
-import torch
 from common import (
     CPU,
     Row,
-    commit,
-    hardware,
+    add_output_option,
+    header,
     make_parser,
     markdown_table,
     measure,
@@ -39,27 +37,20 @@ def python(*words: str) -> None:
 def main() -> int:
     parser = make_parser(__doc__)
     parser.add_argument("--repeats", type=int, default=7, help="timed runs of each row (default: 7)")
+    add_output_option(parser)
     options = parser.parse_args()
 
     program = ("-m", "difnet_transformers.cli.main")
     rows = [Row("help", "difnet --help", partial(python, *program, "--help"))]
     rows += [Row("help", f"difnet {name} --help", partial(python, *program, name, "--help")) for name in COMMANDS]
     rows += [Row("torch", "import torch", partial(python, "-c", "import torch"))]
-    before, after = measure(rows, options.repeats, CPU)
-    write_report(
-        [
-            "# Time of the help",
-            "",
-            f"`python benchmarks/help_time.py`, {datetime.date.today()}, commit {commit()}",
-            "",
-            f"- {hardware(CPU)}; Python {sys.version.split()[0]}, PyTorch {torch.__version__}",
-            f"- 2048 x 2048 x 2048 fp32 matrix product: {before:.2f} ms before, {after:.2f} ms after",
-            f"- median (least to largest) of {options.repeats} processes; the limit is {LIMIT} s",
-            "",
-            *markdown_table(["process", "seconds"], [[f"`{row.name}`", seconds_range(row)] for row in rows]),
-        ],
-        results_path("help", "cpu"),
-    )
+    matmul = measure(rows, options.repeats, CPU)
+    note = f"median (least to largest) of {options.repeats} processes; the limit is {LIMIT} s"
+    lines = [
+        *header("Time of the help", "help_time.py", matmul=matmul, notes=[note]),
+        *markdown_table(["process", "seconds"], [[f"`{row.name}`", seconds_range(row)] for row in rows]),
+    ]
+    write_report(lines, options.output or results_path("help", "cpu"))
     slow = [row.name for row in rows if row.group == "help" and row.median > LIMIT]
     for name in slow:
         print(f"over {LIMIT} s: {name}", file=sys.stderr)

@@ -1,97 +1,39 @@
-"""Converts checkpoints of the original DIFNet to folders for `from_pretrained`, and back, number for number.
+"""Checkpoints of the original DIFNet as folders for `from_pretrained`, and back, number for number.
 
-    python convert_checkpoint.py --checkpoint DIFNet_lrp.pth --vocab vocab.pkl --output ./difnet
-    python convert_checkpoint.py --to-original --checkpoint ./difnet --output back.pth
-    python convert_checkpoint.py grid-backbone X-101.pth --output x101/
+Corresponds to the `state_dict` that `train.py` of the original (mrwu-mac/DIFNet, CVPR 2022) saves. Read `key_pairs`
+first: one table of names, read in both directions. Every key of a file is mapped, or dropped for a stated reason, or
+the conversion stops. The four original modes (`base`, `base_lrp`, `difnet`, `difnet_lrp`) and all sizes are read from
+keys and shapes. Three numbers are not in the file: the number of heads, the paper's Lf and T.
 
-Original files: `train.py` writes the checkpoint (a dict with `state_dict`, optimizer and random states) and
-`data/vocab.py` the vocabulary, both as pickles. No pickle is executed here: both go through readers that turn the
-names on a list into stand-ins that do nothing, and refuse a file that asks for any other name.
-
-Every key of the file is accounted for: it is mapped, or dropped for a stated reason, or the conversion stops. The four
-original modes (`base`, `base_lrp`, `difnet`, `difnet_lrp`) and all sizes are read from keys and shapes. Three numbers
-are not in the file: the number of heads, the paper's Lf (`--fusion-layers`) and T (`--fusion-iterations`).
-
-`grid-backbone` converts the network that makes grid features, and records the weights file's name and SHA-256.
+The files themselves are read in `original_files.py`, the weights of the grid backbone in `grid_feats_vqa.py`.
 """
 
-import argparse
+from __future__ import annotations
+
 import io
 import os
-import pickle
-import sys
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
-import numpy as np
 import torch
 
-from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration
+from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration, GridFeatureBackbone
 from modeling_difnet.generation_difnet import default_generation_config
 from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer
 
 from .checkpoints import load_model
-from .command_line import add_debug_option, run_command
-from .files import atomic_output, check_regular_file, printable, read_json, sha256_of
-from .grid_feats_vqa import GridBackboneConversion, convert_detectron2_state_dict
-from .model_card import add_license_option, check_license, write_model_card
-from .torch_files import ArrayEntry, NotAPlainCheckpoint, TensorEntry, TorchFile
+from .files import atomic_output, printable, sha256_of
+from .grid_feats_vqa import convert_detectron2_state_dict
+from .model_card import check_license, write_model_card
+from .original_files import load_original_checkpoint, read_vocabulary
+from .presets import MODES
+from .state_dicts import Conversion, convert_keys, listing, unwrap_state_dict
 
-MODES = ("base", "base_lrp", "difnet", "difnet_lrp")
 SPECIAL_TOKENS = {"unk_token_id": "<unk>", "pad_token_id": "<pad>", "bos_token_id": "<bos>", "eos_token_id": "<eos>"}
-
-# Parts of keys: what (Distributed)DataParallel, torch.compile, FSDP and activation checkpointing put there.
-WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-VOCABULARY_SIZE_LIMIT = 2**28  # bytes; the published one has 0.5 MB
-
-
-@dataclass
-class Conversion:
-    """A converted state dict and where each number came from.
-
-    Args:
-        config: sizes and mode, read from the original's keys and shapes.
-        state_dict: for `DifnetForConditionalGeneration(config).load_state_dict`.
-        mapped: original key to our key.
-        dropped: original key to the reason why it has no counterpart.
-        shapes: original key to its shape, in the order of the file.
-        wrappers: parts that were left out of keys, such as `module`; the keys above have them.
-    """
-
-    config: DifnetConfig
-    state_dict: dict[str, torch.Tensor]
-    mapped: dict[str, str]
-    dropped: dict[str, str]
-    shapes: dict[str, tuple[int, ...]]
-    wrappers: tuple[str, ...] = ()
-
-    def model(self) -> DifnetForConditionalGeneration:
-        """The captioner with the converted weights, in eval mode."""
-        with torch.device("meta"):
-            model = DifnetForConditionalGeneration(self.config)
-        model.load_state_dict(self.state_dict, assign=True)
-        return model.eval()
-
-
-def key_report(conversion: Conversion | GridBackboneConversion) -> str:
-    """A table of every key of the file: where it went, or why nowhere."""
-    width = max(len(key) for key in conversion.shapes)
-    lines = [f"{'original key':<{width}}  {'shape':<13}  here", f"{'-' * width}  {'-' * 13}  {'-' * 4}"]
-    for key, shape in conversion.shapes.items():
-        here = conversion.mapped.get(key) or f"dropped, {conversion.dropped[key]}"
-        lines.append(f"{key:<{width}}  {'x'.join(map(str, shape)):<13}  {here}")
-    lines.append(f"{len(conversion.mapped)} keys mapped, {len(conversion.dropped)} dropped.")
-    if conversion.wrappers:
-        names = ", ".join(f"`{wrapper}.`" for wrapper in conversion.wrappers)
-        lines.append(f"Left out of keys: {names}, which DataParallel, torch.compile or the like put there.")
-    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The names: one table, read in both directions
+# The keys: one table, read in both directions
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -194,8 +136,8 @@ def convert_state_dict(
     fusion_layers: int = 1,
     fusion_iterations: int = 2,
     name: str = "the checkpoint",
-) -> Conversion:
-    """Renames an original state dict, with every key and every shape checked.
+) -> Conversion[DifnetForConditionalGeneration]:
+    """Renames the keys of an original state dict, with every key and every shape checked.
 
     Args:
         original: `state_dict()` of the original in any of its four modes.
@@ -203,74 +145,21 @@ def convert_state_dict(
         fusion_layers, fusion_iterations: the paper's Lf and T.
         name: what errors call the checkpoint.
 
+    Returns:
+        The conversion, with copies of the weights in their own types.
+
     Raises:
         ValueError: a key is missing, unknown, of the wrong shape or not finite, or the numbers do not fit.
     """
-    original, file_keys, wrappers = without_wrappers(original, name)
-    config = original_config(original, num_heads, fusion_layers, fusion_iterations, name)
-    mode = original_mode(original)
-    mapped, unused = key_pairs(config), unused_keys(config, mode)
-
-    missing = [key for key in mapped if key not in original]
-    unknown = [key for key in original if key not in mapped and key not in unused]
-    if missing or unknown:
-        raise ValueError(
-            f"{name} is not a checkpoint of DIFNet or of its baseline (read as mode `{mode}` with "
-            f"{config.encoder_layers} encoder and {config.decoder_layers} decoder layers, Lf={fusion_layers}): "
-            f"{len(missing)} keys are missing{listing(missing)}, {len(unknown)} are unknown{listing(unknown)}."
-        )
-    with torch.device("meta"):
-        shapes = {key: tensor.shape for key, tensor in DifnetForConditionalGeneration(config).state_dict().items()}
-    if sorted(shapes) != sorted(mapped.values()):
-        raise AssertionError(f"key_pairs and the model disagree: {set(shapes) ^ set(mapped.values())}")
-
-    state_dict = {}
-    for original_key, key in mapped.items():
-        tensor = original[original_key]
-        if tensor.shape != shapes[key]:
-            raise ValueError(
-                f"{name}: `{original_key}` has the shape {tuple(tensor.shape)}, but the other keys ask for "
-                f"{tuple(shapes[key])}. The file is damaged or belongs to a changed network."
-            )
-        if not tensor.is_floating_point():
-            raise ValueError(
-                f"{name}: `{original_key}` holds values that are no floating point numbers but {tensor.dtype}."
-            )
-        if not tensor.isfinite().all():
-            raise ValueError(
-                f"{name}: `{original_key}` holds values that are not finite numbers; training had diverged."
-            )
-        state_dict[key] = tensor.detach().clone()
-    return Conversion(
-        config,
-        state_dict,
-        mapped={file_keys[key]: ours for key, ours in mapped.items()},
-        dropped={file_keys[key]: reason for key, (reason, _) in unused.items() if key in original},
-        shapes={file_keys[key]: tuple(tensor.shape) for key, tensor in original.items()},
-        wrappers=wrappers,
+    unwrapped = unwrap_state_dict(original, name)
+    config = original_config(unwrapped.weights, num_heads, fusion_layers, fusion_iterations, name)
+    mode = original_mode(unwrapped.weights)
+    dropped = {key: reason for key, (reason, _) in unused_keys(config, mode).items()}
+    expected = (
+        f"a checkpoint of DIFNet or of its baseline (read as mode `{mode}` with {config.encoder_layers} encoder and "
+        f"{config.decoder_layers} decoder layers, Lf={fusion_layers})"
     )
-
-
-def without_wrappers(
-    original: Mapping[str, torch.Tensor], name: str
-) -> tuple[dict[str, torch.Tensor], dict[str, str], tuple[str, ...]]:
-    """A state dict under the keys of the network that was wrapped, wherever in a key the wrapper left its name.
-
-    Returns:
-        The state dict; its keys to those of the file; the wrappers that were found.
-    """
-    state_dict, file_keys, wrappers = {}, {}, {}
-    for file_key, tensor in original.items():
-        parts = file_key.split(".")
-        key = ".".join(part for part in parts if part not in WRAPPERS)
-        wrappers |= dict.fromkeys(part for part in parts if part in WRAPPERS)
-        if key in state_dict:
-            raise ValueError(
-                f"{name}: `{printable(file_keys[key])}` and `{printable(file_key)}` are the same weight, wrapped and "
-                "not. Save the state dict of one model."
-            )
-        state_dict[key], file_keys[key] = tensor, file_key
-    return state_dict, file_keys, tuple(wrappers)
+    return convert_keys(unwrapped, DifnetForConditionalGeneration, config, key_pairs(config), dropped, name, expected)
 
 
 def original_mode(original: Mapping[str, torch.Tensor]) -> str:
@@ -283,13 +172,13 @@ def original_mode(original: Mapping[str, torch.Tensor]) -> str:
 def original_config(
     original: Mapping[str, torch.Tensor], num_heads: int, fusion_layers: int, fusion_iterations: int, name: str
 ) -> DifnetConfig:
-    """The configuration that an original state dict's keys and shapes tell."""
+    """The configuration that the keys and shapes of an original state dict tell."""
 
     def size(key: str, dimension: int) -> int:
         if key not in original or original[key].ndim <= dimension:
             raise ValueError(
                 f"{name} is not a checkpoint of DIFNet or of its baseline: the key `{key}` is missing or has the "
-                f"wrong number of dimensions. The file has {len(original)} keys{listing(list(original))}."
+                f"wrong number of dimensions. The file has {len(original)} keys{listing(original)}."
             )
         return original[key].shape[dimension]
 
@@ -331,14 +220,6 @@ def original_config(
     )
 
 
-def listing(keys: list[str], count: int = 3) -> str:
-    """The first few of many keys, for an error message."""
-    if not keys:
-        return ""
-    named = [f"`{printable(key)}`" for key in keys[:count]] + [".."] * (len(keys) > count)
-    return f" ({', '.join(named)})"
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Transformers to original
 # ---------------------------------------------------------------------------------------------------------------------
@@ -352,6 +233,9 @@ def to_original_state_dict(model: DifnetForConditionalGeneration, mode: str | No
     Args:
         model: any captioner.
         mode: one of `MODES`; by default `difnet_lrp` (the published checkpoint's), or `base` without segmentation.
+
+    Returns:
+        Original key to tensor, on the CPU.
 
     Raises:
         ValueError: the mode does not fit the model.
@@ -377,123 +261,6 @@ def to_original_state_dict(model: DifnetForConditionalGeneration, mode: str | No
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def load_original_checkpoint(path: str | Path, entry: str = "state_dict") -> dict[str, torch.Tensor]:
-    """The state dict in an original `.pth`, under the key `entry` or as a whole. Executes nothing.
-
-    Raises:
-        ValueError: no such file, a truncated file, a wrong checksum, a pickle that asks for anything but tensors and
-            plain values, a file without a state dict, a weight that is no plain array of numbers.
-    """
-    path = Path(path)
-    shown = printable(path, 300)
-    try:
-        file = TorchFile(path)
-    except FileNotFoundError:
-        raise ValueError(f"{shown}: no such file.") from None
-    except NotAPlainCheckpoint as error:
-        raise ValueError(
-            f"{shown} was refused: {error}, which is no part of a plain checkpoint of tensors; loading "
-            "it the usual way could run code. If you trust where it comes from, load it there and save its state_dict "
-            "alone."
-        ) from error
-    except ValueError as error:
-        if str(error).startswith(printable(path)):
-            raise
-        raise ValueError(f"{shown} cannot be read: {error}.") from error
-
-    content = file.content
-    if isinstance(content, dict) and isinstance(content.get(entry), (dict, TensorEntry)):
-        content = content[entry]
-    if not isinstance(content, dict) or not content:
-        raise ValueError(f"{shown} holds no state dict: neither under the key `{entry}` nor as a whole.")
-    state_dict = {}
-    for key, value in content.items():
-        if isinstance(value, ArrayEntry):  # detectron2 writes some weights as numpy's arrays
-            array = value.array()
-            value = None if array is None else torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))
-        if not isinstance(key, str) or not isinstance(value, (TensorEntry, torch.Tensor)):
-            raise ValueError(
-                f"{shown} holds no state dict: neither under the key `{entry}` nor as a whole (the "
-                f"entry `{printable(key)}` is no tensor)."
-            )
-        try:
-            state_dict[key] = value if isinstance(value, torch.Tensor) else file.tensor(value)
-        except ValueError as error:
-            raise ValueError(f"{shown}: `{printable(key)}` {error}.") from error
-    return state_dict
-
-
-# Python's own implementation: the one in C reserves memory for whatever number a file gives to an object.
-class VocabularyReader(pickle._Unpickler):
-    """Reads the original's `vocab.pkl` into inert stand-ins for its four names; any other name is refused."""
-
-    def __init__(self, file: BinaryIO, path: Path) -> None:
-        super().__init__(file)
-        self.path = path
-        # Made anew for each file, so that nothing a file does to them outlives it.
-        self.stand_ins = {
-            ("data.vocab", "Vocab"): type("Vocab", (), {}),
-            ("data.vocab", "_default_unk_index"): type("DefaultUnknownIndex", (), {}),
-            ("collections", "Counter"): type("Counter", (dict,), {}),
-            ("collections", "defaultdict"): type("DefaultDict", (dict,), {"__init__": lambda self, factory: None}),
-        }
-
-    def find_class(self, module: str, name: str) -> type:
-        if (module, name) not in self.stand_ins:
-            asked_for = printable(f"{module}.{name}")
-            raise ValueError(
-                f"{self.path} was refused: it is a pickle that asks for `{asked_for}`, which "
-                "the original's vocabulary does not. Loading it the usual way could run code."
-            )
-        return self.stand_ins[module, name]
-
-    def persistent_load(self, pid: object) -> None:
-        raise ValueError(f"{self.path} was refused: the original's vocabulary has no persistent objects.")
-
-
-def read_vocabulary(path: str | Path) -> list[str]:
-    """The tokens of an original `vocab.pkl`, or of a `vocab.json`, in the order of their ids.
-
-    A `vocab.json` is a list, an object of token to id, or an object whose `itos` is the list (as GRIT writes it).
-
-    Raises:
-        ValueError: no such file, a pickle that asks for other names, a damaged file, ids with gaps or duplicates.
-    """
-    path = Path(path)
-    shown = printable(path, 300)
-    try:
-        size = check_regular_file(path).st_size
-    except FileNotFoundError:
-        raise ValueError(f"{shown}: no such file.") from None
-    if size > VOCABULARY_SIZE_LIMIT:
-        raise ValueError(f"{shown}: {size:,} bytes, which no vocabulary has.")
-    if path.suffix == ".json":
-        tokens = read_json(path)
-        if isinstance(tokens, dict) and isinstance(tokens.get("itos"), list):
-            tokens = tokens["itos"]
-        if not isinstance(tokens, (dict, list)):
-            raise ValueError(
-                f"{shown} is no vocabulary: a list of tokens in the order of their ids, an object of token to id, or "
-                "an object with such a list as `itos`."
-            )
-        try:
-            vocabulary = DifnetTokenizer(vocab=tokens).get_vocab()
-        except ValueError as error:
-            raise ValueError(f"{shown}: {printable(str(error).removeprefix('vocab: '), 300)}") from error
-        return sorted(vocabulary, key=vocabulary.get)
-    try:
-        with path.open("rb") as file:
-            tokens = getattr(VocabularyReader(file, path).load(), "itos", None)
-    except Exception as error:
-        if str(error).startswith(str(path)):
-            raise
-        said = printable(" ".join(str(error).split()), 160)
-        raise ValueError(f"{shown} cannot be read: the file is damaged or is no `vocab.pkl` ({said}).") from error
-    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-        raise ValueError(f"{shown} holds no list of tokens (`itos`).")
-    return tokens
-
-
 def convert(
     checkpoint: str | Path,
     output: str | Path,
@@ -503,7 +270,7 @@ def convert(
     fusion_iterations: int = 2,
     overwrite: bool = False,
     license: str | None = None,
-) -> Conversion:
+) -> Conversion[DifnetForConditionalGeneration]:
     """Makes a folder for `from_pretrained` of an original checkpoint: model, generation, processor, code, card.
 
     Args:
@@ -514,13 +281,16 @@ def convert(
         overwrite: whether a folder that exists may be replaced.
         license: of the weights, as the Hub abbreviates it, for the model card; it says nothing by default.
 
+    Returns:
+        What was converted; `key_report` makes a table of it.
+
     Raises:
         ValueError: as `load_original_checkpoint`, `read_vocabulary` and `convert_state_dict`; a vocabulary of another
             size than the embedding; an output that exists.
     """
     output = Path(output)
     check_license(license)
-    refuse_to_replace(output, overwrite, [checkpoint, vocab])
+    check_output(output, overwrite, [checkpoint, vocab])
     conversion = convert_state_dict(
         load_original_checkpoint(checkpoint), num_heads, fusion_layers, fusion_iterations, name=str(checkpoint)
     )
@@ -532,24 +302,14 @@ def convert(
                 f"{vocab} has {len(tokens)} tokens, but {checkpoint} embeds {config.vocab_size}: they do not belong "
                 "together. Give the vocabulary that the model was trained with."
             )
-        for name, token in SPECIAL_TOKENS.items():
-            if tokens.count(token) != 1:
-                raise ValueError(
-                    f"{vocab} has {'no token' if token not in tokens else 'several tokens'} `{token}`, so it is no "
-                    "vocabulary of DIFNet."
-                )
-            setattr(config, name, tokens.index(token))
-        config.decoder_start_token_id = config.bos_token_id
-        processor = DifnetProcessor(
-            DifnetFeatureExtractor(
-                grid_feature_size=config.grid_feature_size, num_segmentation_classes=config.num_segmentation_classes
-            ),
-            DifnetTokenizer(vocab=tokens, model_max_length=config.max_position_embeddings),
+        set_special_tokens(config, tokens, vocab)
+        extractor = DifnetFeatureExtractor(
+            grid_feature_size=config.grid_feature_size, num_segmentation_classes=config.num_segmentation_classes
         )
-
+        tokenizer = DifnetTokenizer(vocab=tokens, model_max_length=config.max_position_embeddings)
+        processor = DifnetProcessor(extractor, tokenizer)
     model = conversion.model()
     model.generation_config = default_generation_config(config)
-
     with atomic_output(output, overwrite) as unfinished:
         model.save_pretrained(unfinished)
         if processor is not None:
@@ -563,29 +323,47 @@ def convert(
     return conversion
 
 
+def set_special_tokens(config: DifnetConfig, tokens: Sequence[str], source: str | os.PathLike) -> None:
+    """Writes the ids of the special tokens into a configuration.
+
+    Args:
+        config: is changed.
+        tokens: the vocabulary in the order of its ids.
+        source: the vocabulary's file, for the message.
+
+    Raises:
+        ValueError: a special token is not there, or several times.
+    """
+    for name, token in SPECIAL_TOKENS.items():
+        if tokens.count(token) != 1:
+            raise ValueError(
+                f"{source} has {'no token' if token not in tokens else 'several tokens'} `{token}`, so it is no "
+                "vocabulary of DIFNet."
+            )
+        setattr(config, name, tokens.index(token))
+    config.decoder_start_token_id = tokens.index("<bos>")
+
+
 def convert_grid_backbone(
     checkpoint: str | Path, output: str | Path, depths: Sequence[int] | None = None, overwrite: bool = False
-) -> GridBackboneConversion:
+) -> Conversion[GridFeatureBackbone]:
     """Makes a folder for `GridFeatureBackbone.from_pretrained` of a weights file of grid-feats-vqa.
 
-    The arguments are those of `convert`, and `depths` those of `convert_detectron2_state_dict`.
+    Args:
+        checkpoint: the detector's `.pth`, whose name and SHA-256 the folder's `config.json` records.
+        output, overwrite: as in `convert`.
+        depths: as in `convert_detectron2_state_dict`.
+
+    Returns:
+        What was converted.
 
     Raises:
         ValueError: as `load_original_checkpoint` and `convert_detectron2_state_dict`; an output that exists.
     """
     checkpoint, output = Path(checkpoint), Path(output)
-    refuse_to_replace(output, overwrite, [checkpoint])
-    state_dict, file_keys, wrappers = without_wrappers(load_original_checkpoint(checkpoint, "model"), str(checkpoint))
-    if depths is not None and not 4 <= sum(depths) <= len(state_dict):  # before a network of that many is built
-        raise ValueError(
-            f"--depth {' '.join(map(printable, depths))}: {printable(checkpoint, 300)} has {len(state_dict)} weights, "
-            "which is no network of that many blocks."
-        )
-    conversion = convert_detectron2_state_dict(state_dict, depths, str(checkpoint))
-    conversion.mapped = {file_keys[key]: ours for key, ours in conversion.mapped.items()}
-    conversion.dropped = {file_keys[key]: reason for key, reason in conversion.dropped.items()}
-    conversion.shapes = {file_keys[key]: shape for key, shape in conversion.shapes.items()}
-    conversion.wrappers = wrappers
+    check_output(output, overwrite, [checkpoint])
+    weights = load_original_checkpoint(checkpoint, "model")
+    conversion = convert_detectron2_state_dict(weights, depths, printable(checkpoint, 300))
     conversion.config.weights_source = checkpoint.name
     conversion.config.weights_sha256 = sha256_of(checkpoint)
     with atomic_output(output, overwrite) as unfinished:
@@ -598,28 +376,32 @@ def convert_back(
 ) -> dict[str, torch.Tensor]:
     """Writes a checkpoint folder as the original's `.pth`: `{"state_dict": ...}`, for its strict `load_state_dict`.
 
+    Args:
+        checkpoint: a folder, or the name of a repository on the Hub.
+        output: the file to write.
+        mode: as in `to_original_state_dict`.
+        overwrite: whether a file that exists may be replaced.
+
+    Returns:
+        The state dict that was written.
+
     Raises:
         ValueError: the folder holds no complete captioner, or the mode does not fit it; an output that exists.
     """
     output = Path(output)
-    refuse_to_replace(output, overwrite)
+    check_output(output, overwrite)
     model = load_model(checkpoint)
     state_dict = to_original_state_dict(model, mode)
     with atomic_output(output, overwrite) as unfinished:
-        # By way of memory: an error of PyTorch's own writer does not tell a full disk from a mistake.
+        # In memory first: an error of PyTorch's own writer does not tell a full disk from a mistake.
         content = io.BytesIO()
         torch.save({"state_dict": state_dict}, content)
         unfinished.write_bytes(content.getbuffer())
     return state_dict
 
 
-def written_at_once(output: Path) -> AbstractContextManager[Path]:
-    """`atomic_output` that replaces what is there, under the name that scripts know."""
-    return atomic_output(output, overwrite=True)
-
-
-def refuse_to_replace(output: Path, overwrite: bool, inputs: Sequence[str | Path | None] = ()) -> None:
-    """ValueError before the work begins, where `atomic_output` would refuse in the end, or lose an input.
+def check_output(output: Path, overwrite: bool, inputs: Sequence[str | Path | None] = ()) -> None:
+    """Raises ValueError before the work begins, where `atomic_output` would refuse in the end, or lose an input.
 
     Args:
         output: the folder or file to make.
@@ -628,95 +410,9 @@ def refuse_to_replace(output: Path, overwrite: bool, inputs: Sequence[str | Path
     """
     if os.path.lexists(output) and not overwrite and not (output.is_dir() and not any(output.iterdir())):
         raise ValueError(f"{printable(output, 300)} exists: nothing is replaced without `--overwrite`.")
-    for path in filter(None, inputs):
-        if output.is_dir() and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(output)):
+    for path in inputs if output.is_dir() else ():
+        if path is not None and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(output)):
             raise ValueError(
                 f"{printable(path, 300)} lies in {printable(output, 300)}, which `--overwrite` would replace. Choose "
                 "another output, or move the file."
             )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The command
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def main(arguments: list[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["grid-backbone"]:
-        return grid_backbone_main(arguments[1:])
-    parser = argparse.ArgumentParser(
-        prog="convert_checkpoint.py",
-        description=__doc__.split("\n\n", 1)[0],
-        epilog="\n\n".join(__doc__.split("\n\n")[1:]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--checkpoint", required=True, help="the original's .pth (with --to-original: a checkpoint folder)"
-    )
-    parser.add_argument("--output", required=True, help="folder to make (with --to-original: .pth to write)")
-    parser.add_argument("--vocab", help="the original's vocab.pkl, or a vocab.json; without it no processor is made")
-    parser.add_argument("--num-heads", type=int, default=8, help="attention heads (default: 8)")
-    parser.add_argument("--fusion-layers", type=int, default=1, help="the paper's Lf (default: 1)")
-    parser.add_argument("--fusion-iterations", type=int, default=2, help="the paper's T (default: 2)")
-    parser.add_argument("--to-original", action="store_true", help="convert a folder back to a .pth")
-    parser.add_argument(
-        "--mode", choices=MODES, help="with --to-original: whose keys to write (default: difnet_lrp, base)"
-    )
-    add_license_option(parser)
-    parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
-    add_debug_option(parser)
-    options = parser.parse_args(arguments)
-
-    def command() -> int:
-        if options.to_original:
-            state_dict = convert_back(options.checkpoint, options.output, options.mode, options.overwrite)
-            print(f"Wrote {len(state_dict)} keys to {options.output}")
-            return 0
-        conversion = convert(
-            options.checkpoint,
-            options.output,
-            options.vocab,
-            options.num_heads,
-            options.fusion_layers,
-            options.fusion_iterations,
-            options.overwrite,
-            options.license,
-        )
-        config = conversion.config
-        print(key_report(conversion))
-        print(
-            f"{'DIFNet' if config.use_segmentation else 'Baseline'} with {config.vocab_size} tokens, "
-            f"{config.encoder_layers} + {config.decoder_layers} layers, {config.encoder_attention_heads} heads"
-            + (f", Lf={config.fusion_layers}, T={config.fusion_iterations}" if config.use_segmentation else "")
-        )
-        print(f"Wrote {options.output}" + ("" if options.vocab else " (without a processor: no --vocab was given)"))
-        return 0
-
-    return run_command("convert_checkpoint.py", command, options.debug)
-
-
-def grid_backbone_main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="convert_checkpoint.py grid-backbone",
-        description="Converts X-101.pth, X-152.pth or R-50.pth of facebookresearch/grid-feats-vqa to a folder for "
-        "GridFeatureBackbone.from_pretrained.",
-    )
-    parser.add_argument("checkpoint", help="the detector's .pth")
-    parser.add_argument("--output", required=True, help="folder to make")
-    parser.add_argument(
-        "--depth", nargs=4, type=int, metavar="BLOCKS", help="blocks of the stages, for another network than these"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
-    add_debug_option(parser)
-    options = parser.parse_args(arguments)
-
-    def command() -> int:
-        conversion = convert_grid_backbone(options.checkpoint, options.output, options.depth, options.overwrite)
-        config = conversion.config
-        print(key_report(conversion))
-        print(f"Grid feature backbone, {config.depths} blocks, {config.groups} groups, deviation {config.image_std}")
-        print(f"Wrote {options.output} from {config.weights_source}, SHA-256 {config.weights_sha256}")
-        return 0
-
-    return run_command("convert_checkpoint.py", command, options.debug)

@@ -159,13 +159,19 @@ def path_inside(folder: str | os.PathLike, name: object) -> Path:
     return path
 
 
-def sha256_of(path: str | os.PathLike) -> str:
-    """The SHA-256 of a regular file, in hexadecimal digits."""
+def sha256_of(path: str | os.PathLike, update: Callable[[int], object] = lambda size: None) -> str:
+    """The SHA-256 of a regular file, in hexadecimal digits.
+
+    Args:
+        path: the file.
+        update: called with the number of bytes of each block, for a progress bar.
+    """
     check_regular_file(path)
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**20):
             digest.update(block)
+            update(len(block))
     return digest.hexdigest()
 
 

@@ -2,20 +2,25 @@
 
 The original (mrwu-mac/DIFNet, CVPR 2022) says nothing about a checkpoint beside its file name. Here every folder tells
 where its weights come from, how they were trained and what was measured, in the form that the Hub reads.
+
+Options are read from this file too (`license_option`): importing it imports neither Transformers nor huggingface_hub.
 """
 
+from __future__ import annotations
+
 import argparse
-import json
+import os
 import re
-import string
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import EvalResult, ModelCard
-
-from configuration_difnet import DifnetConfig
+from simple_parsing import field
 
 from .files import atomic_write, printable, read_json
+
+if TYPE_CHECKING:
+    from configuration_difnet import DifnetConfig
 
 # Names of `caption_metrics.score_captions` to the metric's id and its name in the literature.
 METRICS = {
@@ -26,19 +31,18 @@ METRICS = {
     "spice": ("spice", "SPICE"),
 }
 
-
+# What the Hub lists the model under. `image-to-text` is gone from Transformers 5, which sends it to this task; the
+# model is registered for `AutoModelForImageTextToText`.
 TASK = "image-text-to-text"
-"""What the Hub lists the model under. `image-to-text` is gone from Transformers 5, which sends it to this task; the
-model is registered for `AutoModelForImageTextToText`."""
 
 HUB_DATASET = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 
 
 def write_model_card(
-    folder: str | Path,
+    folder: str | os.PathLike,
     config: DifnetConfig,
     source: str,
-    results: str = "",
     training: str = "",
     dataset: str | None = None,
     license: str | None = None,
@@ -52,56 +56,58 @@ def write_model_card(
         folder: a checkpoint folder.
         config: the model's configuration.
         source: one sentence, where the weights come from.
-        results: a `model-index` block for the card's YAML head; empty as long as nothing was measured.
         training: a paragraph or more (Markdown) on how the weights were trained: data, recipe, and for self-critical
             training the samples and whether `<eos>` counts in the reward. Empty where that is not known.
-        dataset: what the weights learnt from. The YAML head names it if it is a dataset of the Hub (`user/name`); a
-            folder of that name makes it none.
+        dataset: what the model was trained on. The YAML head names it if it is a dataset of the Hub (`user/name`); if
+            there is a folder of that name, it is not.
         license: of the weights, as the Hub abbreviates it. By default the card makes no claim.
         grid_size: cells along one side of the grid; by default that of the processor in `folder`, if there is one.
         grid_backbone: what made the grid features, such as "the ResNeXt-101 of grid-feats-vqa", where that is known.
         segmentation: what made the segmentation maps, where that is known.
 
     Raises:
-        ValueError: the licence is no abbreviation.
+        ValueError: the license is no abbreviation.
     """
+    import jinja2
+
     check_license(license)
-    grid_size = grid_size or _grid_size_of(Path(folder))
+    folder = Path(folder)
     is_on_hub = dataset is not None and HUB_DATASET.fullmatch(dataset) and not Path(dataset).exists()
-    arguments = ["grid_features=grid_features"]
-    if config.use_segmentation:
-        arguments.append("segmentation_features=segmentation_features")
-    card = string.Template(model_card_template().read_text(encoding="utf-8")).substitute(
-        # As strings in YAML, whatever the name.
-        license=f"license: {json.dumps(license)}\n" if license else "",
-        datasets=f"datasets:\n- {json.dumps(dataset)}\n" if is_on_hub else "",
+    template = jinja2.Environment(
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
+    ).from_string(Path(__file__).with_suffix(".md").read_text(encoding="utf-8"))
+    card = template.render(
+        config=config,
         task=TASK,
         source=source,
-        flows="grid features and a panoptic segmentation map" if config.use_segmentation else "grid features alone",
-        results=results.strip() + "\n" if results.strip() else "",
-        training=f"## Training\n\n{training.strip()}\n\n" if training.strip() else "",
-        sizes=_sizes(config),
-        examples=_examples(config, grid_size),
-        feature_arguments=", ".join(arguments),
-        segmentation_argument=", segmentation_model=.." if config.use_segmentation else "",
-        features=_features(config, grid_size, grid_backbone, segmentation),
+        training=training.strip(),
+        dataset=dataset if is_on_hub else None,
+        license=license,
+        grid_size=grid_size or _grid_size_of(folder),
+        grid_backbone=grid_backbone,
+        segmentation=segmentation,
     )
-    atomic_write(Path(folder, "README.md"), card)
+    atomic_write(folder / "README.md", card)
 
 
-def add_license_option(parser: argparse.ArgumentParser) -> None:
-    """The option `--license` of programs that write model cards."""
-    parser.add_argument(
-        "--license",
+def license_option(**settings: Any) -> Any:
+    """The field `license: str | None = license_option()` of programs that write model cards.
+
+    Args:
+        settings: further settings of `simple_parsing.field`, such as `group`.
+    """
+    return field(
+        default=None,
         type=_license_argument,
         metavar="NAME",
-        help="licence of the weights for the model card, as the Hub abbreviates it, e.g. apache-2.0 or cc-by-nc-4.0 "
+        help="license of the weights for the model card, as the Hub abbreviates it, e.g. apache-2.0 or cc-by-nc-4.0 "
         "(default: the card makes no claim)",
+        **settings,
     )
 
 
 def _license_argument(license: str) -> str:
-    """Found wrong before the work begins, not when the card is written."""
+    """`check_license` before the work begins, in the form that argparse shows."""
     try:
         check_license(license)
     except ValueError as error:
@@ -110,10 +116,10 @@ def _license_argument(license: str) -> str:
 
 
 def check_license(license: str | None) -> None:
-    """ValueError for a licence that is no abbreviation as the Hub has them."""
-    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]{0,63}", license):
+    """Raises ValueError for a license that is no abbreviation as the Hub has them."""
+    if license is not None and not HUB_LICENSE.fullmatch(license):
         raise ValueError(
-            f"{printable(license)} is no licence as the Hub abbreviates it: lower case without blanks, e.g. "
+            f"{printable(license)} is no license as the Hub abbreviates it: lower case without blanks, e.g. "
             "apache-2.0, mit, cc-by-nc-4.0 or other"
         )
 
@@ -129,49 +135,8 @@ def _grid_size_of(folder: Path) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def _sizes(config: DifnetConfig) -> str:
-    text = (
-        f"{config.encoder_layers} encoder and {config.decoder_layers} decoder layers, {config.d_model} wide, "
-        f"{config.encoder_attention_heads} attention heads"
-    )
-    if config.use_segmentation:
-        text += f", Lf = {config.fusion_layers}, T = {config.fusion_iterations}"
-    return f"{text}; vocabulary of {config.vocab_size:,} tokens"
-
-
-def _examples(config: DifnetConfig, grid_size: int | None) -> str:
-    side = grid_size or 7
-    lines = [f"grid_features = torch.zeros({side**2}, {config.grid_feature_size})"]
-    if config.use_segmentation:
-        lines.append(f"segmentation_features = torch.zeros({config.num_segmentation_classes}, {side}, {side})")
-    lines[0] += "  # in place of an image's features"
-    return "\n".join(lines)
-
-
-def _features(config: DifnetConfig, grid_size: int | None, grid_backbone: str | None, segmentation: str | None) -> str:
-    """What the model reads, and where such features come from."""
-    width, classes = config.grid_feature_size, config.num_segmentation_classes
-    cells = "cells" if grid_size is None else str(grid_size**2)
-    grid = "" if grid_size is None else f", the cells of a {grid_size} x {grid_size} grid row by row"
-    text = f"Inputs are features, not images: grid features `({cells}, {width})`{grid}, "
-    text += f"made by {grid_backbone}." if grid_backbone else "of the backbone that the weights were trained with."
-    if config.use_segmentation:
-        side = "height, width" if grid_size is None else f"{grid_size}, {grid_size}"
-        of_classes = f"COCO's {classes} panoptic classes" if classes == 133 else f"{classes} classes"
-        text += f" With them the share of each of {of_classes} in the same cells, `({classes}, {side})`"
-        text += f", made by {segmentation}." if segmentation else "."
-    if not grid_backbone:
-        text += " Which networks made the features of the training data is not recorded here."
-    return text
-
-
-def model_card_template() -> Path:
-    """The template of the card, which comes with the package."""
-    return Path(__file__).with_name("model_card.md")
-
-
 def update_results(
-    folder: str | Path, scores: Mapping[str, float], *, dataset: str, split: str, decoding: str, num_beams: int
+    folder: str | os.PathLike, scores: Mapping[str, float], *, dataset: str, split: str, decoding: str, num_beams: int
 ) -> None:
     """Fills the `model-index` of an existing card: what was measured, on what, and how the captions were made.
 
@@ -183,18 +148,20 @@ def update_results(
         scores: as `caption_metrics.score_captions` gives them; other names are left out.
         dataset: name of the data.
         split: its split.
-        decoding: `original` (the original's beam search) or `library`.
+        decoding: `original` (the original implementation's beam search) or `transformers`.
         num_beams: beams of the search.
 
     Raises:
         ValueError: there is no card, or its YAML head cannot be read.
     """
+    from huggingface_hub import EvalResult, ModelCard
+
     path = Path(folder, "README.md")
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; a card is written by convert_checkpoint.py and scripts/train.py.")
+        raise ValueError(f"{path}: no such file; difnet convert and difnet train write one.")
     try:
         card = ModelCard.load(path)
-    except Exception as error:  # yaml's own errors have no common base with the library's
+    except Exception as error:  # errors of yaml and huggingface_hub have no common base
         raise ValueError(f"{path}: the card's YAML head cannot be read ({' '.join(str(error).split())}).") from error
     measured = [
         EvalResult(

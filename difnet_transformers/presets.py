@@ -1,6 +1,9 @@
-"""Sizes of networks other than the paper's, which are the defaults of `DifnetConfig`."""
+"""Names and sizes that options offer. The paper's sizes are the defaults of `DifnetConfig`."""
 
 from __future__ import annotations
+
+# The original's variants of the network, each a package of its own there (`models/`).
+MODES = ("base", "base_lrp", "difnet", "difnet_lrp")
 
 # The paper's sizes are for 113,000 images. With a few hundred this network learns as much, in minutes on a CPU.
 SMALL_NETWORK = {

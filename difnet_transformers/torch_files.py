@@ -1,9 +1,11 @@
-"""Reads what `torch.save` wrote without running anything that the file asks for.
+"""Reads what `torch.save` wrote without executing anything that the file asks for.
 
-A `.pth` is a pickle with the numbers beside it, in a zip archive (PyTorch 1.6 and newer) or behind it in one stream
-(before). The pickle is read into inert stand-ins: a name on the lists below becomes a stand-in that does nothing, any
-other name ends the reading and is named. Numbers are read only for the tensors that are asked for, after sizes,
+A `.pth` is a pickle with the tensors' values beside it, in a zip archive (PyTorch 1.6 and newer) or behind it in one
+stream (before). The pickle is read into stand-ins: a name on the lists below becomes an object that does nothing, any
+other name ends the reading and is reported. Values are read only for the tensors that are asked for, after sizes,
 offsets, strides and (in archives) checksums were compared with what the file holds, none of which `torch.load` does.
+
+The original (mrwu-mac/DIFNet, CVPR 2022) calls `torch.load`, which runs whatever code the file names.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal, cast
 
 import numpy as np
 import torch
@@ -25,7 +27,7 @@ import torch
 from .files import check_regular_file, printable
 
 LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
-PICKLE_SIZE_LIMIT = 2**28  # bytes; the numbers lie elsewhere, so that 1 MB is a long one
+PICKLE_SIZE_LIMIT = 2**28  # bytes; without the values, so that 1 MB is a long one
 LARGEST_EXPANSION = 4  # an archive unpacks to so many times its own size: floating point weights hardly shrink
 NUM_EXPANDED = 2**20  # elements that a tensor may have beyond those in its storage (`expand`)
 
@@ -46,19 +48,19 @@ STORAGE_DTYPES = {
 }
 QUANTIZED_STORAGES = {"QInt8Storage", "QUInt8Storage", "QInt32Storage", "QUInt4x2Storage", "QUInt2x4Storage"}
 
-# Functions that make tensors which are no plain arrays of numbers, to what messages call them.
+# Functions that make tensors which are no plain arrays, to what messages call them.
 UNSUPPORTED_TENSORS = {
     "_rebuild_sparse_tensor": "a sparse tensor",
     "_rebuild_sparse_csr_tensor": "a sparse tensor",
     "_rebuild_nested_tensor": "a nested tensor",
     "_rebuild_qtensor": "a quantized tensor",
     "_rebuild_meta_tensor_no_storage": "a meta tensor, which has no values",
-    "_rebuild_device_tensor_from_numpy": "a tensor of a device of its own",
-    "_rebuild_device_tensor_from_cpu_tensor": "a tensor of a device of its own",
-    "_rebuild_wrapper_subclass": "a tensor of a class of its own",
+    "_rebuild_device_tensor_from_numpy": "a tensor of a custom device",
+    "_rebuild_device_tensor_from_cpu_tensor": "a tensor of a custom device",
+    "_rebuild_wrapper_subclass": "a tensor of a custom class",
 }
 
-# Classes of things that training scripts keep beside the weights. Their content is not looked at.
+# Classes of objects that training scripts save beside the weights. Their content is not looked at.
 HARMLESS_CLASSES = {
     module: frozenset(names.split())
     for module, names in {
@@ -86,7 +88,7 @@ HARMLESS_CLASSES = {
         "uuid": "UUID",
     }.items()
 }
-# Functions that restore such things.
+# Functions that restore such objects.
 HARMLESS_FUNCTIONS = {
     "copyreg": {"_reconstructor"},
     "numpy.random._pickle": {"__bit_generator_ctor", "__generator_ctor", "__randomstate_ctor"},
@@ -111,7 +113,7 @@ class NotAPlainCheckpoint(ValueError):
 
 
 class Inert:
-    """A thing whose content is of no interest. Takes whatever a pickle gives to it."""
+    """An object whose content is not needed. Takes whatever a pickle gives to it."""
 
     def __new__(cls, *args: object, **kwargs: object) -> Inert:
         return super().__new__(cls)
@@ -150,7 +152,7 @@ class Dictionary(dict):
 
 
 class Function:
-    """A function that a pickle names, by one of ours."""
+    """One of the functions of this file in place of one that a pickle names."""
 
     __slots__ = ("_function",)
 
@@ -174,10 +176,10 @@ class StorageType:
 
 @dataclass(eq=False)
 class Storage:
-    """Numbers somewhere in the file."""
+    """Values of one or more tensors, somewhere in the file."""
 
     key: str
-    dtype: torch.dtype | None
+    dtype: torch.dtype | None  # None where it is quantized
     num_elements: int
     location: str
     offset: int = 0  # in elements, of a view of an old file
@@ -203,7 +205,7 @@ class TensorEntry:
     unsupported: str | None = None
 
     def __setstate__(self, state: object) -> None:
-        pass  # attributes that somebody gave to a tensor
+        pass  # attributes that a program gave to a tensor
 
 
 class ArrayType:
@@ -211,11 +213,11 @@ class ArrayType:
 
     def __init__(self, name: object = None, *args: object) -> None:
         self.name = name
-        self.order: Any = "="
+        self.order: Literal["<", ">", "=", "|"] = "="
 
     def __setstate__(self, state: object) -> None:
         if isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">", "=", "|"):
-            self.order = state[1]
+            self.order = cast(Literal["<", ">", "=", "|"], state[1])
 
     def numeric(self) -> np.dtype | None:
         """The type, if it is one of numbers."""
@@ -230,7 +232,7 @@ class ArrayType:
 class ArrayEntry:
     """A `numpy.ndarray` or scalar of the file, not made yet."""
 
-    def __init__(self, dtype: object = None, content: object = None, shape: Any = (), order: Any = "C") -> None:
+    def __init__(self, dtype: object = None, content: object = None, shape: object = (), order: object = "C") -> None:
         self.dtype, self.content, self.shape, self.order = dtype, content, shape, order
 
     def __setstate__(self, state: object) -> None:
@@ -241,12 +243,14 @@ class ArrayEntry:
     def array(self) -> np.ndarray | None:
         """The array, or `None` where it holds no numbers or is damaged."""
         dtype = self.dtype.numeric() if isinstance(self.dtype, ArrayType) else None
-        is_shape = isinstance(self.shape, tuple) and all(type(size) is int and size >= 0 for size in self.shape)
-        if dtype is None or not is_shape or not isinstance(self.content, (bytes, bytearray)):
+        shape, order = self.shape, "F" if self.order == "F" else "C"
+        if not isinstance(shape, tuple) or not all(type(size) is int and size >= 0 for size in shape):
             return None
-        if len(self.content) != dtype.itemsize * math.prod(self.shape):
+        if dtype is None or not isinstance(self.content, (bytes, bytearray)):
             return None
-        return np.frombuffer(self.content, dtype).reshape(self.shape, order=self.order)
+        if len(self.content) != dtype.itemsize * math.prod(shape):
+            return None
+        return np.frombuffer(self.content, dtype).reshape(shape, order=cast(Literal["C", "F"], order))
 
 
 # The pickle
@@ -275,7 +279,7 @@ class CheckpointUnpickler(pickle._Unpickler):
         if name in HARMLESS_FUNCTIONS.get(module, ()):
             return Function(lambda *args: Inert())
         if module == "_codecs" and name == "encode":
-            return Function(encoded)
+            return Function(encode_text)
         if module in ("torch", "torch.cuda", "torch.storage") and name in QUANTIZED_STORAGES:
             return StorageType(None)
         if module in ("torch", "torch.cuda", "torch.storage") and name in STORAGE_DTYPES:
@@ -290,9 +294,9 @@ class CheckpointUnpickler(pickle._Unpickler):
             if name in UNSUPPORTED_TENSORS:
                 return Function(lambda *args: TensorEntry(unsupported=UNSUPPORTED_TENSORS[name]))
             functions = {
-                "_rebuild_tensor": rebuilt_tensor,
-                "_rebuild_tensor_v2": rebuilt_tensor,
-                "_rebuild_tensor_v3": rebuilt_tensor_with_dtype,
+                "_rebuild_tensor": rebuild_tensor,
+                "_rebuild_tensor_v2": rebuild_tensor,
+                "_rebuild_tensor_v3": rebuild_tensor_with_dtype,
                 "_rebuild_parameter": lambda data, *args: data,
                 "_rebuild_parameter_with_state": lambda data, *args: data,
             }
@@ -334,22 +338,20 @@ class CheckpointUnpickler(pickle._Unpickler):
         return storage
 
 
-def encoded(text: object, encoding: object = "utf-8", *args: object) -> bytes:
-    """How pickles of protocol 2 write bytes."""
+def encode_text(text: object, encoding: object = "utf-8", *args: object) -> bytes:
+    """Bytes, as pickles of protocol 2 write them."""
     if not isinstance(text, str) or encoding not in ("latin1", "latin-1", "utf-8", "ascii"):
         raise pickle.UnpicklingError("no bytes in text")
     return text.encode(encoding)
 
 
-def rebuilt_tensor(
-    storage: object, offset: Any, shape: Any, stride: Any, requires_grad: object = False,
+def rebuild_tensor(
+    storage: object, offset: object, shape: object, stride: object, requires_grad: object = False,
     hooks: object = None, metadata: object = None, dtype: torch.dtype | None = None,
 ) -> TensorEntry:  # fmt: skip
     if not isinstance(storage, Storage) or type(offset) is not int:
         raise pickle.UnpicklingError("a tensor without a storage")
-    for sizes in (shape, stride):
-        if not isinstance(sizes, tuple) or len(sizes) > 64 or not all(type(size) is int for size in sizes):
-            raise pickle.UnpicklingError("a tensor without a shape")
+    shape, stride = _integers(shape), _integers(stride)
     unsupported = None
     if metadata:
         unsupported = "a conjugated or negated view"
@@ -360,27 +362,33 @@ def rebuilt_tensor(
     return TensorEntry(storage, storage.offset + offset, shape, stride, dtype or storage.dtype, unsupported)
 
 
-def rebuilt_tensor_with_dtype(
+def _integers(sizes: object) -> tuple[int, ...]:
+    if not isinstance(sizes, tuple) or len(sizes) > 64 or not all(type(size) is int for size in sizes):
+        raise pickle.UnpicklingError("a tensor without a shape")
+    return sizes
+
+
+def rebuild_tensor_with_dtype(
     storage: object, offset: object, shape: object, stride: object, requires_grad: object = False,
     hooks: object = None, dtype: object = None, metadata: object = None,
 ) -> TensorEntry:  # fmt: skip
     if not isinstance(dtype, torch.dtype):
         raise pickle.UnpicklingError("a tensor without a type")
-    return rebuilt_tensor(storage, offset, shape, stride, requires_grad, hooks, metadata, dtype)
+    return rebuild_tensor(storage, offset, shape, stride, requires_grad, hooks, metadata, dtype)
 
 
 # The file
 
 
 class TorchFile:
-    """What `torch.save` wrote into a file, in stand-ins; `tensor` reads the numbers of one.
+    """What `torch.save` wrote into a file, in stand-ins; `tensor` reads the values of one.
 
     Args:
         path: the file.
 
     Attributes:
         content: the object that was saved: plain Python values, `Dictionary`, `TensorEntry`, `ArrayEntry`, and
-            `Inert` for everything else that is harmless.
+            `Inert` for every other name on the lists.
 
     Raises:
         NotAPlainCheckpoint: the pickle asks for something that is on no list.
@@ -399,7 +407,7 @@ class TorchFile:
             if start.startswith(b"PK"):
                 self.content = self._open_archive()
             else:
-                refuse_other_formats(self.path, start)
+                check_format(self.path, start)
                 self.content = self._open_stream(file)
 
     def _open_archive(self) -> object:
@@ -431,17 +439,17 @@ class TorchFile:
             raise
         except Exception as error:  # of zipfile, zlib, bz2 and lzma
             raise ValueError(f"the file is truncated or damaged ({printable(str(error))})") from error
-        content = _loaded(unpickler)
+        content = _load(unpickler)
 
         def read(storage: Storage) -> bytes:
             try:
                 member = members[f"{folder}data/{storage.key}"]
             except KeyError:
-                raise ValueError(f"it lacks the numbers `data/{printable(storage.key)}`") from None
-            num_bytes = storage.num_bytes
-            if member.file_size != num_bytes:
+                raise ValueError(f"it lacks the values `data/{printable(storage.key)}`") from None
+            if member.file_size != storage.num_bytes:
                 raise ValueError(
-                    f"`data/{printable(storage.key)}` has {member.file_size:,} bytes where {num_bytes:,} are expected"
+                    f"`data/{printable(storage.key)}` has {member.file_size:,} bytes where {storage.num_bytes:,} are "
+                    "expected"
                 )
             with zipfile.ZipFile(self.path) as archive:
                 return archive.read(member)
@@ -451,7 +459,7 @@ class TorchFile:
 
     def _open_stream(self, file: BinaryIO) -> object:
         def next_object() -> object:
-            return _loaded(CheckpointUnpickler(file))
+            return _load(CheckpointUnpickler(file))
 
         if next_object() != LEGACY_MAGIC or next_object() != LEGACY_PROTOCOL:
             raise ValueError("it is a pickle that torch.save did not write")
@@ -459,7 +467,7 @@ class TorchFile:
         if not isinstance(system, dict) or system.get("little_endian") is not True:
             raise ValueError("it was written on a big-endian machine; save it again on another one")
         unpickler = CheckpointUnpickler(file)
-        content = _loaded(unpickler)
+        content = _load(unpickler)
         keys = next_object()
         if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
             raise ValueError("the file is damaged (no list of storages)")
@@ -478,7 +486,7 @@ class TorchFile:
 
         def read(storage: Storage) -> bytes:
             if storage.key not in places:
-                raise ValueError(f"it lacks the numbers of the storage {printable(storage.key)}")
+                raise ValueError(f"it lacks the values of the storage {printable(storage.key)}")
             with self.path.open("rb") as stream:
                 stream.seek(places[storage.key])
                 return stream.read(storage.num_bytes)
@@ -487,10 +495,13 @@ class TorchFile:
         return content
 
     def tensor(self, entry: TensorEntry) -> torch.Tensor:
-        """The numbers of a tensor.
+        """A tensor with its values.
+
+        Args:
+            entry: a tensor of `content`.
 
         Raises:
-            ValueError: it is no plain array of numbers, or lies outside what the file holds.
+            ValueError: it is no plain array, or lies outside what the file holds.
         """
         if entry.unsupported is not None:
             raise ValueError(f"is {entry.unsupported}; save it as an ordinary one")
@@ -504,7 +515,7 @@ class TorchFile:
         last = entry.offset + sum((n - 1) * step for n, step in zip(entry.shape, entry.stride, strict=True))
         if (size and last >= num_elements) or size > num_elements + NUM_EXPANDED:
             raise ValueError(
-                f"has the shape {printable(entry.shape)}, for which the file holds too few numbers ({num_elements:,})"
+                f"has the shape {printable(entry.shape)}, for which the file holds too few values ({num_elements:,})"
             )
         if size == 0:
             if max(entry.shape) > NUM_EXPANDED:
@@ -515,12 +526,17 @@ class TorchFile:
             if len(content) != storage.num_bytes:
                 raise ValueError("is cut: the file is truncated")
             self._tensors[storage.key] = torch.frombuffer(content, dtype=torch.uint8)
-        numbers = self._tensors[storage.key][: num_elements * dtype.itemsize].view(dtype)
-        return numbers.as_strided(entry.shape, entry.stride, entry.offset)
+        values = self._tensors[storage.key][: num_elements * dtype.itemsize].view(dtype)
+        return values.as_strided(entry.shape, entry.stride, entry.offset)
 
 
-def refuse_other_formats(path: Path, start: bytes) -> None:
-    """ValueError for files that are often given by mistake, with what they are."""
+def check_format(path: Path, start: bytes) -> None:
+    """Raises ValueError for files that are often given by mistake, with what they are.
+
+    Args:
+        path: the file.
+        start: its first 512 bytes.
+    """
     if start.startswith(b"version https://git-lfs"):
         raise ValueError("it is the pointer of Git LFS to a file; `git lfs pull` brings the file itself")
     if start.lstrip()[:1] == b"<":
@@ -552,15 +568,13 @@ def is_tar(path: Path) -> bool:
         return False
 
 
-def _loaded(unpickler: CheckpointUnpickler) -> Any:
+def _load(unpickler: CheckpointUnpickler) -> Any:
     try:
         return unpickler.load()
-    except NotAPlainCheckpoint:
-        raise
-    except OSError:
+    except (NotAPlainCheckpoint, OSError):
         raise
     except Exception as error:  # a damaged pickle fails in any way
-        said = printable(" ".join(str(error).split()), 160)
+        reason = printable(" ".join(str(error).split()), 160)
         raise ValueError(
-            f"the file is truncated or is no checkpoint of PyTorch ({type(error).__name__}: {said})"
+            f"the file is truncated or is no checkpoint of PyTorch ({type(error).__name__}: {reason})"
         ) from error

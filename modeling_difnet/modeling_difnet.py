@@ -329,6 +329,7 @@ class DifnetPositionTable(nn.Module):
 
 
 class DifnetPreTrainedModel(PreTrainedModel):
+    config: DifnetConfig
     config_class = DifnetConfig
     base_model_prefix = "model"
     main_input_name = "grid_features"

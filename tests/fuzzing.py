@@ -42,7 +42,7 @@ from convert_checkpoint import default_generation_config, to_original_state_dict
 from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration
 from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer
 
-MARKER = "this-was-run"  # what a payload makes in the current folder when somebody runs it
+MARKER = "this-was-run"  # the file that a payload makes in the current folder when it is run
 SECONDS = 20.0  # the longest that a program may take for a tiny broken file
 MEMORY = 3 * 2**30  # bytes that a run may ask for beside what the tests hold already
 LONGEST_MESSAGE = 4000  # characters
@@ -171,7 +171,7 @@ def dumped(document: Any) -> bytes:
     return text.encode()
 
 
-# Pickles that would run something
+# Pickles that would run code
 
 
 class Runs:
@@ -547,12 +547,12 @@ def images() -> dict[str, bytes]:
         "WEBP frames": (image, "WEBP", {"save_all": True, "append_images": [image.rotate(90)]}),
         "WEBP lossless": (image, "WEBP", {"lossless": True, "exif": exif}),
     }
-    for name, (picture, form, options) in variants.items():
+    for name, (image, form, options) in variants.items():
         buffer = io.BytesIO()
         if form == "MSP" or form == "XBM":
-            picture = picture.convert("1")
+            image = image.convert("1")
         with contextlib.suppress(KeyError, OSError, ValueError):  # this Pillow does not write it
-            picture.save(buffer, form, **options)
+            image.save(buffer, form, **options)
             files[name] = buffer.getvalue()
     return files
 
@@ -678,7 +678,7 @@ def memory_limit(more: int) -> Iterator[None]:
 
 
 class Sandbox:
-    """A place to run a program in, of which everything but `output` must stay as it is.
+    """A folder to run a program in; nothing in it but `output` may change.
 
     Args:
         folder: an empty folder. `input` and `output` lie some folders below it, so that names such as
@@ -730,7 +730,7 @@ class Sandbox:
             os.chdir(where)
         result.stdout, result.stderr = (stream.buffer.getvalue().decode("utf-8", "replace") for stream in streams)
         if result.error is None:
-            self._judge(result, names)
+            self._check_outcome(result, names)
         if any(self.folder.rglob(MARKER)):
             result.faults.append("a payload was run")
         after = snapshot(self.folder, self.output)
@@ -740,7 +740,7 @@ class Sandbox:
         return result
 
     @staticmethod
-    def _judge(result: Result, names: tuple[str, ...]) -> None:
+    def _check_outcome(result: Result, names: tuple[str, ...]) -> None:
         printed = result.stdout + result.stderr
         if "Traceback (most recent call last)" in printed:
             result.faults.append("a traceback is printed")
@@ -870,7 +870,7 @@ def write_annotations(folder: Path, form: str) -> Path:
     return folder
 
 
-def write_pictures(folder: Path, ids: list[int]) -> Path:
+def write_images(folder: Path, ids: list[int]) -> Path:
     folder.mkdir(parents=True)
     for image_id in ids:
         small_image().save(folder / f"{image_id:012d}.jpg")
@@ -878,7 +878,7 @@ def write_pictures(folder: Path, ids: list[int]) -> Path:
 
 
 def write_regions(folder: Path, ids: list[int]) -> None:
-    """Of the pictures: `instances.json`, `panoptic.json` with its PNGs, and the folder `labels`."""
+    """Of the images: `instances.json`, `panoptic.json` with its PNGs, and the folder `labels`."""
     images = coco_captions(ids)["images"]
     square = [[2, 2, 12, 2, 12, 12, 2, 12]]
     forms = [square, {"size": [16, 24], "counts": [100, 50, 234]}, {"size": [16, 24], "counts": "T32d;0000000"}]
@@ -939,7 +939,7 @@ def write_original(folder: Path) -> None:
 
 def write_packed(folder: Path, sizes: dict[str, int] | None = None) -> Path:
     """A packed dataset, written by the program."""
-    from difnet_transformers.data import pack as pack_coco
+    from difnet_transformers.cli import pack as pack_coco
 
     with tempfile.TemporaryDirectory() as place:
         source = write_features(Path(place, "features"), IDS)

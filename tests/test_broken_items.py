@@ -26,13 +26,13 @@ from fuzzing import (
     write_json,
 )
 from test_images import noise
-from test_images import save_captioner as save_picture_captioner
+from test_images import save_captioner as save_image_captioner
 
 from caption_metrics.__main__ import main as score_main
 from difnet_transformers.cli import caption, explain
 from difnet_transformers.cli import evaluate as evaluate_captions
 from difnet_transformers.cli import extract as extract_features
-from difnet_transformers.data import pack as pack_coco
+from difnet_transformers.cli import pack as pack_coco
 from difnet_transformers.data.packed_dataset import encode_segmentation, packed_features
 
 REPOSITORY = Path(__file__).parent.parent
@@ -65,16 +65,16 @@ def assert_each_is_named_once(printed: str, broken: list[int] = BROKEN) -> None:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("images") / "pictures"
+def images(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("broken") / "images"
     folder.mkdir()
     for image_id in IDS:
         noise(image_id).save(folder / f"{image_id:012d}.jpg")
-    break_pictures(folder)
+    break_images(folder)
     return folder
 
 
-def break_pictures(folder: Path, end: str = ".jpg") -> None:
+def break_images(folder: Path, end: str = ".jpg") -> None:
     """Cut in the middle, empty, a text, a document that would start a program, and a huge image of a few bytes."""
     paths = [folder / f"{image_id:012d}{end}" for image_id in BROKEN]
     content = paths[0].read_bytes()
@@ -89,29 +89,29 @@ def break_pictures(folder: Path, end: str = ".jpg") -> None:
 
 
 @pytest.fixture(scope="module")
-def picture_captioner(tmp_path_factory) -> Path:
+def image_captioner(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("captioner")
-    save_picture_captioner(folder)
+    save_image_captioner(folder)
     return folder
 
 
 @pytest.mark.parametrize(("options", "code"), [([], 0), (["--strict"], 2)])
-def test_captions_of_images(pictures, picture_captioner, tmp_path, capsys, options, code):
-    arguments = [pictures, "--model", picture_captioner, "--untrained", "--device", "cpu", "--num-beams", 1]
+def test_captions_of_images(images, image_captioner, tmp_path, capsys, options, code):
+    arguments = [images, "--model", image_captioner, "--untrained", "--device", "cpu", "--num-beams", 1]
     assert run(caption.main, *arguments, "--json", tmp_path / "captions.json", *options) == code
     results = json.loads((tmp_path / "captions.json").read_text())
     assert [result["image_id"] for result in results] == INTACT
     assert_each_is_named_once(capsys.readouterr().out)
 
 
-def test_features_of_images(pictures, tmp_path, capsys):
+def test_features_of_images(images, tmp_path, capsys):
     """Here two of the five have no label map, or a cut one."""
     labels = tmp_path / "labels"
     labels.mkdir()
     for image_id in IDS:
         np.save(labels / f"{image_id}.npy", np.full((48, 64), 1, dtype=np.uint8))
-    folder = tmp_path / "pictures"
-    shutil.copytree(pictures, folder)
+    folder = tmp_path / "images"
+    shutil.copytree(images, folder)
     for image_id in BROKEN[:2]:
         shutil.copyfile(folder / f"{IDS[0]:012d}.jpg", folder / f"{image_id:012d}.jpg")
     (labels / f"{BROKEN[0]}.npy").unlink()
@@ -122,16 +122,16 @@ def test_features_of_images(pictures, tmp_path, capsys):
     assert sorted(int(path.stem) for path in output.rglob("*.npy")) == INTACT
 
 
-def test_explanations_of_images(pictures, picture_captioner, tmp_path, capsys):
-    arguments = [pictures, "--model", picture_captioner, "--untrained", "--device", "cpu", "--caption", "a man rides"]
+def test_explanations_of_images(images, image_captioner, tmp_path, capsys):
+    arguments = [images, "--model", image_captioner, "--untrained", "--device", "cpu", "--caption", "a man rides"]
     assert run(explain.main, *arguments, "--method", "gradient_x_input", "--output", tmp_path / "why") == 0
     assert_each_is_named_once(capsys.readouterr().out)
     assert sorted(int(path.stem) for path in (tmp_path / "why").glob("*.png")) == INTACT
 
 
-def test_nothing_could_be_done(pictures, picture_captioner, tmp_path, capsys):
-    only = [pictures / f"{image_id:012d}.jpg" for image_id in BROKEN]
-    arguments = [*only, "--model", picture_captioner, "--untrained", "--device", "cpu"]
+def test_nothing_could_be_done(images, image_captioner, tmp_path, capsys):
+    only = [images / f"{image_id:012d}.jpg" for image_id in BROKEN]
+    arguments = [*only, "--model", image_captioner, "--untrained", "--device", "cpu"]
     assert run(caption.main, *arguments, "--json", tmp_path / "captions.json") == 2
     assert not (tmp_path / "captions.json").exists()
     assert "nothing could be done" in capsys.readouterr().err
@@ -228,12 +228,12 @@ def test_a_results_file_is_one_document(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_training_on_pictures(pictures, tmp_path):
+def test_training_on_images(images, tmp_path):
     write_json(tmp_path / "captions_train.json", coco_captions(IDS[:25], (64, 48)))
     write_json(tmp_path / "captions_val.json", coco_captions(IDS[25:], (64, 48)))
     config = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 1, "head_dim": 8}
     write_json(tmp_path / "config.json", config)
-    words = ["--pictures", pictures, "--captions", tmp_path / "captions_train.json", tmp_path / "captions_val.json"]
+    words = ["--images", images, "--captions", tmp_path / "captions_train.json", tmp_path / "captions_val.json"]
     words += ["--untrained", "--cpu", "--skip-missing", "--output", tmp_path / "run", "--"]
     words += ["--config", tmp_path / "config.json", "--xe-epochs", 1, "--scst-epochs", 1, "--xe-batch-size", 5]
     command = [sys.executable, REPOSITORY / "scripts" / "train_on_pictures.py", *words]

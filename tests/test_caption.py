@@ -19,7 +19,7 @@ from test_images import BROKEN, broken_files, noise, save_captioner, thirty_imag
 from difnet_transformers.cli import caption
 from difnet_transformers.cli import extract as extract_features
 from difnet_transformers.evaluation import image_captions
-from difnet_transformers.evaluation.image_captions import ImageCaptions
+from difnet_transformers.evaluation.image_captions import CaptionItem, ImageCaptions, caption_batch, load_pipeline
 from difnet_transformers.reports.caption_images import CaptionOutputs, write_captions
 from modeling_difnet.images_difnet import open_image
 from modeling_difnet.pipeline_difnet import UNTRAINED_WARNING
@@ -33,7 +33,7 @@ def model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def pictures(tmp_path) -> Path:
+def images(tmp_path) -> Path:
     folder = tmp_path / "val2014"
     folder.mkdir()
     for image_id in (42, 7, 300):
@@ -45,8 +45,8 @@ def run(*arguments: object) -> int:
     return caption.main([*map(str, arguments), "--device", "cpu"])
 
 
-def test_captions_are_printed_and_written_as_coco_results(model, pictures, tmp_path, capsys):
-    assert run(pictures, "--model", model, "--untrained", "--json", tmp_path / "captions.json") == 0
+def test_captions_are_printed_and_written_as_coco_results(model, images, tmp_path, capsys):
+    assert run(images, "--model", model, "--untrained", "--json", tmp_path / "captions.json") == 0
     printed = capsys.readouterr()
     assert UNTRAINED_WARNING in printed.err
     results = json.loads((tmp_path / "captions.json").read_text())
@@ -55,10 +55,10 @@ def test_captions_are_printed_and_written_as_coco_results(model, pictures, tmp_p
         assert f"{result['file_name']}: {result['caption']}\n" in printed.out
 
 
-def test_pictures_and_their_features_get_the_same_captions(model, pictures, tmp_path):
+def test_images_and_their_features_get_the_same_captions(model, images, tmp_path):
     features = tmp_path / "features"
-    assert extract_features.main([str(pictures), "--untrained", "--device", "cpu", "--output", str(features)]) == 0
-    run(pictures, "--model", model, "--untrained", "--json", tmp_path / "a.json", "--batch-size", 1)
+    assert extract_features.main([str(images), "--untrained", "--device", "cpu", "--output", str(features)]) == 0
+    run(images, "--model", model, "--untrained", "--json", tmp_path / "a.json", "--batch-size", 1)
     stored = ["--features", features / "grid_features.hdf5", "--segmentation", features / "segmentations"]
     assert run(*stored, "--model", model, "--json", tmp_path / "b.json") == 0
     captions = [
@@ -72,17 +72,17 @@ def test_pictures_and_their_features_get_the_same_captions(model, pictures, tmp_
     ]
 
 
-def test_several_captions_a_picture(model, pictures, tmp_path):
+def test_several_captions_for_each_image(model, images, tmp_path):
     for options in (["--num-beams", 4], ["--original-beam-search"]):
         target = tmp_path / "captions.json"
-        assert run(pictures, "--model", model, "--untrained", "--num-captions", 3, *options, "--json", target) == 0
+        assert run(images, "--model", model, "--untrained", "--num-captions", 3, *options, "--json", target) == 0
         for result in json.loads(target.read_text()):
             assert len(result["captions"]) == 3
             assert result["caption"] == result["captions"][0]
 
 
 def test_the_html_sheet_holds_everything_and_escapes_names(model, tmp_path):
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     noise(1, 900, 300).save(folder / "<b> & co.png")
     sheet = tmp_path / "sheet.html"
@@ -96,22 +96,22 @@ def test_the_html_sheet_holds_everything_and_escapes_names(model, tmp_path):
     assert not re.search(r"(?:src|href)=\"(?!data:)", page)
 
 
-def test_the_png_sheet_shows_the_pictures(model, pictures, tmp_path):
-    Image.new("RGB", (40, 40), (255, 0, 255)).save(pictures / "COCO_val2014_000000000001.png")
+def test_the_png_sheet_shows_the_images(model, images, tmp_path):
+    Image.new("RGB", (40, 40), (255, 0, 255)).save(images / "COCO_val2014_000000000001.png")
     sheet = tmp_path / "sheet.png"
-    assert run(pictures, "--model", model, "--untrained", "--contact-sheet", sheet) == 0
+    assert run(images, "--model", model, "--untrained", "--contact-sheet", sheet) == 0
     pixels = np.asarray(Image.open(sheet))
     assert (pixels == (255, 0, 255)).all(axis=-1).sum() == 40 * 40
 
 
-def test_pictures_that_cannot_be_read_get_a_line_and_the_others_go_on(model, pictures, tmp_path, capsys):
-    messages = broken_files(pictures)
-    noise(3, 1, 1).save(pictures / "one.png")
-    noise(4).resize((20000, 100)).save(pictures / "long.jpg")
-    assert run(pictures, "--model", model, "--untrained", "--json", tmp_path / "captions.json") == 0
+def test_images_that_cannot_be_read_get_a_line_and_the_others_go_on(model, images, tmp_path, capsys):
+    messages = broken_files(images)
+    noise(3, 1, 1).save(images / "one.png")
+    noise(4).resize((20000, 100)).save(images / "long.jpg")
+    assert run(images, "--model", model, "--untrained", "--json", tmp_path / "captions.json") == 0
     printed = capsys.readouterr()
     for name in ("corrupt.jpg", "empty.jpg", "text.jpg", "cut.png"):
-        (line,) = [line for line in printed.out.splitlines() if line.startswith(f"left out: {pictures / name}: ")]
+        (line,) = [line for line in printed.out.splitlines() if line.startswith(f"left out: {images / name}: ")]
         assert re.search(messages[name], line)
     assert "one.png: 1 x 1 pixels" in printed.err
     assert "long.jpg: 20000 x 100 pixels" in printed.err
@@ -158,10 +158,10 @@ def test_of_thirty_images_five_broken_ones_are_named_and_left_out(model, tmp_pat
     assert "25 of 30 images done, 5 left out" in printed.out
 
 
-def test_strict_and_nothing_done_are_exit_code_2(model, pictures, tmp_path, capsys):
-    (pictures / "empty.png").touch()
-    assert run(pictures, "--model", model, "--untrained", "--strict") == 2
-    assert run(pictures / "empty.png", "--model", model, "--untrained") == 2
+def test_strict_and_nothing_done_are_exit_code_2(model, images, tmp_path, capsys):
+    (images / "empty.png").touch()
+    assert run(images, "--model", model, "--untrained", "--strict") == 2
+    assert run(images / "empty.png", "--model", model, "--untrained") == 2
     assert "nothing could be done" in capsys.readouterr().err
 
 
@@ -197,6 +197,29 @@ def test_broken_features_are_named_by_the_id_of_their_image(model, tmp_path, cap
     assert "image 0" not in lines[1]
 
 
+def test_items_with_other_inputs_than_the_first_keep_all_of_theirs(model):
+    """The mask that the second item alone has is not dropped with the first one's names."""
+    captioner = load_pipeline(str(model), device="cpu")
+    rng = np.random.default_rng(0)
+    inputs = [
+        captioner.preprocess(
+            {
+                "grid_features": rng.random((cells, 2048), dtype=np.float32),
+                "segmentation_features": rng.random((133, 7, 7), dtype=np.float32),
+            }
+        )
+        for cells in (49, 20)
+    ]
+    del inputs[0]["grid_attention_mask"]
+    items = [CaptionItem(number, None, f"image {number}", dict) for number in (1, 2)]
+    prepared = list(zip(items, inputs, strict=True))
+    together, problems = caption_batch(captioner, prepared, {"num_beams": 1})
+    assert problems == []
+    assert together == [caption_batch(captioner, [each], {"num_beams": 1})[0][0] for each in prepared]
+    without_mask = {name: tensor for name, tensor in inputs[1].items() if name != "grid_attention_mask"}
+    assert together[1] != caption_batch(captioner, [(items[1], without_mask)], {"num_beams": 1})[0][0]
+
+
 def test_padded_and_full_grids_share_a_batch(model, tmp_path):
     arguments = feature_files(tmp_path, {2: np.random.default_rng(1).random((20, 2048), dtype=np.float32)})
     for name, size in (("one.json", 1), ("four.json", 4)):
@@ -204,7 +227,7 @@ def test_padded_and_full_grids_share_a_batch(model, tmp_path):
     assert (tmp_path / "one.json").read_text() == (tmp_path / "four.json").read_text()
 
 
-def test_what_was_captioned_before_an_interruption_is_written(model, pictures, tmp_path, monkeypatch):
+def test_what_was_captioned_before_an_interruption_is_written(model, images, tmp_path, monkeypatch):
     opened = []
 
     def interrupted(path):
@@ -215,7 +238,7 @@ def test_what_was_captioned_before_an_interruption_is_written(model, pictures, t
 
     monkeypatch.setattr(image_captions, "open_image", interrupted)
     target = tmp_path / "captions.json"
-    assert run(pictures, "--model", model, "--untrained", "--batch-size", 1, "--json", target) == 130
+    assert run(images, "--model", model, "--untrained", "--batch-size", 1, "--json", target) == 130
     assert [each["image_id"] for each in json.loads(target.read_text())] == [7, 42]
 
 
@@ -234,10 +257,10 @@ def test_names_that_are_not_utf8_and_with_line_ends(model, tmp_path, capsys):
     assert "two\\nlines.png" in capsys.readouterr().out
 
 
-def test_links_out_of_the_folder_are_left_out(model, pictures, tmp_path, capsys):
+def test_links_out_of_the_folder_are_left_out(model, images, tmp_path, capsys):
     noise(9).save(tmp_path / "private.png")
-    (pictures / "link.png").symlink_to(tmp_path / "private.png")
-    assert run(pictures, "--model", model, "--untrained", "--json", tmp_path / "c.json") == 0
+    (images / "link.png").symlink_to(tmp_path / "private.png")
+    assert run(images, "--model", model, "--untrained", "--json", tmp_path / "c.json") == 0
     assert len(json.loads((tmp_path / "c.json").read_text())) == 3
     assert "link.png: a symbolic link that leads out of" in capsys.readouterr().out
 
@@ -247,13 +270,13 @@ def test_debug_shows_the_traceback(model, capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_a_model_whose_weights_are_no_numbers_is_refused(model, pictures, tmp_path, capsys):
+def test_a_model_whose_weights_are_no_numbers_is_refused(model, images, tmp_path, capsys):
     shutil.copytree(model, tmp_path / "model")
     tensors = load_file(tmp_path / "model" / "model.safetensors")
     name = next(iter(tensors))
     tensors[name].view(-1)[0] = float("nan")
     save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
-    assert run(pictures, "--model", tmp_path / "model", "--untrained") == 2
+    assert run(images, "--model", tmp_path / "model", "--untrained") == 2
     assert "NaN or infinity" in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""A program that another one started ends with it, however that one ends."""
+"""A child process ends with its parent, however that ends; its mistakes and interruptions are the parent's."""
 
 import os
 import signal
@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from difnet_transformers.child_process import run_difnet, run_shown
+
 REPOSITORY = Path(__file__).parent.parent
 PARENT = """
 import sys
@@ -16,7 +18,7 @@ from difnet_transformers.child_process import run_child
 from difnet_transformers.command_line import run_command
 sys.exit(run_command("parent", lambda: run_child(["-c", sys.argv[1], sys.argv[2]]), resume="again"))
 """
-# Says its process id; on SIGTERM and SIGINT it takes a moment to end in good order.
+# Writes its process id; on SIGTERM and SIGINT it takes a moment to end in good order.
 CHILD = """
 import os, pathlib, signal, sys, time
 folder = pathlib.Path(sys.argv[1])
@@ -66,3 +68,23 @@ def test_a_child_ends_with_its_parent(number, exit_code, tmp_path):
         return
     with pytest.raises(ProcessLookupError):  # the parent waited for it
         os.kill(child, 0)
+
+
+def test_a_command_is_printed_as_it_would_be_typed_before_it_runs(capfd):
+    run_difnet("pack", ["--help"])
+    assert capfd.readouterr().out.lstrip().startswith("$ difnet pack --help\nusage: ")
+
+
+def test_a_command_that_fails_is_one_line(tmp_path, capfd):
+    with pytest.raises(ValueError, match=r"^difnet pack ended with exit code 2; the same command resumes$"):
+        run_difnet("pack", ["--output", tmp_path / "a folder"])
+    printed = capfd.readouterr()
+    assert f"$ difnet pack --output '{tmp_path}/a folder'\n" in printed.out
+    assert "difnet pack: error: " in printed.err
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
+def test_a_command_that_is_stopped_stops_its_parent(number):
+    program = f"import os, signal; os.kill(os.getpid(), signal.{number})"
+    with pytest.raises(KeyboardInterrupt):
+        run_shown(["python", "stop.py"], ["-c", program])

@@ -54,7 +54,7 @@ def run(*arguments: object) -> int:
 
 
 def example(**changes) -> ExplainedImage:
-    """Two words on 2 x 3 cells of a picture three times as wide as high; "dog" is in the last cell, "red" in two."""
+    """Two words on 2 x 3 cells of an image three times as wide as high; "dog" is in the last cell, "red" in two."""
     both = np.zeros((2, 6))
     both[0, 5] = 2.0
     both[1, 0], both[1, 3] = 1.0, -0.5
@@ -77,7 +77,7 @@ def example(**changes) -> ExplainedImage:
 # Heat maps
 
 
-def test_heat_maps_are_right_way_up_on_wide_pictures():
+def test_heat_maps_are_right_way_up_on_wide_images():
     explained = example()
     drawn = np.asarray(heat_map(explained.flows["both"][0], (2, 3), explained.image)).astype(int)
     assert drawn.shape == (100, 300, 3)
@@ -95,13 +95,13 @@ def test_what_speaks_against_a_word_is_blue():
     assert red[150, 10] == blue[150, 10]
 
 
-@pytest.mark.parametrize("picture", [Image.new("RGB", (300, 100)), Image.new("RGB", (30, 90)), None])
-def test_panels_have_one_place_a_word(picture):
-    """Columns of 220 pixels and margins of 14: the picture, "dog" and "red" in one row, then two rows."""
-    one_row, two_rows = (panels(example(image=picture), columns=columns) for columns in (3, 2))
+@pytest.mark.parametrize("image", [Image.new("RGB", (300, 100)), Image.new("RGB", (30, 90)), None])
+def test_panels_have_one_place_a_word(image):
+    """Columns of 220 pixels and margins of 14: the image, "dog" and "red" in one row, then two rows."""
+    one_row, two_rows = (panels(example(image=image), columns=columns) for columns in (3, 2))
     assert one_row.width == 14 + 3 * 234
     assert two_rows.width == 14 + 2 * 234
-    height = {300: 73, 30: 220}.get(picture.width if picture else None, 147)
+    height = {300: 73, 30: 220}.get(image.width if image else None, 147)
     assert two_rows.height - one_row.height == height + 24 + 45 + 14
 
 
@@ -146,7 +146,7 @@ def test_a_word_lights_up_its_cells_while_the_pointer_is_on_it(browser):
 
 
 def test_cells_lie_where_they_belong_on_the_page(browser):
-    """The middle of the picture's last sixth is in the cell that "dog" lights up."""
+    """The middle of the image's last sixth is in the cell that "dog" lights up."""
     opened = browser(example())
     opened.hover(*opened.middle_of(".words button", 0))
     box = opened.evaluate(
@@ -243,13 +243,13 @@ def test_curves_by_hand():
 # The commands
 
 
-def test_pictures(model, tmp_path, capsys):
-    (tmp_path / "pictures").mkdir()
-    noise(1, 120, 60).save(tmp_path / "pictures" / "wide.png")
-    noise(2, 60, 120).save(tmp_path / "pictures" / "tall.png")
-    (tmp_path / "pictures" / "broken.png").write_bytes(b"no picture")
+def test_images(model, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    noise(1, 120, 60).save(tmp_path / "images" / "wide.png")
+    noise(2, 60, 120).save(tmp_path / "images" / "tall.png")
+    (tmp_path / "images" / "broken.png").write_bytes(b"no image")
     why = tmp_path / "why"
-    assert run(tmp_path / "pictures", "--model", model, "--untrained", "--output", why) == 0
+    assert run(tmp_path / "images", "--model", model, "--untrained", "--output", why) == 0
     printed = capsys.readouterr()
     assert "left out" in printed.out
     assert "broken.png" in printed.out
@@ -346,7 +346,7 @@ def test_a_split_gives_a_curve_for_each_model(tmp_path, capsys):
         assert 5 * 5 <= curves["faithfulness/original/counts"][0] <= 5 * 6
 
 
-def test_caption_explains_one_picture(model, tmp_path, capsys):
+def test_caption_explains_one_image(model, tmp_path, capsys):
     noise(1).save(tmp_path / "a.png")
     base = [str(tmp_path / "a.png"), "--model", str(model), "--untrained", "--device", "cpu"]
     for name in ("why.html", "why.png"):
@@ -358,6 +358,17 @@ def test_caption_explains_one_picture(model, tmp_path, capsys):
     noise(2).save(tmp_path / "b.png")
     assert caption.main([str(tmp_path), *base[1:], "--explain", str(tmp_path / "why.html")]) == 2
     assert "--explain takes one image" in capsys.readouterr().err
+
+
+def test_names_of_outputs_are_printed_on_one_line(model, tmp_path, capsys):
+    noise(1).save(tmp_path / "a.png")
+    files = {"--json": "two\nlines.json", "--contact-sheet": "two\nlines.png", "--explain": "two\nlines.html"}
+    outputs = [word for option, name in files.items() for word in (option, tmp_path / name)]
+    words = [tmp_path / "a.png", "--model", model, "--untrained", "--device", "cpu", *outputs]
+    assert caption.main([str(word) for word in words]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("two\\nlines") == 3
+    assert len(printed.splitlines()) == 4
 
 
 def test_of_thirty_images_five_broken_ones_are_named_and_left_out(model, tmp_path, capsys):
@@ -373,7 +384,7 @@ def test_of_thirty_images_five_broken_ones_are_named_and_left_out(model, tmp_pat
 
 
 def test_figures_do_not_overwrite_one_another(model, tmp_path):
-    folder, why = tmp_path / "pictures", tmp_path / "why"
+    folder, why = tmp_path / "images", tmp_path / "why"
     (folder / "below").mkdir(parents=True)
     for number, name in enumerate(["a.png", "a.jpg", "a-2.png", "below/A.png", "two\nlines.png", "t.png"]):
         noise(number).save(folder / name)
@@ -391,9 +402,9 @@ def test_names_are_given_by_path_and_never_twice():
 
 
 def test_what_was_explained_before_an_interruption_is_written(model, tmp_path, monkeypatch):
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for name in ("a", "b", "c"):
-        noise(1).save(tmp_path / "pictures" / f"{name}.png")
+        noise(1).save(tmp_path / "images" / f"{name}.png")
 
     def interrupted(captioner, path, **options):
         if path.name == "c.png":
@@ -401,7 +412,7 @@ def test_what_was_explained_before_an_interruption_is_written(model, tmp_path, m
         return explain_image(captioner, path, **options)
 
     monkeypatch.setattr(explain, "explain_image", interrupted)
-    assert run(tmp_path / "pictures", "--model", model, "--untrained", "--output", tmp_path / "why") == 130
+    assert run(tmp_path / "images", "--model", model, "--untrained", "--output", tmp_path / "why") == 130
     assert sorted(path.name for path in (tmp_path / "why").iterdir()) == [
         *("a.png", "b.png", "index.html", "relevance.npz"),
     ]
@@ -441,23 +452,23 @@ def test_captions_with_padding_inside_are_named_and_left_out(tmp_path, capsys, m
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "/etc/hostname", "link.png"])
-def test_pictures_of_a_split_are_looked_for_in_their_folder_only(tmp_path, capsys, name):
+def test_images_of_a_split_are_looked_for_in_their_folder_only(tmp_path, capsys, name):
     model = save_tiny(tmp_path / "difnet", True)
     packed = write_packed(tmp_path / "packed", {"test": 1})
     noise(1).save(tmp_path / "secret.png")
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "link.png").symlink_to(tmp_path / "secret.png")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "link.png").symlink_to(tmp_path / "secret.png")
     dataset = load_from_disk(str(packed))
     dataset["test"] = dataset["test"].map(lambda row: {"file_name": name})
     dataset.save_to_disk(str(tmp_path / "renamed"))
-    options = ["--image-folder", tmp_path / "pictures", "--model", model, "--output", tmp_path / "why"]
+    options = ["--image-folder", tmp_path / "images", "--model", model, "--output", tmp_path / "why"]
     assert run("--dataset", tmp_path / "renamed", *options) == 0
     error = capsys.readouterr().err
-    assert "image 100: drawn without its picture: the file name" in error
+    assert "image 100: drawn without its image: the file name" in error
     assert "leads out of" in error
 
 
-def test_arrays_are_named_after_pictures():
+def test_arrays_are_named_after_images():
     arrays = relevance_arrays([example()])
     assert arrays["drawn/both"].shape == (2, 2, 3)
     assert arrays["drawn/both"][0, 1, 2] == 2

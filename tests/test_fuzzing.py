@@ -1,4 +1,4 @@
-"""Broken and hostile inputs: programs say one line about them, and nothing is run, lost or written elsewhere.
+"""Broken and hostile inputs: programs print one line about them, and nothing is run, lost or written elsewhere.
 
 The short form runs with `make test`, the long one (over 3,000 files, 5,000 images and 100 kills) with `make test-all`.
 """
@@ -46,22 +46,21 @@ from fuzzing import (
     time_limit,
     write_annotations,
     write_features,
+    write_images,
     write_json,
     write_original,
     write_packed,
-    write_pictures,
     write_regions,
 )
 from PIL import EpsImagePlugin, Image
 
 import convert_checkpoint
 from caption_metrics.__main__ import main as score_main
-from difnet_transformers.cli import caption, explain
+from difnet_transformers.cli import caption, explain, train
 from difnet_transformers.cli import evaluate as evaluate_captions
 from difnet_transformers.cli import extract as extract_features
-from difnet_transformers.data import pack as pack_coco
+from difnet_transformers.cli import pack as pack_coco
 from difnet_transformers.data.packed_dataset import encode_segmentation, packed_features
-from difnet_transformers.training import trainer as train
 from modeling_difnet.images_difnet import UnreadableImage, open_image
 
 REPOSITORY = Path(__file__).parent.parent
@@ -109,16 +108,16 @@ def pack_target(form: str, segmentation: str, *options: str, files: tuple[str, .
 
 def extract_target(*options: str, files: tuple[str, ...]) -> Target:
     def make(folder: Path) -> None:
-        write_pictures(folder / "pictures", IDS[:3])
+        write_images(folder / "images", IDS[:3])
         write_regions(folder, IDS[:3])
         write_json(folder / "captions.json", coco_captions(IDS[:3]))
 
     def program(sandbox: Sandbox) -> int:
         place = [str(sandbox.input / word) if not word.startswith("--") else word for word in options]
-        arguments = words(sandbox.input / "pictures", *place, "--output", sandbox.output / "features")
+        arguments = words(sandbox.input / "images", *place, "--output", sandbox.output / "features")
         return extract_features.main([*arguments, "--device", "cpu"])
 
-    return Target(make, program, files, names=(r"\d+\.(?:jpg|png|npy)", r"image \d+", "pictures"))
+    return Target(make, program, files, names=(r"\d+\.(?:jpg|png|npy)", r"image \d+", "images"))
 
 
 def make_captioning(folder: Path) -> None:
@@ -257,7 +256,7 @@ TARGETS = {
     ),
     "extract labels": extract_target("--label-maps", "labels", files=("labels/3.npy", "labels/7.png")),
     "extract listed": extract_target(
-        "--label-maps", "labels", "--coco-json", "captions.json", files=("captions.json", "pictures/*42.jpg")
+        "--label-maps", "labels", "--coco-json", "captions.json", files=("captions.json", "images/*42.jpg")
     ),
     "caption model": Target(make_captioning, caption_program, MODEL, names=("captioner", r"left out: \d+")),
     "caption weights": Target(
@@ -344,7 +343,7 @@ class Campaign:
         names = (re.escape(path.name), *self.target.names)
         result = self.sandbox.run(lambda: self.target.program(self.sandbox), names, seconds)
         if is_damage and result.code == 0 and self.target.digest and self.digest() != self.expected:
-            result.faults.append("another result, and nothing is said")
+            result.faults.append("another result without a message")
         return result
 
 
@@ -375,7 +374,7 @@ def campaign_of(tmp_path_factory) -> Callable[[str], Campaign]:
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_intact_files_are_taken(campaign_of, name):
-    """Else the broken ones say nothing."""
+    """Otherwise what broken files do proves nothing."""
     result = campaign_of(name).intact
     assert (result.code, result.faults) == (0, []), result.stderr
 
@@ -442,7 +441,7 @@ def check_image(content: bytes, name: str, folder: Path) -> str | None:
     path.write_bytes(content)
     try:
         with time_limit(SECONDS):
-            picture = open_image(path)
+            image = open_image(path)
     except UnreadableImage as error:
         said = str(error)
         if path.name not in said or "\n" in said or len(said) > LONGEST_MESSAGE or not said.isprintable():
@@ -450,8 +449,8 @@ def check_image(content: bytes, name: str, folder: Path) -> str | None:
         return None
     except BaseException as error:
         return f"{name}: {type(error).__name__} leaves open_image: {str(error)[:200]}"
-    if picture.mode != "RGB" or picture.width < 1 or picture.height < 1:
-        return f"{name}: a {picture.mode} of {picture.size}"
+    if image.mode != "RGB" or image.width < 1 or image.height < 1:
+        return f"{name}: a {image.mode} of {image.size}"
     return None
 
 
@@ -563,7 +562,7 @@ NUMBERS = [-1, 2**63, 10**30, 1.5, True, None, [], {}, float("nan")]
 
 @pytest.mark.parametrize("kind", ["instances", "panoptic", "captions"])
 def test_no_id_or_name_of_an_annotation_leads_out(campaign_of, kind):
-    """The pictures keep their names, so that the images go on being found."""
+    """The image files keep their names, so that they are still found."""
     name = {"instances": "extract instances", "panoptic": "extract panoptic", "captions": "extract listed"}[kind]
     campaign, faults = campaign_of(name), []
     values = [("id", value) for value in (*OUTWARD, *NUMBERS)] + [("file_name", value) for value in (*OUTWARD, *ODD)]
@@ -586,7 +585,7 @@ def test_no_id_or_name_of_an_annotation_leads_out(campaign_of, kind):
 
 
 def test_no_name_in_a_packed_split_leads_out(campaign_of):
-    """Pictures in a colour of their own lie where the names lead, and are not opened."""
+    """Images in a colour of their own lie where the names lead, and are not opened."""
     sandbox = campaign_of("explain packed").sandbox
     sandbox.fill(campaign_of("explain packed").seed)
     names = [*OUTWARD, *(name for name in ODD if name.isascii())]
@@ -599,13 +598,13 @@ def test_no_name_in_a_packed_split_leads_out(campaign_of):
         for number, name in enumerate(names)
     ]
     columns = packed_features("float32", GRID_SIZE, WIDTH, True)
-    packed, pictures = sandbox.input / "named", sandbox.input / "some" / "pictures"
+    packed, images = sandbox.input / "named", sandbox.input / "some" / "images"
     DatasetDict({"test": Dataset.from_list(rows, features=columns)}).save_to_disk(packed)
-    write_pictures(pictures, IDS[:1])
-    for place in (pictures.parent / "escaped", sandbox.input.parent / "escaped"):
+    write_images(images, IDS[:1])
+    for place in (images.parent / "escaped", sandbox.input.parent / "escaped"):
         Image.new("RGB", (40, 40), (255, 0, 255)).save(place, "PNG")
     arguments = words("--model", sandbox.input / "captioner", "--dataset", packed, "--output", sandbox.output)
-    arguments += words("--pictures-of-split", pictures, "--show", len(names), "--num-beams", 2, "--device", "cpu")
+    arguments += words("--image-folder", images, "--show", len(names), "--num-beams", 2, "--device", "cpu")
     result = sandbox.run(lambda: explain.main(arguments), ())
     assert (result.code, result.faults) == (0, []), result.stderr
     panels = list(sandbox.output.glob("*.png"))
@@ -712,7 +711,7 @@ def assert_kills_cost_nothing(campaign: Campaign, kills: int, salt: int) -> int:
         landed += run(rng.uniform(0.3, 1.0) * length) is None
         found = kept(whole_outputs(contents(sandbox.output)))
         for path, content in found.items():
-            assert expected.get(path) == content, f"{path} is not what a whole run writes"
+            assert expected.get(path) == content, f"{path} is not what an uninterrupted run writes"
         make_old(sandbox.output)
         if campaign.name.startswith("convert"):
             assert found in ({}, expected), "half an output"

@@ -15,6 +15,11 @@ SCORES = {"bleu_1": 0.8171, "bleu_4": 0.4, "rouge_l": 0.594, "cider_d": 1.362, "
 MEASURED = {"dataset": "COCO Karpathy", "split": "test", "decoding": "original", "num_beams": 5}
 
 
+def one_line(text: str) -> str:
+    """Line ends inside a paragraph mean nothing in Markdown."""
+    return " ".join(text.split())
+
+
 def written(folder, **options) -> ModelCard:
     write_model_card(folder, DifnetConfig(vocab_size=60), "Made for a test.", **options)
     return ModelCard.load(folder / "README.md")
@@ -58,11 +63,11 @@ def test_results_are_replaced_where_they_are_the_same_and_kept_where_not(tmp_pat
     written(tmp_path)
     update_results(tmp_path, {"cider_d": 1.0}, **MEASURED)
     update_results(tmp_path, {"cider_d": 2.0}, **{**MEASURED, "split": "validation"})
-    update_results(tmp_path, {"cider_d": 3.0}, **{**MEASURED, "decoding": "library"})
+    update_results(tmp_path, {"cider_d": 3.0}, **{**MEASURED, "decoding": "transformers"})
     update_results(tmp_path, {"cider_d": 1.5}, **MEASURED)
     results = ModelCard.load(tmp_path / "README.md").data.eval_results
     found = {(result.dataset_split, result.metric_args["decoding"]): result.metric_value for result in results}
-    assert found == {("test", "original"): 150.0, ("validation", "original"): 200.0, ("test", "library"): 300.0}
+    assert found == {("test", "original"): 150.0, ("validation", "original"): 200.0, ("test", "transformers"): 300.0}
     assert len(results) == 3
 
 
@@ -82,13 +87,13 @@ def test_the_task_is_one_that_transformers_has(tmp_path):
 
 
 @pytest.mark.parametrize("license", ["apache-2.0", "cc-by-nc-4.0", "other"])
-def test_the_licence_is_the_writers_choice(tmp_path, license):
+def test_the_license_is_the_writers_choice(tmp_path, license):
     assert written(tmp_path, license=license).data.license == license
 
 
 @pytest.mark.parametrize("license", ["Apache 2.0", "", "mit\nlicense: other", "x" * 100])
-def test_a_licence_that_the_hub_does_not_know_how_to_read(tmp_path, license):
-    with pytest.raises(ValueError, match=r"no licence as the Hub abbreviates it"):
+def test_a_license_that_the_hub_cannot_read(tmp_path, license):
+    with pytest.raises(ValueError, match=r"no license as the Hub abbreviates it"):
         written(tmp_path, license=license)
 
 
@@ -113,7 +118,7 @@ def test_sizes_are_those_of_the_model(tmp_path):
     write_model_card(
         tmp_path, config, "Made.", grid_size=12, grid_backbone="a Swin transformer", segmentation="SegFormer (ADE20K)"
     )
-    text = (tmp_path / "README.md").read_text()
+    text = one_line((tmp_path / "README.md").read_text())
     assert "4 encoder and 3 decoder layers, 256 wide" in text
     assert "grid features `(144, 1024)`, the cells of a 12 x 12 grid row by row, made by a Swin transformer." in text
     assert "share of each of 150 classes in the same cells, `(150, 12, 12)`, made by SegFormer (ADE20K)." in text

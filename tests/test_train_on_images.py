@@ -130,7 +130,7 @@ def test_from_images_to_captions(data, tmp_path):
     page = (output / "captions.html").read_text()
     assert page.count("data:image/jpeg;base64,") == 6
     for caption in captions.values():
-        assert f"<p>{caption}</p>" in page
+        assert f'<p class="caption">{caption}</p>' in page
     assert "A green dog on a wall." in page
     assert page.count("Grid features come from an untrained, random network") == 1
     assert page.count("chosen by its scores on the images that it learnt from") == 1

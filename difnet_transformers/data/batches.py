@@ -1,7 +1,7 @@
-"""Batches of a packed dataset for cross-entropy training, SCST and evaluation.
+"""Batches of a packed dataset: for cross-entropy training, SCST, evaluation, and for trainers of Transformers.
 
-In place of the original's `data/dataset.py` and `data/field.py`. Every iteration is an epoch whose order the seed
-decides, which processes share and which resumes after any batch.
+In place of the original's `data/dataset.py`. What differs: the seed alone decides the order, processes share an epoch,
+and an epoch resumes after any batch.
 """
 
 from __future__ import annotations
@@ -26,12 +26,21 @@ if TYPE_CHECKING:
 IGNORED_LABEL = -100
 
 
-class _Batches:
+class Batches:
     """One epoch of batches an iteration: shuffled, shared out over processes, resumable after any batch.
 
     Epoch `e` goes through the items in the order `numpy.random.default_rng([seed, e]).permutation(n)`. Batch number
-    `b` is given to process `b % num_processes`. With `drop_last` only full batches are made, and the same number for
-    every process; without, every item comes exactly once, and some processes may get one batch fewer than others.
+    `b` is given to process `b % num_processes`.
+
+    Args:
+        dataset: one split of a packed dataset.
+        batch_size: items in a batch.
+        shuffle: whether the order changes from epoch to epoch; else it is that of the split.
+        drop_last: whether only full batches are made, and the same number for every process. Without, every item
+            comes exactly once, and some processes may get one batch fewer than others.
+        seed: of the order.
+        process_index, num_processes: which share of the batches is made.
+        dtype, mask_padded_cells: as for `PackedImages`.
     """
 
     def __init__(
@@ -64,9 +73,11 @@ class _Batches:
         self._resumed = False
 
     def num_items(self) -> int:
+        """Items in an epoch of all processes."""
         return len(self.images)
 
     def make_batch(self, items: np.ndarray) -> dict[str, Any]:
+        """The batch of some items, by number: (B,) int64."""
         raise NotImplementedError
 
     def __len__(self) -> int:
@@ -94,8 +105,8 @@ class _Batches:
         """Where the iteration stands: the batch after the one that was given out last."""
         return {"epoch": self.epoch, "next_batch": self._next_batch, "seed": self.seed, "items": self.num_items()}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Let the next iteration go on where `state_dict` was taken.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Lets the next iteration resume where `state_dict` was taken.
 
         Raises:
             ValueError: the seed or the data are others, or the numbers are none that `state_dict` gives.
@@ -117,7 +128,7 @@ class _Batches:
 
 
 class _TokenizedCaptions:
-    """The labels `w1 .. wn <eos>` of every caption, in one flat array; tokenized once, when first needed."""
+    """The labels `w1 .. wn <eos>` of every caption, in one flat array."""
 
     def __init__(self, images: PackedImages, tokenizer: DifnetTokenizer, max_length: int | None = None):
         ids, lengths, counts = [], [], []
@@ -150,12 +161,12 @@ class _TokenizedCaptions:
         return torch.from_numpy(labels)
 
 
-class CaptionPairBatches(_Batches):
-    """Batches of (image, caption) pairs, as in the original's XE training: 50, shuffled, the last one dropped.
+class CaptionPairBatches(Batches):
+    """Batches of (image, caption) pairs, of the original's XE training: 50, shuffled, the last one dropped.
 
     A batch goes into the model as it is, `model(**batch)`: the features as `PackedImages.read` gives them, and
     `labels` (B, length) int64, `w1 .. wn <eos>` padded with -100. With `max_length`, a caption of more tokens
-    (`<eos>` counted) raises ValueError, which names its image. The other arguments are those of `_Batches` and
+    (`<eos>` counted) raises ValueError, which names its image. The other arguments are those of `Batches` and
     `PackedImages`. `unknown_share` is the share of `<unk>` among all tokens.
     """
 
@@ -182,7 +193,7 @@ class CaptionPairBatches(_Batches):
         return {**self.images.read(rows), "labels": self._captions.labels(items)}
 
 
-class ImageCaptionBatches(_Batches):
+class ImageCaptionBatches(Batches):
     """Batches of images with all their captions, so that the encoder runs once an image.
 
     Beside the features of B images: `labels` (captions of all B images, length) and `image_index` (captions,) int64,
@@ -218,7 +229,7 @@ class ImageCaptionBatches(_Batches):
         }
 
 
-class ReferenceBatches(_Batches):
+class ReferenceBatches(Batches):
     """Batches of images with their raw captions, for SCST (`shuffle=True, drop_last=True`) and for evaluation.
 
     Beside the features of B images: `image_ids`, a list of B integers, and `references`, B lists of strings.
@@ -285,13 +296,13 @@ class CaptionPairs:
         """Several items, read together; `DataLoader` prefers it."""
         import torch
 
-        indices = np.asarray(indices)
-        rows = self._rows[indices]
+        pairs = np.asarray(indices)
+        rows = self._rows[pairs]
         features = self.images.read(rows)
         if self._has_padded_cells and "grid_attention_mask" not in features:
             features["grid_attention_mask"] = torch.ones(features["grid_features"].shape[:2], dtype=torch.int64)
         items = [dict(zip(features, tensors, strict=True)) for tensors in zip(*features.values(), strict=True)]
-        for item, number in zip(items, self._numbers[indices], strict=True):
+        for item, number in zip(items, self._numbers[pairs], strict=True):
             item["labels"] = self._captions.labels(np.array([number]))[0]
         return items
 
@@ -320,24 +331,21 @@ class CaptionCollator:
         names = dict.fromkeys(name for item in items for name, value in item.items() if value is not None)
         batch = {}
         for name in names:
-            values = [item.get(name) for item in items]
-            given = next(value for value in values if value is not None)
-            missing = next((i for i, value in enumerate(values) if value is None), None)
-            if name.endswith("_attention_mask"):
-                values = [torch.ones_like(given) if value is None else value for value in values]
-            elif missing is not None:
+            values = {index: item[name] for index, item in enumerate(items) if item.get(name) is not None}
+            missing = [index for index in range(len(items)) if index not in values]
+            if missing and not name.endswith("_attention_mask"):
                 raise ValueError(
-                    f"`{name}` is missing in item {missing} of a batch whose other items have it: give it to all or "
-                    "to none."
+                    f"`{name}` is missing in item {missing[0]} of a batch whose other items have it: give it to all "
+                    "or to none."
                 )
             if name != "labels":
-                batch[name] = torch.stack(values)
+                full_mask = torch.ones_like(next(iter(values.values())))
+                batch[name] = torch.stack([values.get(index, full_mask) for index in range(len(items))])
         if "labels" not in names:
             return batch
         labels = [item["labels"] for item in items]
         batch["labels"] = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL)
-        words = batch["labels"][:, :-1].masked_fill(
-            batch["labels"][:, :-1] == IGNORED_LABEL, self.tokenizer.pad_token_id
-        )
+        words = batch["labels"][:, :-1]
+        words = words.masked_fill(words == IGNORED_LABEL, self.tokenizer.pad_token_id)
         batch["decoder_input_ids"] = torch.nn.functional.pad(words, (1, 0), value=self.tokenizer.bos_token_id)
         return batch

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..files import printable, read_json
-from .errors import BrokenImage, PackingError, Problem
+from .errors import BrokenImage, DataError, Problem
 from .normalization import (
     LARGEST_SIDE,
     entry_label,
@@ -21,7 +21,7 @@ from .normalization import (
 
 
 class CocoImage(NamedTuple):
-    """An entry of "images". `size` is (width, height) in pixels, None where the file does not say it."""
+    """An entry of "images". `size` is (width, height) in pixels, `None` where the file does not say it."""
 
     image_id: int
     file_name: str
@@ -108,7 +108,7 @@ def read_images(path: str | os.PathLike) -> CocoFile:
         OSError: it cannot be read.
     """
     # Annotations are dropped as they are read, because those of COCO take gigabytes as Python objects.
-    return _images_of(Path(path), read_json(path, _without_annotations))
+    return _read_entries(Path(path), read_json(path, _without_annotations))
 
 
 def _without_annotations(entry: dict) -> dict | None:
@@ -140,20 +140,20 @@ def read_panoptic(path: str | os.PathLike) -> CocoFile:
 
 def _read_annotated(path: Path, key: str) -> CocoFile:
     content = read_json(path)
-    file = _images_of(path, content)
+    file = _read_entries(path, content)
     kind = {"segmentation": "instances", "segments_info": "panoptic"}[key]
     for name in ("categories", "annotations"):
         if not isinstance(content.get(name), list):
-            raise PackingError(f'{printable(path)}: not a COCO file of {kind}: it has no list "{name}"')
+            raise DataError(f'{printable(path)}: not a COCO file of {kind}: it has no list "{name}"')
     for position, category in enumerate(content["categories"]):
         try:
             file.categories[normalize_image_id(category["id"])] = str(category["name"])
         except (KeyError, TypeError, ValueError):
-            raise PackingError(
+            raise DataError(
                 f'{printable(path)}: entry {position} of "categories" lacks an integer "id" or a "name"'
             ) from None
     if content["annotations"] and not any(isinstance(each, dict) and key in each for each in content["annotations"]):
-        raise PackingError(f'{printable(path)}: not a COCO file of {kind}: no annotation has "{key}"')
+        raise DataError(f'{printable(path)}: not a COCO file of {kind}: no annotation has "{key}"')
     for position, annotation in enumerate(content["annotations"]):
         try:
             if not isinstance(annotation, dict):
@@ -169,9 +169,9 @@ def _read_annotated(path: Path, key: str) -> CocoFile:
     return file
 
 
-def _images_of(path: Path, content: Any) -> CocoFile:
+def _read_entries(path: Path, content: Any) -> CocoFile:
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
-        raise PackingError(f'{printable(path)}: not a COCO file: it has no list "images"')
+        raise DataError(f'{printable(path)}: not a COCO file: it has no list "images"')
     file = CocoFile(path, {})
     for position, entry in enumerate(content["images"]):
         if not isinstance(entry, dict):
@@ -186,7 +186,7 @@ def _images_of(path: Path, content: Any) -> CocoFile:
             file.problems.append(Problem(printable(path), what, entry_label(written, position)))
             continue
         if image_id in file.images or image_id in file.broken:
-            raise PackingError(f"{printable(path)}: duplicate image id {image_id}")
+            raise DataError(f"{printable(path)}: duplicate image id {image_id}")
         try:
             name = normalize_file_name(entry.get("file_name", entry.get("filename")))
             sides = entry.get("width"), entry.get("height")
@@ -197,6 +197,35 @@ def _images_of(path: Path, content: Any) -> CocoFile:
         else:
             file.images[image_id] = CocoImage(image_id, name, size)
     return file
+
+
+def merge_images(files: Iterable[CocoFile]) -> dict[int, CocoImage]:
+    """The images of several files by id. Of names that say the same file the longer one, which says its folder, stays.
+
+    Raises:
+        DataError: an id belongs to two files, or one name has two ids.
+    """
+    images: dict[int, CocoImage] = {}
+    place: dict[int, Path] = {}
+    id_of: dict[str, int] = {}
+    for file in files:
+        for image in file.images.values():
+            known = images.setdefault(image.image_id, image)
+            place.setdefault(image.image_id, file.path)
+            longer, shorter = sorted((known.file_name, image.file_name), key=len, reverse=True)
+            if longer != shorter and not longer.endswith(f"/{shorter}"):
+                raise DataError(
+                    f"{printable(file.path)}: image {image.image_id} is {show(image.file_name)} here and "
+                    f"{show(known.file_name)} in {printable(place[image.image_id])}"
+                )
+            images[image.image_id] = CocoImage(image.image_id, longer, known.size or image.size)
+            other = id_of.setdefault(image.file_name, image.image_id)
+            if other != image.image_id:
+                raise DataError(
+                    f"{printable(file.path)}: {show(image.file_name)} has the id {image.image_id} here and the id "
+                    f"{other} in {printable(place[other])}"
+                )
+    return images
 
 
 def normalize_segmentation(value: Any) -> dict | list:
@@ -244,7 +273,7 @@ def _polygon(points: Any) -> list[float]:
     return points
 
 
-def _run_lengths(value: Mapping) -> dict:
+def _run_lengths(value: Mapping) -> dict[str, Any]:
     size, counts = value.get("size"), value.get("counts")
     if not isinstance(size, list) or len(size) != 2:
         raise ValueError(f'run lengths have the "size" {show(size)} in place of [height, width]')
@@ -255,32 +284,3 @@ def _run_lengths(value: Mapping) -> dict:
     elif not isinstance(counts, str) or not all("0" <= character <= "o" for character in counts):
         raise ValueError(f'run lengths have the "counts" {show(counts)}, which are neither a list nor COCO\'s text')
     return {"size": size, "counts": counts}
-
-
-def merge_images(files: Iterable[CocoFile]) -> dict[int, CocoImage]:
-    """The images of several files by id. Of names that say the same file the longer one, which says its folder, stays.
-
-    Raises:
-        PackingError: an id belongs to two files, or one name has two ids.
-    """
-    images: dict[int, CocoImage] = {}
-    place: dict[int, Path] = {}
-    id_of: dict[str, int] = {}
-    for file in files:
-        for image in file.images.values():
-            known = images.setdefault(image.image_id, image)
-            place.setdefault(image.image_id, file.path)
-            longer, shorter = sorted((known.file_name, image.file_name), key=len, reverse=True)
-            if longer != shorter and not longer.endswith(f"/{shorter}"):
-                raise PackingError(
-                    f"{printable(file.path)}: image {image.image_id} is {show(image.file_name)} here and "
-                    f"{show(known.file_name)} in {printable(place[image.image_id])}"
-                )
-            images[image.image_id] = CocoImage(image.image_id, longer, known.size or image.size)
-            other = id_of.setdefault(image.file_name, image.image_id)
-            if other != image.image_id:
-                raise PackingError(
-                    f"{printable(file.path)}: {show(image.file_name)} has the id {image.image_id} here and the id "
-                    f"{other} in {printable(place[other])}"
-                )
-    return images

@@ -12,14 +12,17 @@ MAX_LINES = 50  # of one error
 IDS_PER_LINE = 100
 
 
-class PackingError(ValueError):
-    """A mistake in the input; its text names the file and the images."""
+class DataError(ValueError):
+    """A mistake in annotation or feature files; the text names the file and the images."""
 
 
 class Problem(NamedTuple):
-    """Why one image cannot be used. `what` is equal for all images with the same problem.
+    """Why one image cannot be used.
 
-    `image_id` is a text where an entry has no id that could be used: its id as written, made printable.
+    Attributes:
+        source: the file.
+        what: the reason, equal for all images with the same problem.
+        image_id: the id as written, made printable, where an entry has no id that could be used.
     """
 
     source: str
@@ -43,8 +46,12 @@ class GridSizeError(ValueError):
     """A grid of another size than the one asked for."""
 
 
-def raise_problems(problems: list[Problem]) -> None:
-    """PackingError with one line for each kind of problem, listing all its images; nothing if there is none."""
+def raise_problems(problems: Iterable[Problem]) -> None:
+    """Raises an error for problems, if there is one.
+
+    Raises:
+        DataError: one line for each kind of problem, with all its images.
+    """
     grouped: dict[tuple[str, str], list[int | str]] = {}
     for problem in problems:
         grouped.setdefault((problem.source, problem.what), []).append(problem.image_id)
@@ -56,9 +63,7 @@ def raise_problems(problems: list[Problem]) -> None:
     if lines:
         rest = len(lines) - MAX_LINES
         lines = lines[:MAX_LINES] + ([f"and {rest:,} lines more"] if rest > 0 else [])
-        raise PackingError(
-            "\n".join(lines) + "\n(--skip-missing leaves these images out and says so in provenance.json)"
-        )
+        raise DataError("\n".join(lines) + "\n(--skip-missing leaves these images out and says so in provenance.json)")
 
 
 def _by_number(image_id: int | str) -> tuple[bool, int | str]:
@@ -66,4 +71,5 @@ def _by_number(image_id: int | str) -> tuple[bool, int | str]:
 
 
 def join_ids(ids: Iterable[int | str]) -> str:
+    """Ids in order and once, separated by commas."""
     return ", ".join(map(str, sorted(set(ids), key=_by_number)))

@@ -12,19 +12,276 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..command_line import requires
 from ..files import check_regular_file, path_inside, printable, read_file
-from .errors import IDS_PER_LINE, BrokenImage, PackingError, join_ids
+from .errors import IDS_PER_LINE, BrokenImage, DataError, join_ids
 from .normalization import LARGEST_ID, show
 
 if TYPE_CHECKING:
     import h5py
 
 ARRAY_SIZE_LIMIT = 2**30  # bytes of one image's array; an unpooled map of a large image takes 30 MB
+
+
+class GridFiles:
+    """Grid features in HDF5 files: one dataset an image, `<id>_grids` or `<id>_features`.
+
+    In a file that has both, as DLCT's, `_features` are regions and `_grids` are meant. A file with `_features` beside
+    `_boxes` holds the regions of a detector alone, and is refused.
+    """
+
+    KEY = r"([0-9]{1,30})_(grids|features)"
+    KEY_OF_REGIONS = r"[0-9]{1,30}_(boxes|bboxes|bbox|cls_prob|num_boxes|objects_id|objects_conf)"
+
+    def __init__(self, paths: tuple[str, ...]):
+        self.paths = paths
+        self._files: dict[str, h5py.File] = {}
+        self._keys: dict[str, dict[int, str]] = {}
+
+    def index(self) -> dict[int, str]:
+        """The file of every image.
+
+        Raises:
+            DataError: an image is in two files, or a file is no readable HDF5 file or has no grids.
+        """
+        file_of: dict[int, str] = {}
+        for path in self.paths:
+            ids = list(self._keys_of(path))
+            twice = [image_id for image_id in ids if image_id in file_of]
+            if twice:
+                others = sorted({file_of[image_id] for image_id in twice})
+                raise DataError(f"{path} and {', '.join(others)}: duplicate image ids: {join_ids(twice)}")
+            file_of.update(dict.fromkeys(ids, path))
+        return file_of
+
+    def _file(self, path: str) -> h5py.File:
+        if path not in self._files:
+            self._files[path] = _open_hdf5(path)
+        return self._files[path]
+
+    def _keys_of(self, path: str) -> dict[int, str]:
+        """The key of every image of a file."""
+        if path in self._keys:
+            return self._keys[path]
+        keys = _list_keys(self._file(path), path)
+        by_suffix: dict[str, list[tuple[int, str]]] = {"grids": [], "features": []}
+        for image_id, match in _match_keys(keys, self.KEY):
+            by_suffix[match[2]].append((image_id, match[0]))
+        found = by_suffix["grids"] or by_suffix["features"]
+        if not found:
+            raise DataError(f"{printable(path)}: no dataset is called <image id>_features or <image id>_grids")
+        region_key = next((key for key in keys if re.fullmatch(self.KEY_OF_REGIONS, key)), None)
+        if not by_suffix["grids"] and region_key is not None:
+            raise DataError(
+                f"{printable(path)}: region features of a detector ({found[0][1]} beside {region_key}), which are no "
+                "grid; give a file of grid features, <image id>_grids or <image id>_features alone, such as "
+                "coco_grid_feats2.hdf5 or what `difnet extract` makes"
+            )
+        result = dict(found)
+        if len(result) < len(found):
+            ids = [image_id for image_id, _ in found]
+            repeated = [image_id for image_id in result if ids.count(image_id) > 1][:IDS_PER_LINE]
+            raise DataError(f"{printable(path)}: duplicate image ids: {join_ids(repeated)}")
+        self._keys[path] = result
+        return result
+
+    def read(self, path: str, image_id: int) -> np.ndarray:
+        """The features of an image.
+
+        Raises:
+            BrokenImage: they are no array of numbers that lies in this file.
+            DataError: the file cannot be read at all.
+        """
+        file = self._file(path)
+        # Listing all keys of a file takes a second; it is done only where the plain names are not there.
+        plain = (f"{image_id}_grids", f"{image_id}_features") if path not in self._keys else ()
+        key = next((name for name in plain if name in file), None) or self._keys_of(path).get(image_id)
+        if key is None:
+            raise BrokenImage(path, f"no features of image {image_id}")
+        return _read_hdf5(file, path, key)
+
+
+class SegmentationFiles:
+    """Segmentation features: a folder with `<id>.npy` in it or in folders below, or an HDF5 file."""
+
+    HDF5_KEY = r"([0-9]{1,30})(?:_segmentation|_segmentation_features|_pixel|_pixels)?"
+
+    def __init__(self, path: str):
+        self.path = path
+        self._file: h5py.File | None = None
+
+    def index(self) -> dict[int, str]:
+        """What leads to every image: the path within the folder or the key within the file.
+
+        Raises:
+            DataError: an image is there twice, or there is nothing of the kind.
+        """
+        found: dict[int, str] = {}
+        if os.path.isdir(self.path):
+            names = (
+                Path(folder, name).relative_to(self.path).as_posix()
+                for folder, _, files in sorted(os.walk(self.path))
+                for name in sorted(files)
+            )
+            matches = (
+                (match[1], name) for name in names if (match := re.fullmatch(r"(?:.*/)?([0-9]{1,30})\.npy", name))
+            )
+        else:
+            matches = (
+                (match[1], match[0]) for _, match in _match_keys(_list_keys(self._hdf5(), self.path), self.HDF5_KEY)
+            )
+        for digits, name in matches:
+            image_id = int(digits)
+            if image_id in found:
+                raise DataError(
+                    f"{printable(self.path)}: duplicate image id {image_id}: {found[image_id]} and {printable(name)}"
+                )
+            found[image_id] = name
+        if not found:
+            raise DataError(
+                f"{printable(self.path)}: neither a folder with <image id>.npy nor an HDF5 file with <image id>"
+            )
+        return found
+
+    def states(self) -> Iterator[os.stat_result]:
+        """Size and time of every file, which tell whether a file was changed since."""
+        if not os.path.isdir(self.path):
+            yield os.stat(self.path)
+        for folder, folders, files in os.walk(self.path):
+            folders.sort()
+            yield from (os.lstat(os.path.join(folder, name)) for name in sorted(files))
+
+    def _hdf5(self) -> h5py.File:
+        if self._file is None:
+            if not os.path.exists(self.path):
+                raise DataError(f"{printable(self.path)}: no such file or folder")
+            self._file = _open_hdf5(self.path)
+        return self._file
+
+    def read(self, name: str) -> tuple[np.ndarray, str]:
+        """The array and, for a `.npy` file, the SHA-256 of its bytes.
+
+        Raises:
+            BrokenImage: it is no array of numbers that lies in this folder or file.
+        """
+        if not os.path.isdir(self.path):
+            return _read_hdf5(self._hdf5(), self.path, name), ""
+        path = os.path.join(self.path, name)
+        try:
+            path_inside(self.path, name)
+            content = _read_regular(path, ARRAY_SIZE_LIMIT)
+            return read_npy(path, content), hashlib.sha256(content).hexdigest()
+        except OSError as error:
+            raise BrokenImage(path, error.strerror or str(error)) from None
+        except ValueError as error:
+            raise BrokenImage(path, str(error)) from None
+
+
+# HDF5 files: only ordinary arrays of numbers that lie in the file itself are read
+
+
+def _open_hdf5(path: str) -> h5py.File:
+    with requires("data"):
+        import h5py
+
+    try:
+        check_regular_file(path)
+    except OSError as error:
+        raise DataError(f"{printable(path)}: not a readable HDF5 file ({error.strerror})") from None
+    try:
+        return h5py.File(path, "r")
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DataError(f"{printable(path)}: not a readable HDF5 file ({printable(str(error), 300)})") from None
+
+
+def _list_keys(file: h5py.File, path: str) -> list[str]:
+    try:
+        # A name that is not UTF-8 comes as bytes.
+        return [key if isinstance(key, str) else os.fsdecode(key) for key in file]
+    except Exception as error:  # h5py has an exception of its own for every way in which a tree can be damaged
+        raise DataError(
+            f"{printable(path)}: damaged, its keys cannot be listed ({printable(str(error), 300)})"
+        ) from None
+
+
+def _read_hdf5(file: h5py.File, path: str, key: str) -> np.ndarray:
+    """One dataset as an array. Raises BrokenImage for whatever is no ordinary array of numbers."""
+    try:
+        dataset = _follow(file, key)
+        _check_dataset(dataset)
+        return dataset[()]
+    except BrokenImage:
+        raise
+    except Exception as error:
+        said = error.args[0] if isinstance(error, KeyError) and error.args else error
+        raise BrokenImage(path, f"{printable(key)}: {said}") from None
+
+
+def _follow(group: Any, name: str, depth: int = 0) -> Any:
+    """What a name in an HDF5 file leads to. Links are followed by hand: h5py would open other files."""
+    import h5py
+
+    if depth > 10:
+        raise ValueError("a chain of links without an end")
+    for part in name.split("/"):
+        if part in ("", "."):
+            continue
+        if not isinstance(group, h5py.Group):
+            raise ValueError("a link to something below a dataset")
+        link = group.get(part, getlink=True)
+        if link is None:
+            raise ValueError("a link to nothing" if depth else "no such key")
+        if isinstance(link, h5py.SoftLink):
+            start = group.file if link.path.startswith("/") else group
+            group = _follow(start, link.path, depth + 1)
+        elif isinstance(link, h5py.HardLink):
+            group = group[part]
+        else:
+            raise ValueError("a link to another file, which is not followed; copy the features into one file")
+    return group
+
+
+def _check_dataset(dataset: Any) -> None:
+    import h5py
+
+    if not isinstance(dataset, h5py.Dataset):
+        raise ValueError(f"a {type(dataset).__name__.lower()}, where a dataset is expected")
+    if dataset.shape is None:
+        raise ValueError("an empty dataset (h5py.Empty) without a shape")
+    if dataset.dtype.kind not in "fiub":
+        raise ValueError(f"expected floating point numbers, got {printable(str(dataset.dtype), 60)}")
+    size = dataset.size * dataset.dtype.itemsize
+    if size > ARRAY_SIZE_LIMIT:
+        raise ValueError(
+            f"{size:,} bytes of shape {show(dataset.shape)}; at most {ARRAY_SIZE_LIMIT:,} are read for an image"
+        )
+    if dataset.is_virtual or dataset.external:
+        raise ValueError("its values lie in other files, which are not read; copy the features into one file")
+    if not size:
+        return
+    if dataset.id.get_storage_size() == 0:
+        raise ValueError("never written: the file holds its shape alone")
+    if dataset.chunks is not None:
+        chunks = math.prod(-(-side // chunk) for side, chunk in zip(dataset.shape, dataset.chunks, strict=True))
+        written = dataset.id.get_num_chunks()
+        if written < chunks:
+            raise ValueError(f"only {written} of its {chunks} chunks were ever written")
+
+
+def _match_keys(keys: Iterable[str], pattern: str) -> Iterator[tuple[int, re.Match]]:
+    """Image ids with the matches of their keys. The digits may start with zeros, as in COCO's file names."""
+    for key in keys:
+        match = re.fullmatch(pattern, key)
+        if match and int(match[1]) <= LARGEST_ID:
+            yield int(match[1]), match
+
+
+# .npy files
 
 
 def read_npy(path: str | os.PathLike, content: bytes | None = None, limit: int = ARRAY_SIZE_LIMIT) -> np.ndarray:
@@ -68,245 +325,3 @@ def _read_regular(path: str | os.PathLike, limit: int) -> bytes:
         return read_file(path, limit)
     except ValueError as error:
         raise ValueError(str(error).removeprefix(f"{printable(path)}: ")) from None
-
-
-def _open_hdf5(path: str) -> h5py.File:
-    with requires("data"):
-        import h5py
-
-    try:
-        check_regular_file(path)
-    except OSError as error:
-        raise PackingError(f"{printable(path)}: not a readable HDF5 file ({error.strerror})") from None
-    try:
-        return h5py.File(path, "r")
-    except (OSError, ValueError, RuntimeError) as error:
-        raise PackingError(f"{printable(path)}: not a readable HDF5 file ({printable(str(error), 300)})") from None
-
-
-def _keys(file: h5py.File, path: str) -> list[str]:
-    try:
-        # A name that is not UTF-8 comes as bytes.
-        return [key if isinstance(key, str) else os.fsdecode(key) for key in file]
-    except Exception as error:  # h5py has an exception of its own for every way in which a tree can be damaged
-        raise PackingError(
-            f"{printable(path)}: damaged, its keys cannot be listed ({printable(str(error), 300)})"
-        ) from None
-
-
-def _read_hdf5(file: h5py.File, path: str, key: str) -> np.ndarray:
-    """One dataset as an array; BrokenImage for whatever is no ordinary array of numbers that lies in this file."""
-    try:
-        dataset = _linked(file, key)
-        _check_dataset(dataset)
-        return dataset[()]
-    except BrokenImage:
-        raise
-    except Exception as error:
-        said = error.args[0] if isinstance(error, KeyError) and error.args else error
-        raise BrokenImage(path, f"{printable(key)}: {said}") from None
-
-
-def _linked(group: Any, name: str, depth: int = 0) -> Any:
-    """What a name in an HDF5 file leads to. Links are followed by hand: h5py would open other files."""
-    import h5py
-
-    if depth > 10:
-        raise ValueError("a chain of links without an end")
-    for part in name.split("/"):
-        if part in ("", "."):
-            continue
-        if not isinstance(group, h5py.Group):
-            raise ValueError("a link to something below a dataset")
-        link = group.get(part, getlink=True)
-        if link is None:
-            raise ValueError("a link to nothing" if depth else "no such key")
-        if isinstance(link, h5py.SoftLink):
-            start = group.file if link.path.startswith("/") else group
-            group = _linked(start, link.path, depth + 1)
-        elif isinstance(link, h5py.HardLink):
-            group = group[part]
-        else:
-            raise ValueError("a link to another file, which is not followed; copy the features into one file")
-    return group
-
-
-def _check_dataset(dataset: Any) -> None:
-    import h5py
-
-    if not isinstance(dataset, h5py.Dataset):
-        raise ValueError(f"a {type(dataset).__name__.lower()}, where a dataset is expected")
-    if dataset.shape is None:
-        raise ValueError("an empty dataset (h5py.Empty) without a shape")
-    if dataset.dtype.kind not in "fiub":
-        raise ValueError(f"expected floating point numbers, got {printable(str(dataset.dtype), 60)}")
-    size = dataset.size * dataset.dtype.itemsize
-    if size > ARRAY_SIZE_LIMIT:
-        raise ValueError(
-            f"{size:,} bytes of shape {show(dataset.shape)}; at most {ARRAY_SIZE_LIMIT:,} are read for an image"
-        )
-    if dataset.is_virtual or dataset.external:
-        raise ValueError("its values lie in other files, which are not read; copy the features into one file")
-    if not size:
-        return
-    if dataset.id.get_storage_size() == 0:
-        raise ValueError("never written: the file holds its shape alone")
-    if dataset.chunks is not None:
-        chunks = math.prod(-(-side // chunk) for side, chunk in zip(dataset.shape, dataset.chunks, strict=True))
-        written = dataset.id.get_num_chunks()
-        if written < chunks:
-            raise ValueError(f"only {written} of its {chunks} chunks were ever written")
-
-
-def _ids_of_keys(keys: Iterable[str], pattern: str) -> Iterator[tuple[int, re.Match]]:
-    """Keys in the order given; the digits may have zeros before them, as in COCO's file names."""
-    for key in keys:
-        match = re.fullmatch(pattern, key)
-        if match and int(match[1]) <= LARGEST_ID:
-            yield int(match[1]), match
-
-
-class GridFiles:
-    """Grid features in HDF5 files: one dataset an image, `<id>_grids` or `<id>_features`.
-
-    In a file that has both, as DLCT's, `_features` are regions and `_grids` are meant. A file with `_features` beside
-    `_boxes` holds the regions of a detector alone, and is refused.
-    """
-
-    KEY = r"([0-9]{1,30})_(grids|features)"
-    KEY_OF_REGIONS = r"[0-9]{1,30}_(boxes|bboxes|bbox|cls_prob|num_boxes|objects_id|objects_conf)"
-
-    def __init__(self, paths: tuple[str, ...]):
-        self.paths = paths
-        self._open: dict[str, h5py.File] = {}
-        self._keys_of: dict[str, dict[int, str]] = {}
-
-    def index(self) -> dict[int, str]:
-        """The file of every image; PackingError where an image is in two files, or a file has regions alone."""
-        file_of: dict[int, str] = {}
-        for path in self.paths:
-            ids = list(self._keys(path))
-            twice = [image_id for image_id in ids if image_id in file_of]
-            if twice:
-                others = sorted({file_of[image_id] for image_id in twice})
-                raise PackingError(f"{path} and {', '.join(others)}: duplicate image ids: {join_ids(twice)}")
-            file_of.update(dict.fromkeys(ids, path))
-        return file_of
-
-    def _file(self, path: str) -> h5py.File:
-        if path not in self._open:
-            self._open[path] = _open_hdf5(path)
-        return self._open[path]
-
-    def _keys(self, path: str) -> dict[int, str]:
-        """The key of every image of a file."""
-        if path in self._keys_of:
-            return self._keys_of[path]
-        keys = _keys(self._file(path), path)
-        by_suffix: dict[str, list[tuple[int, str]]] = {"grids": [], "features": []}
-        for image_id, match in _ids_of_keys(keys, self.KEY):
-            by_suffix[match[2]].append((image_id, match[0]))
-        found = by_suffix["grids"] or by_suffix["features"]
-        if not found:
-            raise PackingError(f"{printable(path)}: no dataset is called <image id>_features or <image id>_grids")
-        region_key = next((key for key in keys if re.fullmatch(self.KEY_OF_REGIONS, key)), None)
-        if not by_suffix["grids"] and region_key is not None:
-            raise PackingError(
-                f"{printable(path)}: region features of a detector ({found[0][1]} beside {region_key}), which are no "
-                "grid; give a file of grid features, <image id>_grids or <image id>_features alone, such as "
-                "coco_grid_feats2.hdf5 or what extract_features.py makes"
-            )
-        result = dict(found)
-        if len(result) < len(found):
-            ids = [image_id for image_id, _ in found]
-            repeated = [image_id for image_id in result if ids.count(image_id) > 1][:IDS_PER_LINE]
-            raise PackingError(f"{printable(path)}: duplicate image ids: {join_ids(repeated)}")
-        self._keys_of[path] = result
-        return result
-
-    def read(self, path: str, image_id: int) -> np.ndarray:
-        """The features of an image.
-
-        Raises:
-            BrokenImage: they are no array of numbers that lies in this file.
-            PackingError: the file cannot be read at all.
-        """
-        file = self._file(path)
-        # Listing all keys of a file takes a second; it is done only where the plain names are not there.
-        plain = (f"{image_id}_grids", f"{image_id}_features") if path not in self._keys_of else ()
-        key = next((name for name in plain if name in file), None) or self._keys(path).get(image_id)
-        if key is None:
-            raise BrokenImage(path, f"no features of image {image_id}")
-        return _read_hdf5(file, path, key)
-
-
-class SegmentationFiles:
-    """Segmentation features: a folder with `<id>.npy` in it or in folders below, or an HDF5 file."""
-
-    HDF5_KEY = r"([0-9]{1,30})(?:_segmentation|_segmentation_features|_pixel|_pixels)?"
-
-    def __init__(self, path: str):
-        self.path = path
-        self._file: h5py.File | None = None
-
-    def index(self) -> dict[int, str]:
-        """What leads to every image: the path within the folder or the key within the file."""
-        found: dict[int, str] = {}
-        if os.path.isdir(self.path):
-            names = (
-                os.path.relpath(os.path.join(folder, name), self.path)
-                for folder, _, files in sorted(os.walk(self.path))
-                for name in sorted(files)
-            )
-            matches = (
-                (match[1], name) for name in names if (match := re.fullmatch(r"(?:.*/)?([0-9]{1,30})\.npy", name))
-            )
-        else:
-            matches = (
-                (match[1], match[0]) for _, match in _ids_of_keys(_keys(self._hdf5(), self.path), self.HDF5_KEY)
-            )
-        for digits, name in matches:
-            image_id = int(digits)
-            if image_id in found:
-                raise PackingError(
-                    f"{printable(self.path)}: duplicate image id {image_id}: {found[image_id]} and {printable(name)}"
-                )
-            found[image_id] = name
-        if not found:
-            raise PackingError(
-                f"{printable(self.path)}: neither a folder with <image id>.npy nor an HDF5 file with <image id>"
-            )
-        return found
-
-    def states(self) -> Iterator[os.stat_result]:
-        """Size and time of every file, which tell whether a file was changed since."""
-        if not os.path.isdir(self.path):
-            yield os.stat(self.path)
-        for folder, folders, files in os.walk(self.path):
-            folders.sort()
-            yield from (os.lstat(os.path.join(folder, name)) for name in sorted(files))
-
-    def _hdf5(self) -> h5py.File:
-        if self._file is None:
-            if not os.path.exists(self.path):
-                raise PackingError(f"{printable(self.path)}: no such file or folder")
-            self._file = _open_hdf5(self.path)
-        return self._file
-
-    def read(self, name: str) -> tuple[np.ndarray, str]:
-        """The array and, for a `.npy` file, the SHA-256 of its bytes.
-
-        Raises:
-            BrokenImage: it is no array of numbers that lies in this folder or file.
-        """
-        if not os.path.isdir(self.path):
-            return _read_hdf5(self._hdf5(), self.path, name), ""
-        path = os.path.join(self.path, name)
-        try:
-            path_inside(self.path, name)
-            content = _read_regular(path, ARRAY_SIZE_LIMIT)
-            return read_npy(path, content), hashlib.sha256(content).hexdigest()
-        except OSError as error:
-            raise BrokenImage(path, error.strerror or str(error)) from None
-        except ValueError as error:
-            raise BrokenImage(path, str(error)) from None

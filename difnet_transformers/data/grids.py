@@ -63,9 +63,16 @@ def _too_many_cells(count: int, side: int, grid_size: int) -> str:
 
 
 def average_pool(feature_map: np.ndarray, size: int) -> np.ndarray:
-    """(C, H, W) to (size * size, C), row by row: adaptive average pooling as torch does it.
+    """Adaptive average pooling, as `torch.nn.functional.adaptive_avg_pool2d`, with the cells row by row.
 
     The mean over a rectangle is the mean over its rows of the means over its columns, so two small matrices do it.
+
+    Args:
+        feature_map: (C, H, W).
+        size: cells along a side.
+
+    Returns:
+        (size * size, C).
     """
     rows, columns = (_pooling_matrix(length, size) for length in feature_map.shape[1:])
     return (rows @ feature_map @ columns.T).reshape(len(feature_map), size * size).T
@@ -90,7 +97,15 @@ def _as_float32(array: np.ndarray) -> np.ndarray:
 
 
 def check_segmentation(array: np.ndarray, expected: tuple[int, int, int]) -> np.ndarray:
-    """Float32, or ValueError for another shape than `expected`."""
+    """Segmentation features as float32.
+
+    Args:
+        array: floating point numbers.
+        expected: (classes, height, width).
+
+    Raises:
+        ValueError: another shape, or values that are not finite.
+    """
     if array.shape != expected:
         raise ValueError(f"expected the shape {expected}, got {show(array.shape)}")
     return _as_float32(array)

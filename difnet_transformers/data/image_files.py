@@ -12,7 +12,7 @@ from typing import NamedTuple
 from ..files import printable
 from .errors import Problem
 
-# Of the formats that Pillow reads, those that images of scenes come in.
+# Of the formats that Pillow reads, those that photographs and drawings come in.
 IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
@@ -82,7 +82,7 @@ def match_images(paths: Sequence[Path], file_names: Mapping[int, str]) -> ImageM
     Returns:
         The matches. A base name that fits two files, or two entries that fit one, is a problem whose text names both.
     """
-    parts_of = {path: _parts(path) for path in paths}
+    parts_of = {path: _normalized_parts(path) for path in paths}
     by_base: dict[str, list[Path]] = {}
     for path, parts in parts_of.items():
         by_base.setdefault(parts[-1], []).append(path)
@@ -95,7 +95,7 @@ def match_images(paths: Sequence[Path], file_names: Mapping[int, str]) -> ImageM
         if len(fitting) == 1:
             matches.paths[image_id] = fitting[0]
         elif fitting:
-            matches.problems.append(Problem(name, _fits_two(fitting), image_id))
+            matches.problems.append(Problem(name, _two_fit(fitting), image_id))
         elif candidates:
             by_base_name_alone.setdefault(wanted[-1], []).append(image_id)
         else:
@@ -117,7 +117,7 @@ def match_images(paths: Sequence[Path], file_names: Mapping[int, str]) -> ImageM
             elif len(free) == len(ids) == 1:
                 matches.paths[image_id] = free[0]
             elif len(free) > 1:
-                matches.problems.append(Problem(file_names[image_id], _fits_two(free), image_id))
+                matches.problems.append(Problem(file_names[image_id], _two_fit(free), image_id))
             else:
                 others = ", ".join(file_names[other] for other in ids[:3] if other != image_id)
                 problem = f"{printable(free[0])} could be this image or {printable(others)}; give the folder above"
@@ -125,12 +125,12 @@ def match_images(paths: Sequence[Path], file_names: Mapping[int, str]) -> ImageM
     return matches
 
 
-def _fits_two(paths: list[Path]) -> str:
+def _two_fit(paths: list[Path]) -> str:
     return (
         f"{printable(paths[0])} and {printable(paths[1])} both fit; put the folder into file_name, or give only "
         "one of the folders"
     )
 
 
-def _parts(path: Path) -> tuple[str, ...]:
+def _normalized_parts(path: Path) -> tuple[str, ...]:
     return tuple(unicodedata.normalize("NFC", part) for part in Path(os.path.abspath(path)).parts)

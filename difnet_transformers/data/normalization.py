@@ -1,4 +1,4 @@
-"""Values of annotation files in one form, whatever the tool that wrote them made of them.
+"""Values of annotation files in one form, whatever tool wrote them.
 
 Ids and sizes become integers, file names relative and with slashes.
 """

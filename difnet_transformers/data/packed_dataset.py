@@ -1,18 +1,18 @@
-"""The packed dataset: its columns, the sparse segmentation codec, and batches for XE, SCST and evaluation.
+"""The packed dataset: its columns, the codec of its values, opening it, and its rows as tensors.
 
-`scripts/pack_coco.py` writes it, `datasets.load_from_disk` opens it. In place of the original's `data/dataset.py` and
-`data/field.py`, which open the HDF5 file for every item, batches are gathered from the memory-mapped Arrow file: every
-row is copied once, straight into its place in the batch.
+`difnet pack` writes it, `datasets.load_from_disk` opens it. In place of the original's `data/field.py`, which opens
+the HDF5 file for every item, rows are gathered from the memory-mapped Arrow file: each is copied once, straight into
+its place in the batch.
 
-The packing program imports this module and must stay small in memory, which is why torch is imported where batches are
-made and not at the top.
+Packing imports this module and stays small in memory: torch is imported where tensors are made.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,16 @@ from ..command_line import requires
 from ..files import check_regular_file, path_inside, printable, read_json
 
 with requires("data"):
-    from datasets import Array2D, Dataset, Features, List, Value
+    from datasets import (
+        Array2D,
+        Dataset,
+        Features,
+        List,
+        Value,
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +42,7 @@ FLOAT16_FLOOR = 2**-10
 FLOAT16_SMALLEST_NORMAL = 2**-14
 FLOAT16_OVERFLOW = 65520  # rounds to infinity
 LARGEST_SEGMENTATION = 2**16  # values; positions are uint16
+PACKED_COLUMNS = ("image_id", "file_name", "grid_features", "grid_cells", "captions")
 FINGERPRINTED_BYTES = 2**28  # of the grid features of a split; a second of work
 
 
@@ -44,6 +54,12 @@ def packed_features(
     `grid_cells` counts the cells that the source had (at most `grid_size**2`); the rows of `grid_features` behind them
     are zeros. `segmentation_features` is what `encode_segmentation` makes; the paper's baseline goes without.
     `restval` says whether a training image comes from the part of COCO's validation images that is used for training.
+
+    Args:
+        dtype: of the features, "float16" or "float32".
+        grid_size: cells along a side.
+        grid_feature_size: values of a cell.
+        with_segmentation: whether there are segmentation features.
     """
     columns = {
         "image_id": Value("int64"),
@@ -59,6 +75,18 @@ def packed_features(
     return Features(columns)
 
 
+@contextlib.contextmanager
+def quiet_datasets() -> Iterator[None]:
+    """Without the progress bars of 🤗 Datasets, which know nothing of how much work there is."""
+    were_disabled = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not were_disabled:
+            enable_progress_bars()
+
+
 def float16_bound(array: np.ndarray) -> np.ndarray:
     """How far a float16 may be from each value: 2^-11 of it, or of a thousandth of the largest where it is smaller."""
     magnitude = np.abs(array)
@@ -66,10 +94,17 @@ def float16_bound(array: np.ndarray) -> np.ndarray:
 
 
 def to_stored(array: np.ndarray, dtype: str) -> np.ndarray:
-    """Float32 values as they are stored; ValueError where float16 would overflow or be off by more than its bound.
+    """Values as they are stored.
 
     Equals comparing every value with `float16_bound`. Only values below the smallest normal float16 are looked at,
     because all others keep 11 bits.
+
+    Args:
+        array: float32.
+        dtype: "float16" or "float32".
+
+    Raises:
+        ValueError: float16 would overflow or be off by more than its bound.
     """
     if dtype == "float32":
         return array
@@ -86,12 +121,16 @@ def to_stored(array: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def encode_segmentation(segmentation: np.ndarray) -> bytes:
-    """Pack a (classes, height, width) array of float16 or float32, of which few values are not zero.
+    """The bytes of a (classes, height, width) array of float16 or float32, of which few values are not zero.
 
     Little-endian: four uint16 (classes, height, width, bytes of a value), the flat positions of the values that are
     not zero as uint16, the values. About 0.4 KB where the dense array of 133 x 7 x 7 takes 13 KB.
+
+    Raises:
+        ValueError: another shape or type.
     """
-    if segmentation.ndim != 3 or segmentation.size > 2**16 or segmentation.dtype not in (np.float16, np.float32):
+    fits = segmentation.ndim == 3 and segmentation.size <= LARGEST_SEGMENTATION
+    if not fits or segmentation.dtype not in (np.float16, np.float32):
         raise ValueError(
             "expected float16 or float32 of shape (classes, height, width) with at most 65,536 values, "
             f"got {segmentation.dtype} {segmentation.shape}"
@@ -130,8 +169,6 @@ def decode_segmentation(packed: Sequence[bytes], dtype: Any = None) -> np.ndarra
 
 # Opening a packed folder
 
-PACKED_COLUMNS = ("image_id", "file_name", "grid_features", "grid_cells", "captions")
-
 
 def packed_splits(folder: str | os.PathLike) -> list[str]:
     """The names of the splits of a packed folder.
@@ -149,7 +186,7 @@ def packed_splits(folder: str | os.PathLike) -> list[str]:
             )
         if (place / "state.json").exists():
             return []
-        raise ValueError(f"{shown} is not a packed dataset: scripts/pack_coco.py makes one.")
+        raise ValueError(f"{shown} is not a packed dataset: `difnet pack` makes one.")
     content = read_json(names)
     splits = content.get("splits") if isinstance(content, dict) else None
     if not isinstance(splits, list) or not all(isinstance(name, str) for name in splits):
@@ -161,7 +198,7 @@ def load_packed_split(folder: str | os.PathLike, split: str) -> Dataset:
     """One split of a packed dataset.
 
     Args:
-        folder: what `scripts/pack_coco.py` wrote, without `--parquet`.
+        folder: what `difnet pack` wrote, without `--parquet`.
         split: "train", "validation" or "test".
 
     Raises:
@@ -186,7 +223,7 @@ def load_packed_split(folder: str | os.PathLike, split: str) -> Dataset:
             f"{said}); pack again"
         ) from None
     if "grid_features" not in features:
-        raise ValueError(f"{shown} is a dataset, but not a packed one: scripts/pack_coco.py makes it.")
+        raise ValueError(f"{shown} is a dataset, but not a packed one: `difnet pack` makes it.")
     if len(dataset) == 0:
         raise ValueError(f"{shown}: the split {split!r} is empty.")
     try:
@@ -280,7 +317,7 @@ class PackedImages:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def read(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+    def read(self, rows: Sequence[int] | np.ndarray) -> dict[str, torch.Tensor]:
         """The features of some rows, in the order given.
 
         Equals stacking `dataset[row]["grid_features"]` over the rows, and `decode_segmentation` of their
@@ -292,37 +329,37 @@ class PackedImages:
         """
         import torch
 
-        rows = self._rows_of_table(rows)
-        chunks = np.searchsorted(self._starts, rows, side="right") - 1
-        grids = np.empty((len(rows), *self.cell_shape), dtype=self._grids[0].dtype)
-        for position, (chunk, offset) in enumerate(zip(chunks, rows - self._starts[chunks], strict=True)):
+        table_rows = self._table_rows_of(rows)
+        chunks = np.searchsorted(self._starts, table_rows, side="right") - 1
+        grids = np.empty((len(table_rows), *self.cell_shape), dtype=self._grids[0].dtype)  # (B, cells, width)
+        for position, (chunk, offset) in enumerate(zip(chunks, table_rows - self._starts[chunks], strict=True)):
             grids[position] = self._grids[chunk][offset]
         batch = {"grid_features": torch.from_numpy(grids)}
         if self._with_segmentation:
             column = self.dataset.data.column("segmentation_features")
-            packed = [column[row].as_py() for row in rows.tolist()]
-            batch["segmentation_features"] = torch.from_numpy(self._decode(packed, rows))
+            packed = [column[row].as_py() for row in table_rows.tolist()]
+            batch["segmentation_features"] = torch.from_numpy(self._decode(packed, table_rows))
         if self.dtype is not None:
             batch = {name: tensor.to(self.dtype) for name, tensor in batch.items()}
-        cells = self._cells[rows]
+        cells = self._cells[table_rows]  # (B,)
         if self.mask_padded_cells and (cells < self.cell_shape[0]).any():
             mask = np.arange(self.cell_shape[0]) < cells[:, None]
             batch["grid_attention_mask"] = torch.from_numpy(mask.astype(np.int64))
         return batch
 
-    def _rows_of_table(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+    def _table_rows_of(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """Rows of the Arrow table for rows of the split, which may be a selection."""
         rows = np.asarray(rows, dtype=np.int64)
         if rows.min(initial=0) < 0 or rows.max(initial=0) >= len(self):
             raise IndexError(f"the rows of this split are 0 .. {len(self) - 1}, got {rows.min()} .. {rows.max()}")
         return rows if self._table_rows is None else self._table_rows[rows].astype(np.int64)
 
-    def _decode(self, packed: list[bytes], rows: np.ndarray) -> np.ndarray:
+    def _decode(self, packed: list[bytes], table_rows: np.ndarray) -> np.ndarray:
         try:
             return decode_segmentation(packed)
         except ValueError:
             # Once more one by one, to find the image.
-            for item, row in zip(packed, rows.tolist(), strict=True):
+            for item, row in zip(packed, table_rows.tolist(), strict=True):
                 try:
                     decode_segmentation([item])
                 except ValueError as error:
@@ -337,7 +374,7 @@ class PackedImages:
 
     def grid(self, row: int) -> np.ndarray:
         """The grid features of one row as they are stored, (cells, width), without a copy."""
-        table_row = self._rows_of_table([row])[0]
+        table_row = self._table_rows_of([row])[0]
         chunk = np.searchsorted(self._starts, table_row, side="right") - 1
         return self._grids[chunk][table_row - self._starts[chunk]]
 
@@ -362,7 +399,7 @@ def split_fingerprint(dataset: Dataset) -> dict[str, Any]:
     Returns:
         `"images"` and `"captions"`, how many there are, and `"sha256"`, over the ids, names, captions, cells and
         segmentation features of all images in their order, and over the grid features: of all images where these take
-        up to 256 MB, else of as many as fit, evenly spread. `pack_coco.py --verify` compares every value.
+        up to 256 MB, else of as many as fit, evenly spread. `difnet pack --verify` compares every value.
     """
     images = PackedImages(dataset)
     digest = hashlib.sha256()
@@ -383,7 +420,7 @@ def split_fingerprint(dataset: Dataset) -> dict[str, Any]:
     row_bytes = int(np.prod(images.cell_shape)) * images.grid_dtype.itemsize
     count = max(1, min(len(images), FINGERPRINTED_BYTES // row_bytes))
     for row in np.linspace(0, len(images) - 1, count).astype(np.int64):
-        digest.update(np.ascontiguousarray(images.grid(row)).view(np.uint8))
+        digest.update(np.ascontiguousarray(images.grid(row)).tobytes())
     return {"images": len(images), "captions": captions, "sha256": digest.hexdigest()}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,7 +138,7 @@ def image_items(
         raise ValueError("this captioner needs --segmentation-model")
     paths = find_images(images, leave_out=left_out.add)
     return [
-        CaptionItem(image_id, path, path, lambda path=path: _features_of_image(captioner, path))
+        CaptionItem(image_id, path, path, partial(_features_of_image, captioner, path))
         for image_id, path in zip(image_ids_from_names(paths), paths, strict=True)
     ]
 
@@ -187,7 +188,7 @@ def feature_items(
     for image_id in sorted(files) if ids is None else dict.fromkeys(ids):
         if image_id in files:
             name = f"{printable(files[image_id], 200)}: image {image_id}"
-            items.append(CaptionItem(image_id, None, name, lambda image_id=image_id: read(image_id)))
+            items.append(CaptionItem(image_id, None, name, partial(read, image_id)))
         else:
             left_out.add(f"image {image_id}", f"not in the features ({', '.join(map(printable, features))})")
     if captioner.model.config.use_segmentation and segmentation is None:
@@ -229,11 +230,11 @@ def caption_items(
             left_out.add(item.name, describe(error).replace(" of image 0", ""))
         if prepared and (number == len(items) or len(prepared) == batch_size):
             results, problems = caption_batch(captioner, prepared, options)
-            reasons = {describe(error) for _, error in problems}
+            reasons = {describe(problem) for _, problem in problems}
             if not succeeded and not results and len(problems) > 1 and len(reasons) == 1:
                 raise problems[0][1]  # not the images are wrong, but what was asked for
-            for problem, error in problems:
-                left_out.add(problem.name, error)
+            for failed, problem in problems:
+                left_out.add(failed.name, problem)
             succeeded = succeeded or bool(results)
             yield from results
             prepared = []

@@ -22,12 +22,13 @@ from .colors import BLUE, GRAY, GREEN, LINE_COLORS, ORANGE, TEXT, TEXT_LIGHT
 with requires("reports"):
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import MaxNLocator
 
 MAX_POINTS_WITH_MARKERS = 40
 DOTS_PER_INCH = 160  # of PNG files
 
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     # The bundled font decides the layout, so that it is the same on every machine; viewers without it take the others.
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans", "Helvetica", "Arial", "sans-serif"],
@@ -131,8 +132,8 @@ def _style() -> Iterator[None]:
 
 def _figure(charts: Sequence[Chart], size: tuple[float, float]) -> Figure:
     width, height = size
-    figure = Figure(figsize=(width * len(charts), height), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
+    figure = Figure(figsize=(width * len(charts), height), layout=layout)
     for part, chart in zip(figure.subfigures(1, len(charts), squeeze=False)[0], charts, strict=True):
         axes = part.subplots()
         axes.set_title(printable(chart.title), loc="left", fontsize=9.5, fontweight="bold", pad=10)

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -22,11 +22,11 @@ from modeling_difnet import DifnetForConditionalGeneration, RelevanceOutput, fai
 from modeling_difnet.images_difnet import open_image
 from modeling_difnet.pipeline_difnet import DifnetImageCaptioningPipeline
 from modeling_difnet.relevance_difnet import check_captions
-from processing_difnet import DifnetTokenizer
+from processing_difnet import DifnetProcessor, DifnetTokenizer
 
+from ..checkpoints import load_captioner
 from ..command_line import LeftOut, describe, requires
 from ..data import ReferenceBatches, load_packed_split
-from ..evaluation.evaluate import load_ensemble
 from ..files import atomic_write, path_inside, printable
 
 with requires("images"):
@@ -92,7 +92,8 @@ def explain_images(
         ValueError: there is no such file or folder, or `caption` cannot be explained.
     """
     if caption is not None:
-        caption_to_sequence(captioner.processor.tokenizer, caption)  # a mistake in it is not that of an image
+        # A mistake in it is not that of an image.
+        caption_to_sequence(cast(DifnetProcessor, captioner.processor).tokenizer, caption)
     paths = find_images(images, leave_out=left_out.add)
     explained: list[ExplainedImage] = []
     try:
@@ -126,7 +127,8 @@ class CaptionedFeatures(NamedTuple):
 
     def rows(self, rows: Sequence[int]) -> CaptionedFeatures:
         features = {name: tensor[rows] for name, tensor in self.features.items()}
-        return CaptionedFeatures([self.ids[row] for row in rows], features, self.sequences[rows])
+        sequences = cast(torch.LongTensor, self.sequences[rows])
+        return CaptionedFeatures([self.ids[row] for row in rows], features, sequences)
 
 
 def explain_split(
@@ -183,9 +185,9 @@ def explain_split(
     num_explained = []
     try:
         for number, name in enumerate(models):
-            model, processor = load_ensemble([name])
+            model, processor = load_captioner(name, torch.float32)
             explanation = _SplitExplanation(
-                model.to(device).eval(),
+                model.to(device),  # type: ignore[arg-type]
                 processor.tokenizer,
                 open_split_image,
                 method,
@@ -233,7 +235,7 @@ def caption_batch(
     kept = []
     for row, image_id in enumerate(ids):
         try:
-            check_captions(captioned.sequences[row : row + 1], 1, model.config, allow_unknown_words=True)
+            check_captions(captioned.rows([row]).sequences, 1, model.config, allow_unknown_words=True)
             kept.append(row)
         except ValueError as error:
             left_out.add(f"image {image_id}", str(error).replace("Caption 0", "its caption", 1))
@@ -284,9 +286,9 @@ class _SplitExplanation:
 
     def add(self, images: CaptionedFeatures) -> None:
         """Explains a batch. Nothing is kept of one that fails, because its images come again one by one."""
-        features = {"segmentation_features": None, **images.features}
+        features: dict[str, Any] = {"segmentation_features": None, **images.features}
         # After the last word of a caption without end the position table may have no place for a further one.
-        readable = images.sequences[:, : self.model.config.max_position_embeddings]
+        readable = cast(torch.LongTensor, images.sequences[:, : self.model.config.max_position_embeddings])
         output = relevance(self.model, **features, sequences=readable, through_encoder=False)
         shown: list[ExplainedImage] = []
         if len(self.shown) < self.num_shown:
@@ -440,7 +442,7 @@ def write_curves(folder: Path, curves: Mapping[str, Sequence[Curve]], removal: S
 
 
 def _line(curve: Curve) -> Line:
-    return Line(curve.name, curve.positions, curve.values)
+    return Line(curve.name, curve.positions.tolist(), curve.values.tolist())
 
 
 def often_reached(curve: Curve) -> Curve:

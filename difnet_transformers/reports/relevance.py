@@ -14,7 +14,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from modeling_difnet import DifnetForConditionalGeneration, RelevanceOutput, rel
 from modeling_difnet.images_difnet import open_image
 from modeling_difnet.pipeline_difnet import DifnetImageCaptioningPipeline
 from modeling_difnet.segmentation_difnet import CLASS_NAMES
-from processing_difnet import DifnetTokenizer
+from processing_difnet import DifnetProcessor, DifnetTokenizer
 
 from ..command_line import requires
 from ..files import printable
@@ -108,23 +108,22 @@ def explain_captions(
     Raises:
         ValueError: as `relevance`.
     """
-    features = dict(features)
+    inputs: dict[str, Any] = {"segmentation_features": None, **features}
     if not model.config.use_segmentation:
-        features.pop("segmentation_features", None)
-    features.setdefault("segmentation_features", None)
+        inputs["segmentation_features"] = None
     output = relevance(
         model,
-        **features,
+        **inputs,
         sequences=sequences,
         method=method,
         targets="caption",
         allow_unknown_words=allow_unknown_words,
     )
-    shape = infer_grid_shape(features["grid_features"], features["segmentation_features"])
+    shape = infer_grid_shape(inputs["grid_features"], inputs["segmentation_features"])
     flows = {"both": output.cells(), "grid": output.grid, "segmentation": output.segmentation}
     explained = []
     for index, (name, image) in enumerate(zip(names, images, strict=True)):
-        tokens = tokenizer.convert_ids_to_tokens(output.target_ids[index])
+        tokens = tokenizer.convert_ids_to_tokens(output.target_ids[index].tolist())
         ends = [
             position for position, token in enumerate(tokens) if token in (tokenizer.eos_token, tokenizer.pad_token)
         ]
@@ -175,20 +174,17 @@ def explain_image(
         ValueError: the image cannot be read, or the caption is empty or holds words that the model does not know.
     """
     image = open_image(source)
-    features = captioner.processor(**captioner.features_of(image), return_tensors="pt").to(captioner.device)
+    # Pipelines of Transformers do not say which model and processor they hold.
+    model = cast(DifnetForConditionalGeneration, captioner.model)
+    processor = cast(DifnetProcessor, captioner.processor)
+    inputs = processor(**captioner.features_of(image), return_tensors="pt").to(captioner.device)
     if caption is None:
-        sequences = captioner.model.generate(**features, **generation_options)[:1]
+        sequences = cast(torch.LongTensor, model.generate(**inputs, **generation_options)[:1])
     else:
-        sequences = caption_to_sequence(captioner.processor.tokenizer, caption).to(captioner.device)
-    explained, _ = explain_captions(
-        captioner.model,
-        captioner.processor.tokenizer,
-        features,
-        sequences,
-        [name or ("image" if isinstance(source, Image.Image) else printable(Path(source).name, 100))],
-        [image],
-        method=method,
-    )
+        sequences = cast(torch.LongTensor, caption_to_sequence(processor.tokenizer, caption).to(captioner.device))
+    if name is None:
+        name = "image" if isinstance(source, Image.Image) else printable(Path(source).name, 100)
+    explained, _ = explain_captions(model, processor.tokenizer, inputs, sequences, [name], [image], method=method)
     return explained[0]
 
 
@@ -220,12 +216,12 @@ def caption_to_sequence(tokenizer: DifnetTokenizer, caption: str) -> torch.LongT
     words = tokenizer.tokenize(caption.strip())
     if not words:
         raise ValueError(f"the caption {printable(repr(caption))} is empty: there is no word to explain")
-    ids = tokenizer.convert_tokens_to_ids(words)
+    ids = [tokenizer.convert_tokens_to_ids(word) for word in words]
     unknown = [word for word, index in zip(words, ids, strict=True) if index == tokenizer.unk_token_id]
     if unknown:
-        words = ", ".join(printable(repr(word), 40) for word in unknown[:10]) + (", .." if len(unknown) > 10 else "")
-        raise ValueError(f"the model does not know {words}: use other words in --caption")
-    return torch.tensor([[tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]])
+        listed = ", ".join(printable(repr(word), 40) for word in unknown[:10]) + (", .." if len(unknown) > 10 else "")
+        raise ValueError(f"the model does not know {listed}: use other words in --caption")
+    return torch.LongTensor([[tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]])
 
 
 def infer_grid_shape(grid_features: torch.Tensor, segmentation_features: torch.Tensor | None) -> tuple[int, int]:
@@ -239,7 +235,7 @@ def infer_grid_shape(grid_features: torch.Tensor, segmentation_features: torch.T
         ValueError: there is no segmentation, and N is no square number.
     """
     if segmentation_features is not None:
-        return tuple(segmentation_features.shape[-2:])
+        return segmentation_features.shape[-2], segmentation_features.shape[-1]
     num_cells = grid_features.shape[1]
     side = round(num_cells**0.5)
     if side * side != num_cells:
@@ -269,7 +265,8 @@ def relevance_arrays(explained: Sequence[ExplainedImage]) -> dict[str, np.ndarra
 def npz_file(arrays: Mapping[str, np.ndarray]) -> bytes:
     """The content of a file for `numpy.load`, without pickle."""
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
+    named: Mapping[str, Any] = arrays
+    np.savez_compressed(buffer, **named)
     return buffer.getvalue()
 
 
@@ -289,9 +286,8 @@ def heat_map(cells: np.ndarray, shape: tuple[int, int], image: Image.Image) -> I
     layer = np.zeros((*shape, 4))
     layer[..., :3] = np.where(strength[..., None] >= 0, POSITIVE_COLOR, NEGATIVE_COLOR)
     layer[..., 3] = 255 * OPACITY * np.abs(strength)
-    layer = Image.fromarray(layer.round().astype(np.uint8), "RGBA")
-    layer = layer.resize(image.size, Image.Resampling.NEAREST)
-    return Image.alpha_composite(image.convert("L").convert("RGBA"), layer).convert("RGB")
+    colored = Image.fromarray(layer.round().astype(np.uint8), "RGBA").resize(image.size, Image.Resampling.NEAREST)
+    return Image.alpha_composite(image.convert("L").convert("RGBA"), colored).convert("RGB")
 
 
 def resized_image(explained: ExplainedImage, longest_side: int | None = None) -> Image.Image:

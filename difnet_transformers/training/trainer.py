@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import torch
 from accelerate.utils import set_seed
@@ -28,7 +28,7 @@ from datasets import Dataset
 from torch import nn
 from tqdm import tqdm
 
-from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration
+from modeling_difnet import DifnetForConditionalGeneration
 from processing_difnet import DifnetProcessor, DifnetTokenizer
 
 from ..data import CaptionPairBatches, ImageCaptionBatches, ReferenceBatches
@@ -196,7 +196,7 @@ class DifnetTrainer:
         set_seed(args.seed)
         self.model, self.processor = self.load_model(resumed)
         self.tokenizer = self.processor.tokenizer
-        self.config = cast(DifnetConfig, self.model.config)
+        self.config = self.model.config
         for images in (self.train_images, self.validation_images):
             check_data(self.config, images, args.dataset, args.max_new_tokens)
         self.fingerprints = None

@@ -33,11 +33,9 @@ from ..files import atomic_write, folder_lock, naming, printable, read_json
 from .segmentation_sources import (
     CocoSegmentations,
     ImageFile,
-    InstanceSegmentations,
-    LabelMaps,
     ModelSegmentations,
-    PanopticSegmentations,
     SegmentationSource,
+    open_annotations,
 )
 from .work_folder import LEFT_OUT, UNUSUAL, WorkFolder
 
@@ -47,7 +45,7 @@ with requires("images"):
     from accelerate.utils import broadcast_object_list, gather_object
     from PIL import Image
 
-    from ..data.coco import CocoFile, merge_images, read_images, read_instances, read_panoptic
+    from ..data.coco import CocoFile, merge_images, read_images
     from ..data.image_files import find_images, image_ids_from_names, match_images
 
 GRIDS = "grid_features.hdf5"
@@ -232,31 +230,26 @@ def extract_features(
 
     def open_inputs() -> Extraction:
         network_device = torch.device(device or state.device)
-        segmentation: SegmentationSource | None = None
-        if instance_annotations:
-            segmentation = InstanceSegmentations([read_instances(path) for path in instance_annotations])
-        elif panoptic_annotations:
-            segmentation = PanopticSegmentations([read_panoptic(path) for path in panoptic_annotations])
-        elif label_maps is not None:
-            segmentation = LabelMaps(label_maps, label_order)
-        elif segmentation_model is not None or untrained:
+        segmentation: SegmentationSource | None = open_annotations(
+            panoptic_annotations, instance_annotations, label_maps, label_order
+        )
+        if segmentation is None and (segmentation_model is not None or untrained):
             segmenter = load_segmenter(segmentation_model, network_device, untrained, seed)
             segmentation = ModelSegmentations(segmenter, segmentation_model)
-        backbone = None
-        if grid_backbone is not None or untrained:
-            backbone = load_grid_backbone(grid_backbone, network_device, untrained, seed)
-        if backbone is None and segmentation is None:
-            raise ExtractionError(
-                "nothing to make: give --grid-backbone, a source of segmentation, or both (see --help)"
-            )
         provenance: dict[str, Any] = {"made_by": "DIFNet for Transformers, scripts/extract_features.py"}
         if untrained:
             provenance["warning"] = UNTRAINED_WARNING
         provenance["versions"] = {name: version(name) for name in ("torch", "transformers", "pillow")}
         if segmentation is not None:
             provenance["segmentation"] = segmentation.provenance
-        if backbone is not None:
+        backbone = None
+        if grid_backbone is not None or untrained:
+            backbone = load_grid_backbone(grid_backbone, network_device, untrained, seed)
             provenance["grid_backbone"] = provenance_of(backbone, grid_backbone)
+        if backbone is None and segmentation is None:
+            raise ExtractionError(
+                "nothing to make: give --grid-backbone, a source of segmentation, or both (see --help)"
+            )
         if isinstance(segmentation, CocoSegmentations):
             coco_files = segmentation.files
         else:
@@ -462,28 +455,31 @@ def pack_features(features: Path, packed: Path, captions: str, skip_missing: boo
     Args:
         features: output of `extract_features`.
         packed: the dataset to make.
-        captions: the annotations, as `data.pack` takes them.
+        captions: the annotations, as `read_annotations` takes them.
         skip_missing: whether annotated images without features are left out.
 
     Raises:
-        ValueError: there are no grid features, or as `data.pack.pack`.
+        ValueError: there are no grid features, or as `pack_dataset`.
     """
-    from ..data import pack
+    with requires("data"):
+        from datasets import disable_progress_bars
+
+        from ..data.pack import PackingConfig, pack_dataset
 
     grids, segmentations = features / GRIDS, features / SEGMENTATIONS
     if not grids.exists():
         raise ExtractionError("--packed needs grid features: give --grid-backbone")
     with h5py.File(grids, "r") as file:
         grid_feature_size = file[next(iter(file))].shape[1]
-    recipe = pack.Recipe(
+    config = PackingConfig(
         features=(str(grids),),
         segmentation=str(segmentations) if segmentations.exists() else None,
         annotations=captions,
         grid_feature_size=grid_feature_size,
         skip_missing=skip_missing,
     )
-    pack.datasets.disable_progress_bars()
-    provenance = pack.pack(recipe, packed, num_proc=1, parquet=False, shard_size=1000)
+    disable_progress_bars()
+    provenance, _ = pack_dataset(config, packed)
     shutil.copyfile(features / "manifest.json", packed / "extraction.json")
     for split, counts in provenance["splits"].items():
         print(f"{split}: {counts['images']:,} images, {counts['captions']:,} captions")

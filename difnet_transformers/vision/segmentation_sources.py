@@ -30,7 +30,7 @@ from .coco_annotations import channels_of_categories, instance_channel_map, pano
 with requires("images"):
     from PIL import Image
 
-    from ..data.coco import CocoFile
+    from ..data.coco import CocoFile, read_instances, read_panoptic
     from ..data.feature_files import read_npy
     from ..data.image_files import leads_out
 
@@ -212,6 +212,27 @@ class ModelSegmentations:
 
     def files_of(self, file: ImageFile) -> list[Path]:
         return []
+
+
+def open_annotations(
+    panoptic: Sequence[Path] | None, instances: Sequence[Path] | None, label_maps: Path | None, label_order: str
+) -> SegmentationSource | None:
+    """The source of segmentations that needs no network; `None` without any.
+
+    Args:
+        panoptic: COCO's `panoptic_*.json`.
+        instances: COCO's `instances_*.json`.
+        label_maps: folder of label maps.
+        label_order: how these number the classes, a key of `LABEL_ORDERS`.
+
+    Raises:
+        ValueError: a file is not what it should be; the text names it.
+    """
+    if instances:
+        return InstanceSegmentations([read_instances(path) for path in instances])
+    if panoptic:
+        return PanopticSegmentations([read_panoptic(path) for path in panoptic])
+    return LabelMaps(label_maps, label_order) if label_maps is not None else None
 
 
 @contextlib.contextmanager

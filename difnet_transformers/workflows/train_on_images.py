@@ -6,15 +6,12 @@ printed commands do not do; this module knows their order and their settings for
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from processing_difnet import DifnetTokenizer
 
@@ -26,7 +23,10 @@ from ..data.packed_dataset import load_packed_split
 from ..files import atomic_output, atomic_write, check_regular_file, printable, read_file, read_json
 from ..model_card import METRICS, check_license
 from ..presets import SMALL_NETWORK
-from ..vision.images import thumbnail
+from ..reports.pages import SheetImage, Table, html_sheet
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 SPLITS = ("train", "validation", "test")
 
@@ -132,13 +132,15 @@ def train_on_images(
     reports = evaluate(model, output, SPLITS[: len(captions)], name, cpu)
     results = caption_all(model, output, cpu)
     page = output / "captions.html"
-    notes = []
+    warnings = []
     if sources.grid_backbone is None:
         features = "Grid features" if sources.has_segmentation else "Grid and segmentation features"
-        notes.append(f"{features} come from an untrained, random network: they tell images apart, not their content.")
+        warnings.append(
+            f"{features} come from an untrained, random network: they tell images apart, not their content."
+        )
     if choose_by == "train":
-        notes.append("The checkpoint was chosen by its scores on the images that it learnt from.")
-    write_page(page, name, notes, images, output / "packed", results, reports)
+        warnings.append("The checkpoint was chosen by its scores on the images that it learnt from.")
+    write_page(page, name, warnings, images, output / "packed", results, reports)
     print()
     for split, report in reports.items():
         print(f"{split}: {report['images']:,} images, CIDEr-D {report['scores']['cider_d']:.4f}")
@@ -280,30 +282,6 @@ def left_out_images(output: Path) -> list[tuple[str, str]]:
 
 # The page
 
-PAGE = """\
-<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{name}</title>
-<style>
-  body {{ font: 16px/1.4 system-ui, sans-serif; margin: 24px; background: #f6f6f4; color: #1c1c1c }}
-  section {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); gap: 20px }}
-  figure {{ margin: 0; background: #fff; border: 1px solid #ddd; border-radius: 6px; overflow: hidden }}
-  img {{ display: block; width: 100%; height: 220px; object-fit: contain; background: #ececea }}
-  figcaption {{ padding: 10px 12px; overflow-wrap: anywhere }}
-  figcaption p {{ margin: 0 0 6px; font-weight: 600 }}
-  details {{ color: #555; font-size: 14px }}
-  table {{ border-collapse: collapse; background: #fff }}
-  td, th {{ border: 1px solid #ddd; padding: 4px 12px; text-align: right }}
-  .warning {{ background: #fff3cd; border: 1px solid #d9b84a; border-radius: 6px; padding: 10px 14px }}
-</style>
-<h1>{name}</h1>
-{warnings}
-<table>{table}</table>
-{sections}
-</html>
-"""
 HEADINGS = {
     "train": "Images that the model has learnt from",
     "validation": "Held-out images",
@@ -314,7 +292,7 @@ HEADINGS = {
 def write_page(
     path: Path,
     name: str,
-    notes: Sequence[str],
+    warnings: Sequence[str],
     images: Sequence[Path],
     packed: Path,
     captions: Mapping[int, str],
@@ -325,40 +303,36 @@ def write_page(
     Args:
         path: of the page.
         name: of the data.
-        notes: warnings above the scores.
+        warnings: above the scores.
         images: image files, or folders of them.
         packed: the packed dataset.
         captions: by image id.
         reports: of `evaluate`.
     """
-    image_files = find_images(map(str, images))
-    rows = ["<tr><th>split</th><th>images</th>"]
-    rows[0] += "".join(f"<th>{title}</th>" for _, title in METRICS.values() if title not in ("METEOR", "SPICE"))
-    sections = []
-    for split, report in reports.items():
-        cells = [split, f"{report['images']:,}", *(f"{score:.3f}" for score in report["scores"].values())]
-        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells))
-        figures = []
-        rows_of_split = load_packed_split(packed, split)
-        file_names = dict(zip(rows_of_split["image_id"], rows_of_split["file_name"], strict=True))
-        path_of = match_images(image_files, file_names).paths
-        for row in rows_of_split.select_columns(["image_id", "captions"]):
-            if row["image_id"] not in captions or row["image_id"] not in path_of:
-                continue  # moved away since, or left out by `difnet caption`, which named it
-            buffer = io.BytesIO()
-            thumbnail(path_of[row["image_id"]]).save(buffer, "JPEG", quality=85)
-            data = base64.b64encode(buffer.getvalue()).decode()
-            references = "".join(f"<br>{html.escape(reference)}" for reference in row["captions"])
-            figures.append(
-                f'<figure><img loading="lazy" src="data:image/jpeg;base64,{data}" alt="{row["image_id"]}">'
-                f"<figcaption><p>{html.escape(captions[row['image_id']])}</p>"
-                f"<details><summary>reference captions</summary>{references}</details></figcaption></figure>"
-            )
-        sections.append(f"<h2>{HEADINGS[split]}</h2>\n<section>\n" + "\n".join(figures) + "\n</section>")
-    page = PAGE.format(
-        name=html.escape(name),
-        warnings="\n".join(f'<p class="warning">{html.escape(warning)}</p>' for warning in notes),
-        table="\n".join(rows),
-        sections="\n".join(sections),
-    )
+    files = find_images(map(str, images))
+    sections = {HEADINGS[split]: sheet_images(load_packed_split(packed, split), files, captions) for split in reports}
+    page = html_sheet(sections, title=name, warnings=warnings, table=score_table(reports))
     atomic_write(path, page)
+
+
+def score_table(reports: Mapping[str, dict[str, Any]]) -> Table:
+    """The scores of each split."""
+    metrics = list(dict.fromkeys(metric for report in reports.values() for metric in report["scores"]))
+    return Table(
+        ["split", "images", *(METRICS[metric][1] for metric in metrics)],
+        [
+            [split, f"{report['images']:,}", *(f"{report['scores'][metric]:.3f}" for metric in metrics)]
+            for split, report in reports.items()
+        ],
+    )
+
+
+def sheet_images(rows: Dataset, files: Sequence[Path], captions: Mapping[int, str]) -> list[SheetImage]:
+    """The images of a split that have a file and a caption."""
+    path_of = match_images(files, dict(zip(rows["image_id"], rows["file_name"], strict=True))).paths
+    return [
+        SheetImage(path_of[row["image_id"]], [captions[row["image_id"]]], references=row["captions"])
+        for row in rows.select_columns(["image_id", "captions"])
+        # Others were moved since, or left out by `difnet caption`, which named them.
+        if row["image_id"] in captions and row["image_id"] in path_of
+    ]

@@ -9,6 +9,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
 
 from difnet_transformers.data.captions import read_annotations
 from difnet_transformers.data.coco import (
@@ -18,9 +19,9 @@ from difnet_transformers.data.coco import (
     read_instances,
     read_panoptic,
 )
-from difnet_transformers.data.errors import BrokenImage, PackingError
+from difnet_transformers.data.errors import BrokenImage, DataError
 from difnet_transformers.data.feature_files import GridFiles, SegmentationFiles, read_npy
-from difnet_transformers.data.grids import fit_grid
+from difnet_transformers.data.grids import average_pool, fit_grid
 from difnet_transformers.data.image_files import find_images, image_ids_from_names, match_images
 from difnet_transformers.data.normalization import (
     normalize_caption,
@@ -286,7 +287,7 @@ class TestCocoFiles:
     def test_files_that_contradict_each_other(self, tmp_path, second, message):
         entries = ({"id": 7, "file_name": "a.jpg"}, second)
         files = [read_images(written(tmp_path / f"{n}.json", {"images": [each]})) for n, each in enumerate(entries)]
-        with pytest.raises(PackingError, match=message):
+        with pytest.raises(DataError, match=message):
             merge_images(files)
 
 
@@ -399,14 +400,14 @@ class TestHdf5:
     def test_one_id_twice_because_of_its_zeros(self, tmp_path):
         with h5py.File(tmp_path / "grids.hdf5", "w") as file:
             file["42_grids"] = file["042_grids"] = GRID
-        with pytest.raises(PackingError, match="duplicate image ids: 42"):
+        with pytest.raises(DataError, match="duplicate image ids: 42"):
             GridFiles((str(tmp_path / "grids.hdf5"),)).index()
 
     @pytest.mark.parametrize("key", ["1_boxes", "1_cls_prob", "1_num_boxes"])
     def test_regions_of_a_detector_are_no_grid(self, tmp_path, key):
         with h5py.File(tmp_path / "detections.hdf5", "w") as file:
             file["1_features"], file[key] = GRID, GRID[:, :4]
-        with pytest.raises(PackingError, match=f"1_features beside {key}.* give a file of grid features"):
+        with pytest.raises(DataError, match=f"1_features beside {key}.* give a file of grid features"):
             GridFiles((str(tmp_path / "detections.hdf5"),)).index()
 
     def test_grids_beside_regions_are_taken(self, tmp_path):
@@ -436,7 +437,7 @@ class TestHdf5:
                 file[f"{image_id}_grids"] = GRID[:1]
         content = path.read_bytes()
         path.write_bytes(content.replace(b"TREE", b"EERT").replace(b"SNOD", b"DONS"))
-        with pytest.raises(PackingError, match=str(path)):
+        with pytest.raises(DataError, match=str(path)):
             GridFiles((str(path),)).index()
 
 
@@ -523,3 +524,9 @@ class TestGridSizes:
         padded, cells = fit_grid(GRID[:40], 7, 8)
         np.testing.assert_array_equal(padded[:40], GRID[:40])
         assert (padded[40:].any(), cells) == (False, 40)
+
+    @pytest.mark.parametrize("shape", [(5, 19, 25), (5, 7, 7), (5, 3, 30), (5, 1, 1)])
+    def test_pooling_is_torchs(self, shape):
+        feature_map = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+        expected = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(feature_map), 7).flatten(1).T
+        np.testing.assert_allclose(average_pool(feature_map, 7), expected, atol=1e-6)

@@ -383,7 +383,7 @@ class TestOpening:
         assert packed_splits(folder) == ["train", "test"]
         with pytest.raises(ValueError, match="has no split 'validation', it has train, test"):
             load_packed_split(folder, "validation")
-        with pytest.raises(ValueError, match=r"is not a packed dataset: scripts/pack_coco\.py makes one"):
+        with pytest.raises(ValueError, match=r"is not a packed dataset: `difnet pack` makes one"):
             packed_splits(tmp_path)
 
     def test_a_number_of_cells_that_cannot_be(self, packed):
