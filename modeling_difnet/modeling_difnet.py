@@ -79,8 +79,7 @@ def eager_attention_forward(
         attention_weights = attention_weights.masked_fill(~attention_mask, torch.finfo(query.dtype).min)
     elif attention_mask is not None:
         attention_weights = attention_weights + attention_mask
-    attention_weights = nn.functional.softmax(attention_weights, dim=-1)
-    attention_weights = fast_dropout(attention_weights, dropout, module.training)
+    attention_weights = fast_dropout(nn.functional.softmax(attention_weights, dim=-1), dropout, module.training)
     attention_output = torch.matmul(attention_weights, value).transpose(1, 2)  # (B, L, heads, head_dim)
     return attention_output, attention_weights
 
@@ -643,8 +642,7 @@ class DifnetForConditionalGeneration(DifnetPreTrainedModel, DifnetGenerationMixi
             labels (`torch.LongTensor` of shape `(captions, length)`, *optional*):
                 `w1 .. wn <eos>`, then -100 for positions without loss.
             encoder_outputs (*optional*): output of `model.get_encoder()`, to encode an image once for many calls.
-            past_key_values, cache (`EncoderDecoderCache`, *optional*):
-                Keys and values of the tokens before these: two names of one argument.
+            past_key_values, cache (`EncoderDecoderCache`, *optional*): of the tokens before these; one argument.
             decoder_inputs_embeds (`torch.FloatTensor` of shape `(captions, length, d_model)`, *optional*):
                 In place of `decoder_input_ids`; positions are added to them.
             decoder_position_ids (`torch.LongTensor` of shape `(captions, length)`, *optional*):
