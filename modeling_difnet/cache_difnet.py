@@ -36,7 +36,7 @@ def resolve_cache(past_key_values: Cache | None, cache: Cache | None) -> Encoder
 
 
 def padding_mask(
-    input_ids: torch.LongTensor | None,  # (B * K, L)
+    input_ids: torch.Tensor | None,  # (B * K, L)
     attention_mask: torch.Tensor | None,  # (B * K, past + L), or of more dimensions
     cache: EncoderDecoderCache | None,
     pad_token_id: int,
@@ -53,19 +53,22 @@ def padding_mask(
     Raises:
         ValueError: the mask does not cover the tokens in the cache, or these belong to another number of captions.
     """
+    tokens = inputs_embeds if input_ids is None else input_ids
+    if tokens is None:
+        raise ValueError("Pass exactly one of `decoder_input_ids` and `decoder_inputs_embeds`.")
     past_length = cache.get_seq_length() if cache is not None else 0
     if not isinstance(past_length, int):
         # A static cache counts in a tensor. `generate` passes a mask with it, so that the tensor is not read here.
         if torch.compiler.is_compiling():
             return attention_mask
         if attention_mask is not None:
-            cache.padding_mask = attention_mask if attention_mask.ndim == 2 else None
+            keep_padding_mask(cache, attention_mask if attention_mask.ndim == 2 else None)
             return attention_mask
         past_length = int(past_length)
     past_mask = getattr(cache, "padding_mask", None) if past_length else None
     if attention_mask is None:
         if input_ids is None:
-            is_word = inputs_embeds.new_ones(inputs_embeds.shape[:2], dtype=torch.bool)
+            is_word = tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
         else:
             is_word = input_ids != pad_token_id  # (B * K, L)
         if past_length == 0:
@@ -80,18 +83,22 @@ def padding_mask(
                 )
             attention_mask = torch.cat([past_mask[:, :past_length] != 0, is_word], dim=1)
     if attention_mask is None or attention_mask.ndim != 2:
-        if cache is not None:
-            cache.padding_mask = None
+        keep_padding_mask(cache, None)
         return attention_mask
-    length = (inputs_embeds if input_ids is None else input_ids).shape[1]
+    length = tokens.shape[1]
     if attention_mask.shape[1] != past_length + length:
         raise ValueError(
             f"`decoder_attention_mask` has {attention_mask.shape[1]} columns, but there are {past_length} tokens in "
             f"the cache and {length} new ones: it covers both."
         )
-    if cache is not None:
-        cache.padding_mask = attention_mask
+    keep_padding_mask(cache, attention_mask)
     return attention_mask
+
+
+def keep_padding_mask(cache: EncoderDecoderCache | None, attention_mask: torch.Tensor | None) -> None:
+    """Lets the cache, if there is one, carry the mask of its tokens to the next call."""
+    if cache is not None:
+        cache.padding_mask = attention_mask  # type: ignore[attr-defined]
 
 
 def count_leading_padding(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -100,10 +107,10 @@ def count_leading_padding(attention_mask: torch.Tensor) -> torch.Tensor:
 
 
 def move_padding_left(
-    input_ids: torch.LongTensor,  # (B, L)
+    input_ids: torch.Tensor,  # (B, L)
     attention_mask: torch.Tensor | None,  # (B, L)
     pad_token_id: int,
-) -> tuple[torch.LongTensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Prompts of one batch that end together, so that all captions continue in the same column.
 
     Padding between tokens stays where it is.
@@ -137,11 +144,11 @@ def move_padding_left(
 
 
 def add_start_tokens(
-    input_ids: torch.LongTensor,  # (B, L), padded on the left
+    input_ids: torch.Tensor,  # (B, L), padded on the left
     attention_mask: torch.Tensor | None,  # (B, L)
     start_token_id: torch.Tensor,  # of all rows, or one for each
     pad_token_id: int,
-) -> tuple[torch.LongTensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Puts the start token before each prompt that lacks it; Transformers does so where all of a batch lack it."""
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     start_token_id = start_token_id.to(input_ids.device).reshape(-1).expand(len(input_ids))  # (B,)

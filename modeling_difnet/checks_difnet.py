@@ -165,7 +165,7 @@ def check_request(inputs: object, arguments: dict, vocab_size: int) -> None:
     cells = inputs if inputs is not None else arguments.get("grid_features")
     if arguments.get("encoder_outputs") is not None:
         cells = arguments["encoder_outputs"][0]  # as many images and cells as there are of features
-    if cells is None:
+    if not isinstance(cells, torch.Tensor):
         raise ValueError("`generate` needs `grid_features`, which the processor makes, or `encoder_outputs`.")
     check_shapes(cells, arguments, vocab_size)
     if arguments.get("cache_implementation") == "paged":

@@ -86,21 +86,24 @@ class Hypotheses:
     Args:
         tokens (`(B, K, t)`): the tokens.
         log_probs (`(B, K, t)`): their log-probabilities; 0 after `<eos>`.
-        origins (`(B, K, t)`): the row of the step's scores that each token comes from; -1 after `<eos>`.
         scores (`(B, K)`): sums of the log-probabilities.
+        origins (`(B, K, t)`): the row of the step's scores that each token comes from, -1 after `<eos>`; `None` where
+            scores are not returned.
     """
 
     tokens: torch.LongTensor
     log_probs: torch.Tensor
-    origins: torch.LongTensor
     scores: torch.Tensor
+    origins: torch.LongTensor | None
 
     @classmethod
-    def empty(cls, shape: tuple[int, int, int], pad_token_id: int, like: torch.Tensor) -> "Hypotheses":
-        """Captions of `<pad>` in the device and type of `like`."""
+    def empty(
+        cls, shape: tuple[int, int, int], pad_token_id: int, like: torch.Tensor, with_origins: bool
+    ) -> "Hypotheses":
+        """Captions of `<pad>`, (B, K, t), with log-probabilities on the device and in the type of `like`."""
         log_probs = like.new_zeros(shape)
         tokens, origins = (torch.full_like(log_probs, value, dtype=torch.long) for value in (pad_token_id, -1))
-        return cls(tokens, log_probs, origins, like.new_zeros(shape[:2]))
+        return cls(tokens, log_probs, like.new_zeros(shape[:2]), origins if with_origins else None)
 
 
 @dataclass
@@ -157,19 +160,22 @@ class BeamState(Hypotheses):
         rows = torch.arange(len(beams), device=beams.device).unsqueeze(1)  # (B, 1)
         was_finished = self.finished.gather(1, beams)
         tokens = tokens.masked_fill(was_finished, pad_token_id)
-        origins = (self.images.unsqueeze(1) * num_beams + beams).masked_fill(was_finished, -1)
         self.finished = was_finished | (tokens.unsqueeze(-1) == eos_token_ids).any(-1)
         self.visible = self.visible[rows, beams]
         self.tokens = torch.cat([self.tokens[rows, beams], tokens.unsqueeze(-1)], dim=2)
         self.log_probs = torch.cat([self.log_probs[rows, beams], token_log_probs.unsqueeze(-1)], dim=2)
-        self.origins = torch.cat([self.origins[rows, beams], origins.unsqueeze(-1)], dim=2)
+        if self.origins is not None:
+            origins = (self.images.unsqueeze(1) * num_beams + beams).masked_fill(was_finished, -1)
+            self.origins = torch.cat([self.origins[rows, beams], origins.unsqueeze(-1)], dim=2)
 
     def store(self, results: Hypotheses) -> None:
         """Writes the hypotheses to their images' rows of `results`, which has room for all steps."""
         num_tokens = self.tokens.shape[2]
-        for name in ("tokens", "log_probs", "origins"):
-            getattr(results, name)[self.images, :, :num_tokens] = getattr(self, name)
+        results.tokens[self.images, :, :num_tokens] = self.tokens
+        results.log_probs[self.images, :, :num_tokens] = self.log_probs
         results.scores[self.images] = self.scores
+        if self.origins is not None:
+            results.origins[self.images, :, :num_tokens] = self.origins
 
 
 # Leaving finished images out copies the cache of the others, which pays when this share of the images is finished.
@@ -225,8 +231,9 @@ def original_beam_search(
         model_kwargs["encoder_outputs"].last_hidden_state,
         model_kwargs.get("grid_attention_mask"),
         model_kwargs.get("decoder_attention_mask"),
+        with_scores,
     )
-    results = Hypotheses.empty((len(prompts), num_beams, num_steps), pad_token_id, like=state.scores)
+    results = Hypotheses.empty((len(prompts), num_beams, num_steps), pad_token_id, state.scores, with_scores)
     step_scores = []
     for step in range(num_steps):
         is_closed = state.finished.all(dim=1)  # (B,)
@@ -248,7 +255,8 @@ def original_beam_search(
         log_probs = logits.to(state.scores.dtype).log_softmax(-1)
         if logits_processor or with_scores:
             log_probs, processed = process_all_rows(logits_processor, prompts, results.tokens, state, log_probs)
-            step_scores.append(processed)
+            if with_scores:
+                step_scores.append(processed)
         state.advance(log_probs, num_beams, eos_token_ids, pad_token_id)
     state.store(results)
 
@@ -279,6 +287,7 @@ def begin_search(
     encoder_states: torch.Tensor,  # (B * num_beams, N, d_model)
     grid_attention_mask: torch.Tensor | None,  # (B * num_beams, N)
     prompt_mask: torch.Tensor | None,  # (B * num_beams, prompt)
+    with_origins: bool,
 ) -> tuple[BeamState, dict[str, torch.Tensor]]:
     """One empty hypothesis for each image, and what the decoder reads in the first step.
 
@@ -303,7 +312,7 @@ def begin_search(
         positions = torch.arange(1, prompt_length + 1, device=device) - num_leading
         inputs |= {"decoder_attention_mask": visible.long(), "decoder_position_ids": positions.clamp(min=0)}
     full_precision = encoder_states.new_zeros(0, dtype=torch.promote_types(encoder_states.dtype, torch.float32))
-    hypotheses = Hypotheses.empty((batch_size, 1, 0), pad_token_id, like=full_precision)
+    hypotheses = Hypotheses.empty((batch_size, 1, 0), pad_token_id, full_precision, with_origins)
     state = BeamState(
         **vars(hypotheses),
         images=torch.arange(batch_size, device=device),

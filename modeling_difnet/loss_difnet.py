@@ -19,7 +19,7 @@ def shift_tokens_right(labels: torch.Tensor, pad_token_id: int, decoder_start_to
 
 def caption_loss(
     logits: torch.Tensor,  # (B, L, V)
-    labels: torch.LongTensor,  # (B, L), as the logits: not shifted
+    labels: torch.Tensor,  # (B, L), as the logits: not shifted
     vocab_size: int | None = None,
     num_items_in_batch: torch.Tensor | int | None = None,
     ignore_index: int = -100,
@@ -44,7 +44,7 @@ def caption_loss(
 def compute_loss(
     model: PreTrainedModel,
     logits: torch.Tensor,
-    labels: torch.LongTensor,
+    labels: torch.Tensor,
     num_items_in_batch: torch.Tensor | int | None,
 ) -> torch.Tensor:
     """Calls `model.loss_function`, which a user may have set, as the models of Transformers do."""
