@@ -1,9 +1,8 @@
-"""Configuration of DIFNet.
+"""Configuration of DIFNet (Wu et al., "DIFNet: Boosting Visual Information Flow for Image Captioning", CVPR 2022).
 
-DIFNet (Wu et al., "DIFNet: Boosting Visual Information Flow for Image Captioning", CVPR 2022) has no configuration in
-the original code: its sizes are default arguments scattered over `models/` and its four variants are four packages.
-Here one configuration describes all of them: `use_segmentation=False` is the paper's baseline (modes `base`,
-`base_lrp`), `use_segmentation=True` is DIFNet (modes `difnet`, `difnet_lrp`).
+The original implementation has none: its sizes are default arguments scattered over `models/`, and its four variants
+are four packages. Here one configuration describes all of them: `use_segmentation=False` is the paper's baseline
+(modes `base`, `base_lrp`), `use_segmentation=True` is DIFNet (modes `difnet`, `difnet_lrp`).
 """
 
 import functools
@@ -13,7 +12,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-# Far above any network of this kind. A damaged file asks for what no machine can build, which shows after minutes.
+# Far above any network of this kind. A damaged file may ask for what no machine can build, which shows after minutes.
 LARGEST = {
     "vocab_size": 10_000_000,
     "grid_feature_size": 1_000_000,
@@ -31,23 +30,23 @@ LARGEST = {
 
 
 def raises_value_error(method: Callable) -> Callable:
-    """`method`, with the library's errors of validation, which are no `ValueError`, as one in a line of its own."""
+    """`method`, with the validation errors of huggingface_hub, which are no `ValueError`, as one of a single line."""
 
     @functools.wraps(method)
     def wrapped(self, *args, **kwargs):
         try:
             return method(self, *args, **kwargs)
         except StrictDataclassError as error:
-            said = " ".join(str(error.__cause__ or error).split()).removeprefix("DifnetConfig: ")
-            if len(said) > 300:  # it quotes the whole value
-                said = f"{said[:200]} .. {said[-50:]}"
-            raise ValueError(f"DifnetConfig: {said}") from error
+            text = " ".join(str(error.__cause__ or error).split()).removeprefix("DifnetConfig: ")
+            if len(text) > 300:  # it quotes the whole value
+                text = f"{text[:200]} .. {text[-50:]}"
+            raise ValueError(f"DifnetConfig: {text}") from error
 
     return wrapped
 
 
-def shown(number: int) -> str:
-    """A number for a message; one of many digits, which Python does not even print beyond some length, as its size."""
+def integer_text(number: int) -> str:
+    """A number for a message; one of very many digits, which Python refuses to print, as its size."""
     return str(number) if abs(number) < 10**20 else f"a number of {number.bit_length()} bits"
 
 
@@ -63,9 +62,9 @@ class DifnetConfig(PreTrainedConfig):
 
     Args:
         vocab_size (`int`, defaults to 10201): number of tokens, special ones included.
-        grid_feature_size (`int`, defaults to 2048): width of one grid cell of the picture's feature map.
+        grid_feature_size (`int`, defaults to 2048): width of the feature of one grid cell.
         num_segmentation_classes (`int`, defaults to 133): classes of the panoptic segmentation map.
-        use_segmentation (`bool`, defaults to `True`): `False` is the paper's baseline, which sees the grid flow alone.
+        use_segmentation (`bool`, defaults to `True`): `False` is the paper's baseline, with the grid flow alone.
         d_model (`int`, defaults to 512): width of the network.
         encoder_layers, decoder_layers (`int`, default to 3): number of layers.
         encoder_attention_heads, decoder_attention_heads (`int`, default to 8): number of attention heads.
@@ -153,12 +152,12 @@ class DifnetConfig(PreTrainedConfig):
         return {**super().to_dict(), "custom_pipelines": custom_pipelines()}
 
     def validate_architecture(self):
-        """Sizes that make a network."""
+        """Raises ValueError for sizes with which there is no network."""
         for name, largest in LARGEST.items():
             value = getattr(self, name)
             if not 1 <= value <= largest:
                 raise ValueError(
-                    f"DifnetConfig: `{name}` must be at least 1 and at most {largest:,}, got {shown(value)}."
+                    f"DifnetConfig: `{name}` must be at least 1 and at most {largest:,}, got {integer_text(value)}."
                 )
         if self.d_model % 2:
             raise ValueError(f"DifnetConfig: `d_model` must be even (sine and cosine pairs), got {self.d_model}.")
@@ -170,24 +169,24 @@ class DifnetConfig(PreTrainedConfig):
         if self.use_segmentation:
             if not 1 <= self.fusion_layers < self.encoder_layers:
                 raise ValueError(
-                    f"DifnetConfig: `fusion_layers` ({shown(self.fusion_layers)}) must be at least 1 and smaller than "
-                    f"`encoder_layers` ({self.encoder_layers}): the layers after the fusion read the sum of the two "
-                    "flows. Lower `fusion_layers`, raise `encoder_layers`, or set `use_segmentation=False`."
+                    f"DifnetConfig: `fusion_layers` ({integer_text(self.fusion_layers)}) must be at least 1 and "
+                    f"smaller than `encoder_layers` ({self.encoder_layers}): the layers after the fusion read the sum "
+                    "of the two flows. Lower `fusion_layers`, raise `encoder_layers`, or set `use_segmentation=False`."
                 )
             if not 1 <= self.fusion_iterations <= 1000:
                 raise ValueError(
                     "DifnetConfig: `fusion_iterations` must be at least 1 and at most 1000, got "
-                    f"{shown(self.fusion_iterations)}."
+                    f"{integer_text(self.fusion_iterations)}."
                 )
 
     def validate_token_ids(self):
-        """Tokens that are in the vocabulary: the library's own check only warns."""
+        """Raises ValueError for special tokens outside the vocabulary; Transformers' own check only warns."""
         for name in ("unk_token_id", "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
             value = getattr(self, name)
             for token_id in value if isinstance(value, list) else [value]:
                 if token_id is not None and not 0 <= token_id < self.vocab_size:
                     raise ValueError(
-                        f"DifnetConfig: `{name}` is {shown(token_id)}, but the vocabulary has the ids 0 to "
+                        f"DifnetConfig: `{name}` is {integer_text(token_id)}, but the vocabulary has the ids 0 to "
                         f"{self.vocab_size - 1} (`vocab_size={self.vocab_size}`)."
                     )
 

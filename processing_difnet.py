@@ -4,14 +4,15 @@ Corresponds to `data/field.py` of the original (mrwu-mac/DIFNet, CVPR 2022): `Te
 `PixelField`. What differs, and why:
 
 * The original replaces a missing image by random numbers and takes features of any width; here wrong shapes, NaN and
-  differing numbers of images raise, naming the image.
-* The original cuts a grid with too many cells to its top rows; here it raises, unless `cut_large_grids=True`.
+  differing numbers of images are a ValueError that names the image.
+* The original cuts a grid with too many cells to its top rows; here that is a ValueError, but for
+  `cut_large_grids=True`.
 * Cells that pad a small grid are masked (`grid_attention_mask`). The original attends to them, and so does
   `mask_padded_cells=False`.
 * The vocabulary is a JSON list in the order of the ids instead of a pickle.
-* Captions can be written out as people write them; the original's bare words are kept for scoring.
+* Captions are decoded as people write them; the original's words joined by spaces are kept for scoring.
 
-All three classes are in one file because a checkpoint that brings its own code carries exactly this file.
+All three classes are in one file, which imports nothing of this project: a checkpoint carries it along.
 """
 
 import functools
@@ -31,22 +32,24 @@ from transformers import BatchFeature, FeatureExtractionMixin
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.tokenization_python import PythonBackend
 
+Features = torch.Tensor | np.ndarray | Sequence
+
 IGNORED_LABEL = -100
 
 # Longest sequence of the published checkpoint's decoder, `<bos>` or `<eos>` included.
 MODEL_MAX_LENGTH = 54
 
-IMAGES_ARE_ELSEWHERE = (
+NOT_IMAGES = (
     'this processor takes features, not images: `pipeline("image-captioning", model=.., grid_backbone=..)` captions '
-    "images, and scripts/extract_features.py makes features of them"
+    "images, and `difnet extract` makes features of them"
 )
 
 PUNCTUATION = frozenset(
     ["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"]
 )
 
-# The time of spaCy's rules grows with the square of the length of a run of punctuation without blanks.
-MAX_CHARACTERS_WITHOUT_BLANK = 1000
+# The time of spaCy's rules grows with the square of the length of a run of punctuation without spaces.
+MAX_WORD_LENGTH = 1000
 
 CLITICS = frozenset(["n't", "'s", "'m", "'re", "'ve", "'ll", "'d"])
 CLOSING = CLITICS | {".", ",", "?", "!", ":", ";", "..", "...", "%", ")", "]", "}", "/"}
@@ -83,8 +86,9 @@ class DifnetTokenizer(PythonBackend):
     * `tokenizer(text_target=text)["input_ids"]` is `w1 .. wn <eos>`, the labels of the model, which puts `<bos>` in
       front by itself.
     * `decode` writes a caption as a person would (`a man's dog`); with `clean_up_tokenization_spaces=False` it joins
-      the words by blanks (`a man 's dog`).
-    * `encode_captions` and `decode_captions` are for loops: words only, without the library's cost of each call.
+      the words by spaces (`a man 's dog`).
+    * `encode_captions` and `decode_captions` are for many captions: words only, without Transformers' cost of each
+      call.
 
     Args:
         vocab: `{token: id}`, or the tokens in the order of their ids. Ids are 0 .. n-1 without gaps.
@@ -93,10 +97,10 @@ class DifnetTokenizer(PythonBackend):
         unk_token, pad_token, bos_token, eos_token: the special tokens; their ids come from the vocabulary (0, 1, 2, 3
             in the published one). A token under another name than the default is added to a vocabulary that lacks it.
         split_special_tokens: whether `<pad>` in a text is three ordinary words, as in the original (default), or the
-            special token, as in most tokenizers of the library. Tokens that were added later are found in both cases.
+            special token, as in most tokenizers of Transformers. Tokens that were added later are found in both cases.
         clean_up_tokenization_spaces: default of the argument of `decode`.
-        model_max_length: tokens that the model's position table has rows for (`max_position_embeddings`); 54 in the
-            published one. It is where `truncation=True` cuts by default.
+        model_max_length: longest sequence that the model takes (`max_position_embeddings`); 54 in the published one.
+            It is where `truncation=True` cuts by default.
 
     Raises:
         ValueError: the vocabulary has gaps, duplicates, anything but strings and integers, or lacks a special token;
@@ -145,7 +149,7 @@ class DifnetTokenizer(PythonBackend):
             **given,
             split_special_tokens=split_special_tokens,
             clean_up_tokenization_spaces=clean_up_tokenization_spaces,
-            # Older checkpoints store the library's number for "not known".
+            # Older checkpoints store Transformers' number for "not known" (`VERY_LARGE_INTEGER`).
             model_max_length=MODEL_MAX_LENGTH if model_max_length > 10**20 else model_max_length,
             special_tokens_pattern="bos_eos",
             **kwargs,
@@ -206,18 +210,18 @@ class DifnetTokenizer(PythonBackend):
             if position % 2 == 1:
                 words.append(piece)
             else:
-                # The blank that sets an added token apart from its neighbour is not a word of its own.
+                # The space between an added token and its neighbour is not a word of its own.
                 piece = piece.removeprefix(" ") if position > 0 else piece
                 words.extend(self._tokenize(piece))
         return words
 
     def _tokenize(self, text: str, **kwargs) -> list[str]:
-        if len(text) > MAX_CHARACTERS_WITHOUT_BLANK:
+        if len(text) > MAX_WORD_LENGTH:
             longest = max(map(len, text.split()), default=0)
-            if longest > MAX_CHARACTERS_WITHOUT_BLANK:
+            if longest > MAX_WORD_LENGTH:
                 raise ValueError(
-                    f"The text {text[:40]!r}.. has {longest} characters without a blank between them, which is no "
-                    f"caption; at most {MAX_CHARACTERS_WITHOUT_BLANK} are taken."
+                    f"The text {text[:40]!r}.. has {longest} characters without a space between them, which is no "
+                    f"caption; at most {MAX_WORD_LENGTH} are taken."
                 )
         words = [word.text for word in _spacy_tokenizer()(text.lower().rstrip("\r\n"))]
         return [word for word in words if word not in PUNCTUATION]
@@ -238,7 +242,13 @@ class DifnetTokenizer(PythonBackend):
         Equals `[tokenizer(caption, add_special_tokens=False)["input_ids"] for caption in captions]`, but faster.
 
         Args:
-            captions: strings. A single string raises ValueError, as does an element that is none.
+            captions: strings.
+
+        Returns:
+            One list of ids for each caption.
+
+        Raises:
+            ValueError: a single string, or an element that is none.
         """
         if isinstance(captions, str):
             raise ValueError("encode_captions takes a list of captions; put the one caption into a list.")
@@ -266,10 +276,10 @@ class DifnetTokenizer(PythonBackend):
         return self._id_to_token[index]
 
     def clean_up_tokenization(self, text: str) -> str:
-        """Words joined by blanks, written as a person would: `a man 's " stop " sign` -> `a man's "stop" sign`.
+        """Words joined by spaces, written as a person would: `a man 's " stop " sign` -> `a man's "stop" sign`.
 
         Clitics, closing marks and the second of two quotation marks join the word on their left, opening marks the
-        word on their right, a run of white space becomes one blank. Capitals and a full stop are not added.
+        word on their right, a run of white space becomes one space. Capitals and a full stop are not added.
         """
         caption = ""
         previous = ""
@@ -287,7 +297,7 @@ class DifnetTokenizer(PythonBackend):
         return caption
 
     def decode_captions(self, sequences: Iterable) -> list[str]:
-        """The strings that the original scores: words up to `<eos>`, joined by blanks and nothing else.
+        """The strings that the original scores: words up to `<eos>`, joined by spaces and nothing else.
 
         A `<bos>` at the start is left out, `<unk>` is kept. Equals, several times faster::
 
@@ -299,7 +309,12 @@ class DifnetTokenizer(PythonBackend):
 
         Args:
             sequences: ids of shape (captions, length), a tensor, an array or lists (also of differing lengths).
-                ValueError for an id before `<eos>` that is not in the vocabulary.
+
+        Returns:
+            One string for each sequence.
+
+        Raises:
+            ValueError: an id before `<eos>` is not in the vocabulary.
         """
         return [" ".join(words) for words in self._caption_words(sequences)]
 
@@ -328,12 +343,12 @@ def _read_json(path: str | os.PathLike) -> Any:
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} is not JSON ({error}). A vocabulary is a JSON list of tokens in the order of their ids; "
-            "convert_checkpoint.py writes it from the original's vocab.pkl."
+            "`difnet convert` writes it from the original's vocab.pkl."
         ) from None
 
 
 def _ordered_tokens(vocab: Mapping[str, int] | Sequence[str], source: str) -> list[str]:
-    """Tokens in the order of their ids; ValueError where ids or tokens are not one to one."""
+    """Tokens in the order of their ids. Raises ValueError where ids and tokens are not one to one."""
     if isinstance(vocab, Mapping):
         # Vocabularies of torchtext, written out as an object: a list of tokens, and the same the other way round.
         vocab = next((vocab[name] for name in ("itos", "stoi") if isinstance(vocab.get(name), (list, Mapping))), vocab)
@@ -362,7 +377,7 @@ def _ordered_tokens(vocab: Mapping[str, int] | Sequence[str], source: str) -> li
             raise ValueError(f"{source}: {both} both have the id {_brief(index)}; renumber one.")
         if token in seen:
             raise ValueError(
-                f"{source}: {_brief(token)} stands at {seen[token]} and at {index}; remove one of the two."
+                f"{source}: {_brief(token)} has the ids {seen[token]} and {index}; remove one of the two."
             )
         token_of[int(index)] = token
         seen[token] = int(index)
@@ -377,7 +392,7 @@ def _ordered_tokens(vocab: Mapping[str, int] | Sequence[str], source: str) -> li
 
 
 class DifnetFeatureExtractor(FeatureExtractionMixin):
-    """Precomputed features of images to the inputs of the model, checked and brought to one size.
+    """Precomputed features of images to the inputs of the model, checked and padded to one size.
 
     Grids are square. Those with fewer than `grid_size**2` cells get rows of zeros at the end, as in the original.
 
@@ -386,9 +401,9 @@ class DifnetFeatureExtractor(FeatureExtractionMixin):
         grid_feature_size: width of the grid feature of one cell (default 2048).
         num_segmentation_classes: classes of the segmentation feature (default 133).
         mask_padded_cells: whether a batch in which a grid was padded gets a `grid_attention_mask` (default). The
-            original attends to padded cells: False.
+            original attends to padded cells: `False`.
         cut_large_grids: whether a grid with more than `grid_size**2` cells is cut to its first ones, which are the top
-            rows of the image, as in the original. By default it raises.
+            rows of the image, as in the original. By default it is a ValueError.
     """
 
     model_input_names = ["grid_features", "segmentation_features", "grid_attention_mask"]
@@ -418,8 +433,8 @@ class DifnetFeatureExtractor(FeatureExtractionMixin):
 
     def __call__(
         self,
-        grid_features,
-        segmentation_features=None,
+        grid_features: Features,
+        segmentation_features: Features | None = None,
         return_tensors: str | None = None,
         image_ids: Sequence | None = None,
         return_grid_attention_mask: bool | None = None,
@@ -434,8 +449,8 @@ class DifnetFeatureExtractor(FeatureExtractionMixin):
                 paper's baseline.
             return_tensors: `"pt"` for torch; NumPy arrays by default.
             image_ids: what errors call the images besides their number, one for each.
-            return_grid_attention_mask: True: always, so that batches of one image can be put together; False: never;
-                by default where a grid was padded.
+            return_grid_attention_mask: `True`: always, so that batches of one image can be concatenated; `False`:
+                never; by default where a grid was padded.
             cut_large_grids: in place of the setting of this name.
 
         Returns:
@@ -456,7 +471,7 @@ class DifnetFeatureExtractor(FeatureExtractionMixin):
         grid_batch = np.zeros((len(grids), cells, self.grid_feature_size), dtype=np.float32)
         mask = np.zeros((len(grids), cells), dtype=np.int64)
         for index, grid in enumerate(grids):
-            where = f"grid_features of {_image(index, image_ids)}"
+            where = f"grid_features of {_image_name(index, image_ids)}"
             if grid.ndim != 2 or grid.shape[1] != self.grid_feature_size or grid.shape[0] == 0:
                 is_map = grid.ndim == 3 and grid.shape[2] == self.grid_feature_size
                 remedy = f" Put its rows one after another: `reshape(-1, {grid.shape[2]})`." if is_map else ""
@@ -478,7 +493,7 @@ class DifnetFeatureExtractor(FeatureExtractionMixin):
                 )
             map_batch = np.empty((len(maps), *shape), dtype=np.float32)
             for index, segmentation in enumerate(maps):
-                where = f"segmentation_features of {_image(index, image_ids)}"
+                where = f"segmentation_features of {_image_name(index, image_ids)}"
                 if segmentation.shape != shape:
                     is_other_grid = segmentation.ndim == 3 and segmentation.shape[0] == shape[0]
                     size = f"{self.grid_size} x {self.grid_size}"
@@ -505,7 +520,7 @@ class DifnetFeatureExtractor(FeatureExtractionMixin):
         )
 
 
-def _image(index: int, image_ids: Sequence | None) -> str:
+def _image_name(index: int, image_ids: Sequence | None) -> str:
     """What errors call an image."""
     if image_ids is None or index >= len(image_ids):
         return f"image {index}"
@@ -513,11 +528,11 @@ def _image(index: int, image_ids: Sequence | None) -> str:
 
 
 def _as_images(
-    value, image_ndim: int, name: str, expected: str, image_ids: Sequence | None = None
+    value: Features, image_ndim: int, name: str, expected: str, image_ids: Sequence | None = None
 ) -> list[np.ndarray]:
     """The images in `value`: one array of `image_ndim` dimensions, a batch with one dimension more, or a list."""
     if isinstance(value, (list, tuple)):
-        images = [_as_array(element, f"{name} of {_image(index, image_ids)}") for index, element in enumerate(value)]
+        images = [_as_array(each, f"{name} of {_image_name(index, image_ids)}") for index, each in enumerate(value)]
         if images and all(image.ndim == image_ndim - 1 for image in images):
             images = [_as_array(value, name)]
     else:
@@ -532,9 +547,9 @@ def _as_images(
     return images
 
 
-def _as_array(value, name: str) -> np.ndarray:
+def _as_array(value: Any, name: str) -> np.ndarray:
     if isinstance(value, (str, bytes, os.PathLike)) or hasattr(value, "getbands"):
-        raise ValueError(f"{name}: expected numbers, got {type(value).__name__}; {IMAGES_ARE_ELSEWHERE}.")
+        raise ValueError(f"{name}: expected numbers, got {type(value).__name__}; {NOT_IMAGES}.")
     try:
         if isinstance(value, torch.Tensor):
             value = value.detach().cpu()
@@ -593,7 +608,12 @@ class DifnetProcessor(ProcessorMixin):
 
     valid_processor_kwargs = DifnetProcessorKwargs
 
-    def __init__(self, feature_extractor=None, tokenizer=None, **kwargs):
+    def __init__(
+        self,
+        feature_extractor: DifnetFeatureExtractor | None = None,
+        tokenizer: DifnetTokenizer | None = None,
+        **kwargs,
+    ):
         super().__init__(feature_extractor, tokenizer, **kwargs)
 
     @classmethod
@@ -611,8 +631,8 @@ class DifnetProcessor(ProcessorMixin):
 
     def __call__(
         self,
-        grid_features=None,
-        segmentation_features=None,
+        grid_features: Features | None = None,
+        segmentation_features: Features | None = None,
         text: str | Sequence[str] | None = None,
         prompt: str | Sequence[str] | None = None,
         image_ids: Sequence | None = None,
@@ -643,7 +663,7 @@ class DifnetProcessor(ProcessorMixin):
         """
         for name in ("images", "image", "pixel_values", "videos", "audio"):
             if kwargs.get(name) is not None:
-                raise ValueError(f"{name}=: {IMAGES_ARE_ELSEWHERE}.")
+                raise ValueError(f"{name}=: {NOT_IMAGES}.")
         if grid_features is None and segmentation_features is not None:
             raise ValueError("segmentation_features alone are no input of the model; give grid_features= as well.")
         if grid_features is None and text is None and prompt is None:
@@ -692,7 +712,7 @@ class DifnetProcessor(ProcessorMixin):
                 f"prompt {position} has {length} tokens with <bos>, and the model takes "
                 f"{self.tokenizer.model_max_length}: {_brief(prompts[position])}"
             )
-        # On the left, so that all captions go on at the same place.
+        # Padded on the left, so that generation continues all prompts at the same position.
         ids = np.full((len(sequences), length), self.tokenizer.pad_token_id, dtype=np.int64)
         mask = np.zeros((len(sequences), length), dtype=np.int64)
         for row, sequence in enumerate(sequences):
@@ -705,8 +725,11 @@ class DifnetProcessor(ProcessorMixin):
 
         Args:
             captions: sequences of ids as `generate` returns them (see `DifnetTokenizer.decode_captions`), or strings
-                of words joined by blanks. The published vocabulary holds runs of white space as words; repeated ones
+                of words joined by spaces. The published vocabulary holds runs of white space as words; repeated ones
                 are collapsed in sequences of ids only, because a string does not tell where they end.
+
+        Returns:
+            One string for each caption.
         """
         if isinstance(captions, str):
             captions = [captions]

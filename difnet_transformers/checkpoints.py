@@ -1,7 +1,7 @@
-"""Loading a captioner from a folder or from the Hub, with everything about it checked.
+"""Loads captioners from a folder or from the Hub, with everything about them checked.
 
 `from_pretrained` fills weights that a file lacks with random numbers, takes NaN for a weight, builds whatever sizes
-`config.json` asks for, and answers a mistyped folder with the Hub's connection error. Here every file is looked at
+`config.json` asks for, and answers a mistyped folder with the Hub's connection error. Here every file is checked
 before anything is built, and what is wrong with it is one line that names the file and the remedy.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +18,32 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from configuration_difnet import DifnetConfig
-from modeling_difnet import DifnetForConditionalGeneration
+from modeling_difnet import DifnetEnsemble, DifnetForConditionalGeneration
+from modeling_difnet.ensemble_difnet import check_same_vocabulary
 from modeling_difnet.weights_difnet import check_finite_weights, random_weights
 from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer
 
 from .files import check_regular_file, path_inside, printable, read_json
+from .original_files import read_vocabulary
+from .state_dicts import listing
 
 WEIGHTS_NAME, WEIGHTS_INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "vocab.json")
 FLOATING_POINT = {"F64", "F32", "F16", "BF16"}
 SETTINGS_SIZE_LIMIT = 2**26  # bytes of a JSON file beside the weights
 LARGEST_SETTING = 10_000  # beams, captions and tokens of generation_config.json
-OTHER_SETTINGS = {
-    (
-        int,
-        float,
-    ): "length_penalty temperature top_p top_h min_p typical_p epsilon_cutoff eta_cutoff repetition_penalty "
+NUMBER = (int, float)
+# Types to the other settings of generation_config.json that have them.
+OTHER_SETTINGS: dict[tuple[type, ...], str] = {
+    NUMBER: "length_penalty temperature top_p top_h min_p typical_p epsilon_cutoff eta_cutoff repetition_penalty "
     "encoder_repetition_penalty diversity_penalty guidance_scale max_time penalty_alpha",
     (int,): "top_k no_repeat_ngram_size encoder_no_repeat_ngram_size num_beam_groups",
     (bool,): "do_sample use_cache remove_invalid_values renormalize_logits return_dict_in_generate output_scores "
     "output_logits output_attentions output_hidden_states low_memory",
     (bool, str): "early_stopping",
-}  # types to the settings of generation_config.json that have them
+}
 COPY_AGAIN = "Copy or download the checkpoint again"
-# What `config.json` may choose among; any other name is a kernel that the library would download and run.
+# What `config.json` may choose among; any other name is a kernel that Transformers would download and run.
 ATTENTION = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -62,8 +64,34 @@ def load_captioner(
     folder = checkpoint_folder(name, revision)
     model = load_model(folder, dtype, source=name)
     processor = load_processor(folder, source=name)
-    check_processor_fits(model.config, processor, name)
+    check_vocabulary_size(model.config, processor.tokenizer, name)
+    check_feature_sizes(model.config, processor.feature_extractor, name)
     return model, processor
+
+
+def load_ensemble(
+    names: Sequence[str | os.PathLike], dtype: torch.dtype = torch.float32
+) -> tuple[DifnetForConditionalGeneration | DifnetEnsemble, DifnetProcessor]:
+    """The model of one checkpoint, or the ensemble of several, in eval mode, and the processor of the first.
+
+    Args:
+        names: folders or repositories.
+        dtype: of the weights.
+
+    Raises:
+        ValueError: a checkpoint cannot be loaded, or their vocabularies differ.
+    """
+    vocabulary_files = {os.fspath(name): checkpoint_folder(name) / "vocab.json" for name in names}
+    check_same_vocabulary({name: read_vocabulary(path) for name, path in vocabulary_files.items() if path.exists()})
+    processor = load_processor(names[0])
+    models = []
+    for name in names:
+        model = load_model(name).to(dtype)
+        check_vocabulary_size(model.config, processor.tokenizer, name)
+        if dtype == torch.float16:  # which has no numbers above 65,504
+            check_finite_weights(model, f"{name} as float16")
+        models.append(model)
+    return models[0] if len(models) == 1 else DifnetEnsemble(models).eval(), processor
 
 
 def checkpoint_folder(name: str | os.PathLike, revision: str | None = None) -> Path:
@@ -82,13 +110,13 @@ def checkpoint_folder(name: str | os.PathLike, revision: str | None = None) -> P
         return path
     if exists:
         raise ValueError(
-            f"{printable(text)}: a file, where a checkpoint folder is expected; convert_checkpoint.py makes one of "
+            f"{printable(text)}: a file, where a checkpoint folder is expected; difnet convert makes one of "
             "the original's .pth"
         )
     if not HUB_NAME.fullmatch(text):
         raise ValueError(
-            f"{printable(text)}: no such folder. A local checkpoint is a folder that convert_checkpoint.py or "
-            "train.py wrote, as in ./difnet; one on the Hub has a name of the form user/name"
+            f"{printable(text)}: no such folder. A local checkpoint is a folder that difnet convert or "
+            "difnet train wrote, as in ./difnet; one on the Hub has a name of the form user/name"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
@@ -102,8 +130,8 @@ def checkpoint_folder(name: str | os.PathLike, revision: str | None = None) -> P
     except RevisionNotFoundError:
         reason = f"the repository has no revision {printable(revision)}"
     except Exception as error:  # connection errors of several libraries
-        said = printable(" ".join(str(error).split()), 160)
-        reason = f"no such folder, and the Hub cannot be asked for it ({type(error).__name__}: {said})"
+        text_of_error = printable(" ".join(str(error).split()), 160)
+        reason = f"no such folder, and the Hub cannot be reached ({type(error).__name__}: {text_of_error})"
     raise ValueError(f"{text}: {reason}; {meant_a_folder}")
 
 
@@ -140,9 +168,9 @@ def load_model(
         )
     except Exception as error:  # whatever a wrong value in the settings leads to
         raise ValueError(f"{shown}: the model cannot be loaded ({_one_line(error)}). {COPY_AGAIN}") from error
-    lost = random_weights(report)
-    if lost:
-        raise ValueError(_incomplete(shown, lost))
+    random = random_weights(report)
+    if random:
+        raise ValueError(_incomplete(shown, random))
     check_finite_weights(model, shown)
     check_generation_settings(model, shown)
     return model.eval()
@@ -168,13 +196,13 @@ def load_processor(
     try:
         processor = DifnetProcessor.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # whatever a wrong value in the settings leads to
-        file = _file_at_fault(folder)
-        said = _one_line(error)
-        named = "" if file in said else f"{file}: "
-        raise ValueError(f"{shown}: {named}the processor cannot be loaded ({said}). {COPY_AGAIN}") from error
+        file = _invalid_processor_file(folder)
+        reason = _one_line(error)
+        named = "" if file in reason else f"{file}: "
+        raise ValueError(f"{shown}: {named}the processor cannot be loaded ({reason}). {COPY_AGAIN}") from error
     # How Transformers found the files says nothing about the tokenizer, and would be saved with it.
-    for name in ("is_local", "local_files_only"):
-        processor.tokenizer.init_kwargs.pop(name, None)
+    for argument in ("is_local", "local_files_only"):
+        processor.tokenizer.init_kwargs.pop(argument, None)
     return processor
 
 
@@ -182,13 +210,13 @@ def read_config(folder: str | os.PathLike) -> DifnetConfig:
     """The configuration in a checkpoint folder.
 
     Raises:
-        ValueError: there is none, it is no JSON object, is of another model, or makes no network.
+        ValueError: there is none, it is no JSON object, is of another model, or describes no network.
     """
     path = Path(folder, "config.json")
     if not os.path.lexists(path):
         raise ValueError(
             f"{printable(folder, 300)} is no checkpoint folder: it has no config.json. Give a folder that "
-            "convert_checkpoint.py or train.py wrote"
+            "difnet convert or difnet train wrote"
         )
     content = _check_settings(Path(folder), path.name)
     model_type = content.get("model_type")
@@ -205,7 +233,7 @@ def read_config(folder: str | os.PathLike) -> DifnetConfig:
             )
     try:
         return DifnetConfig.from_dict(content)
-    except Exception as error:  # the library looks at fields of its own, and each has its own way to fail
+    except Exception as error:  # Transformers reads further fields, and each has its own way to fail
         raise ValueError(f"{printable(path, 300)}: {_one_line(error)}") from error
 
 
@@ -226,7 +254,7 @@ def weight_entries(folder: str | os.PathLike) -> dict[str, tuple[str, tuple[int,
     else:
         raise ValueError(
             f"{printable(folder, 300)} has no weights: no {WEIGHTS_NAME} or {WEIGHTS_INDEX_NAME}. {COPY_AGAIN}, or "
-            "convert the original's .pth with convert_checkpoint.py"
+            "convert the original's .pth with difnet convert"
         )
     entries: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, expected in files.items():
@@ -263,7 +291,7 @@ def safetensors_entries(path: str | os.PathLike) -> dict[str, tuple[str, tuple[i
 def check_weights_fit(
     config: DifnetConfig, entries: Mapping[str, tuple[str, tuple[int, ...]]], source: str | os.PathLike
 ) -> None:
-    """Whether the weights are those of the configured network, each with its shape and of a floating point type.
+    """Checks that the weights are those of the configured network, each with its shape and a floating point type.
 
     Args:
         config: of the checkpoint.
@@ -283,8 +311,8 @@ def check_weights_fit(
     try:
         with torch.device("meta"):
             model = DifnetForConditionalGeneration(config)
-    except Exception as error:  # whatever a wrong value of the library's own fields leads to
-        raise ValueError(f"{source}: config.json makes no network ({_one_line(error)}). {COPY_AGAIN}") from error
+    except Exception as error:  # whatever a wrong value of Transformers' own fields leads to
+        raise ValueError(f"{source}: config.json describes no network ({_one_line(error)}). {COPY_AGAIN}") from error
     expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     tied = set(model._tied_weights_keys or ()) if config.tie_word_embeddings else set()
     missing = [key for key in expected if key not in entries and key not in tied]
@@ -310,7 +338,7 @@ def check_weights_fit(
 
 
 def check_generation_settings(model: DifnetForConditionalGeneration, source: str | os.PathLike) -> None:
-    """ValueError for settings in generation_config.json that `generate` would fail on, or not come back from."""
+    """Raises ValueError for settings in generation_config.json with which `generate` would fail, or never return."""
     settings, vocab_size = model.generation_config, model.config.vocab_size
     for name in ("bos_token_id", "pad_token_id", "eos_token_id", "decoder_start_token_id"):
         if getattr(settings, name, None) is None:  # a file written by hand may hold `num_beams` alone
@@ -340,46 +368,47 @@ def check_generation_settings(model: DifnetForConditionalGeneration, source: str
                 )
 
 
-def check_processor_fits(config: DifnetConfig, processor: DifnetProcessor, source: str | os.PathLike) -> None:
-    """Whether vocabulary and feature sizes are the model's.
+def check_vocabulary_size(config: DifnetConfig, tokenizer: DifnetTokenizer, source: str | os.PathLike) -> None:
+    """Raises ValueError unless the tokenizer has as many tokens as the model.
 
-    Raises:
-        ValueError: they differ; the text names the file.
+    Args:
+        config: of the model.
+        tokenizer: of the same checkpoint.
+        source: what the message calls the checkpoint.
     """
-    source, extractor = printable(source, 300), processor.feature_extractor
-    if len(processor.tokenizer) != config.vocab_size:
+    if len(tokenizer) != config.vocab_size:
         raise ValueError(
-            f"{source}: vocab.json has {len(processor.tokenizer):,} tokens and the model {config.vocab_size:,}; take "
-            "both from one checkpoint"
+            f"{printable(source, 300)}: vocab.json has {len(tokenizer):,} tokens and the model "
+            f"{config.vocab_size:,}; take both from one checkpoint"
         )
+
+
+def check_feature_sizes(config: DifnetConfig, extractor: DifnetFeatureExtractor, source: str | os.PathLike) -> None:
+    """Raises ValueError unless the feature extractor makes features of the sizes that the model reads.
+
+    Args:
+        config: of the model.
+        extractor: of the same checkpoint.
+        source: what the message calls the checkpoint.
+    """
     names = ["grid_feature_size", *(["num_segmentation_classes"] if config.use_segmentation else [])]
     for name in names:
         if getattr(extractor, name) != getattr(config, name):
             raise ValueError(
-                f"{source}: `{name}` is {getattr(extractor, name)} in processor_config.json and "
+                f"{printable(source, 300)}: `{name}` is {getattr(extractor, name)} in processor_config.json and "
                 f"{getattr(config, name)} in config.json; take both from one checkpoint"
             )
 
 
-def listing(keys: Iterable[str], count: int = 3) -> str:
-    """The first few of many keys in brackets, for a message; empty without keys."""
-    keys = list(keys)
-    if not keys:
-        return ""
+def _incomplete(source: str, keys: list[str]) -> str:
     return (
-        " (" + ", ".join(f"`{printable(key)}`" for key in keys[:count]) + (", .." if len(keys) > count else "") + ")"
-    )
-
-
-def _incomplete(source: str, lost: list[str]) -> str:
-    return (
-        f"{source} is no complete captioner: {len(lost)} weights are missing or have other shapes than its "
-        f"config.json says{listing(sorted(lost))}. Take config.json and weights from one checkpoint"
+        f"{source} is no complete captioner: {len(keys)} weights are missing or have other shapes than its "
+        f"config.json says{listing(sorted(keys))}. Take config.json and weights from one checkpoint"
     )
 
 
 def _check_settings(folder: Path, name: str, *types: type) -> Any:
-    """The content of a JSON file of a checkpoint; None where it may be missing and is."""
+    """The content of a JSON file of a checkpoint; `None` if there is no such file."""
     path = folder / name
     if not os.path.lexists(path):
         return None
@@ -399,7 +428,7 @@ def _check_settings(folder: Path, name: str, *types: type) -> Any:
     return content
 
 
-def _file_at_fault(folder: Path) -> str:
+def _invalid_processor_file(folder: Path) -> str:
     """Which of the processor's files cannot be loaded."""
     for part, file in ((DifnetTokenizer, "tokenizer_config.json"), (DifnetFeatureExtractor, "processor_config.json")):
         try:
@@ -410,5 +439,5 @@ def _file_at_fault(folder: Path) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    said = " ".join(str(error).split())
-    return printable(f"{type(error).__name__}: {said}" if not isinstance(error, ValueError) or not said else said, 300)
+    text = " ".join(str(error).split())
+    return printable(text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}", 300)

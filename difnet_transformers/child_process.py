@@ -35,8 +35,8 @@ def run_difnet(
         ValueError: it ended with an error, which it has printed itself.
         KeyboardInterrupt: it, or this process, was asked to stop.
     """
-    module = f"difnet_transformers.cli.{command.replace('-', '_')}"
-    run_shown(["difnet", command, *arguments], ["-m", module, *arguments], cwd, env)
+    words = [command, *arguments]
+    run_shown(["difnet", *words], ["-m", "difnet_transformers.cli.main", *words], cwd, env)
 
 
 def run_shown(

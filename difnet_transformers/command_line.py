@@ -6,7 +6,6 @@ Exit codes: 0 done (also when single items were left out, each named), 2 a mista
 
 from __future__ import annotations
 
-import argparse
 import errno
 import os
 import signal
@@ -31,7 +30,6 @@ EXTRA_OF = {
     "PIL": "images",
     "pyarrow": "data",
     "pycocoevalcap": "java",
-    "pycocotools": "images",
     "scipy": "images",
     "shtab": "completion",
     "tensorboard": "train",
@@ -43,16 +41,6 @@ OWN_PACKAGES = ("caption_metrics", "difnet_transformers", "modeling_difnet")
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM or SIGHUP: unwinds like Ctrl-C, so that files are closed and unfinished ones removed."""
-
-
-def add_debug_option(parser: argparse.ArgumentParser) -> None:
-    """The option `--debug`, which every program has."""
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error instead of one line")
-
-
-def add_strict_option(parser: argparse.ArgumentParser) -> None:
-    """The option `--strict` of programs that leave broken items out."""
-    parser.add_argument("--strict", action="store_true", help="exit with code 2 if a single item was left out")
 
 
 def run_command(

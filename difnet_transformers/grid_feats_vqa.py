@@ -17,7 +17,7 @@ from .state_dicts import Conversion, convert_keys, listing, network_shapes, unwr
 
 # What its configurations say and its files do not, for the published networks: (blocks, groups) to (stride_in_1x1,
 # image_std). In this order.
-PUBLISHED_NETWORKS: dict[tuple[tuple[int, ...], int], tuple[bool, Sequence[float]]] = {
+PUBLISHED_NETWORKS: dict[tuple[tuple[int, ...], int], tuple[bool, tuple[float, ...]]] = {
     ((3, 4, 6, 3), 1): (True, (1.0, 1.0, 1.0)),
     ((3, 4, 23, 3), 32): (False, (57.375, 57.120, 58.395)),
     ((3, 8, 36, 3), 32): (False, (1.0, 1.0, 1.0)),
@@ -106,7 +106,7 @@ def detectron2_config(
             "name its blocks, e.g. `--depth 3 4 23 3`."
         )
     depths = tuple(depths or found)
-    like_x101 = (False, GridFeatureBackboneConfig.image_std)
+    like_x101 = (False, tuple(GridFeatureBackboneConfig.image_std))
     stride_in_1x1, image_std = PUBLISHED_NETWORKS.get((depths, groups), like_x101)
     image_mean = GridFeatureBackboneConfig.image_mean
     return GridFeatureBackboneConfig(

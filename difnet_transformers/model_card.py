@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from simple_parsing import field
 
@@ -90,20 +90,20 @@ def write_model_card(
     atomic_write(folder / "README.md", card)
 
 
-def license_option() -> str | None:
-    """The field `license: str | None = license_option()` of programs that write model cards."""
+def license_option(**settings: Any) -> Any:
+    """The field `license: str | None = license_option()` of programs that write model cards.
+
+    Args:
+        settings: further settings of `simple_parsing.field`, such as `group`.
+    """
     return field(
         default=None,
         type=_license_argument,
         metavar="NAME",
         help="license of the weights for the model card, as the Hub abbreviates it, e.g. apache-2.0 or cc-by-nc-4.0 "
         "(default: the card makes no claim)",
+        **settings,
     )
-
-
-def add_license_option(parser: argparse.ArgumentParser) -> None:
-    """The option `--license` of programs that write model cards."""
-    parser.add_argument("--license", type=_license_argument, metavar="NAME")
 
 
 def _license_argument(license: str) -> str:

@@ -12,7 +12,7 @@ import copy
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -100,7 +100,8 @@ class DifnetEnsemble(DifnetPreTrainedModel, DifnetGenerationMixin):
         """
         if isinstance(names, str | os.PathLike) or not names:
             raise ValueError(f"DifnetEnsemble.from_pretrained takes a list of one or more folders, got {names!r}.")
-        check_same_vocabulary(names)
+        vocabularies = {str(name): read_vocabulary(str(name)) for name in names}
+        check_same_vocabulary({name: tokens for name, tokens in vocabularies.items() if tokens is not None})
         return cls([DifnetForConditionalGeneration.from_pretrained(name, **kwargs) for name in names])
 
     def save_pretrained(self, *args, **kwargs) -> None:
@@ -304,20 +305,21 @@ def check_equal(name: str, values: dict[int, object], remedy: str) -> None:
             )
 
 
-def check_same_vocabulary(names: Sequence[str | os.PathLike]) -> None:
-    """Raises `ValueError` if checkpoints number their tokens differently; one without a `vocab.json` is skipped."""
-    first, expected = None, None
-    for name in names:
-        path = cached_file(str(name), "vocab.json", _raise_exceptions_for_missing_entries=False)
-        if path is None:
-            continue
-        with open(path, encoding="utf-8") as file:
-            tokens = json.load(file)
-        if isinstance(tokens, dict):
-            tokens = sorted(tokens, key=tokens.get)
-        if expected is None:
-            first, expected = name, tokens
-        elif tokens != expected:
+def read_vocabulary(name: str) -> list[str] | None:
+    """The tokens of a folder or repository in the order of their ids; `None` if it has no `vocab.json`."""
+    path = cached_file(name, "vocab.json", _raise_exceptions_for_missing_entries=False)
+    if path is None:
+        return None
+    with open(path, encoding="utf-8") as file:
+        tokens = json.load(file)
+    return sorted(tokens, key=tokens.get) if isinstance(tokens, dict) else tokens
+
+
+def check_same_vocabulary(vocabularies: Mapping[str, list[str]]) -> None:
+    """Raises `ValueError` if checkpoints, given by their names, number their tokens differently."""
+    for name, tokens in vocabularies.items():
+        first, expected = next(iter(vocabularies.items()))
+        if tokens != expected:
             raise ValueError(f"{first} and {name} have different vocabularies: {first_difference(expected, tokens)}.")
 
 

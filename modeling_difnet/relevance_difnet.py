@@ -19,6 +19,7 @@ many captions and target words at once, down to the two inputs. Each operation f
 import copy
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -295,7 +296,7 @@ class ForwardRecord:
     """Inputs and outputs of each linear layer, norm and attention of a network, call by call, while it is open."""
 
     def __init__(self, network: nn.Module) -> None:
-        self.calls = defaultdict(list)
+        self.calls: defaultdict[nn.Module, list[tuple[torch.Tensor, Any]]] = defaultdict(list)
         self.handles = [
             module.register_forward_hook(lambda module, inputs, output: self.calls[module].append((inputs[0], output)))
             for module in network.modules()
@@ -640,10 +641,13 @@ def attention_relevance(
 
     heads = rules.linear(attention.out_proj, record.inputs(attention.out_proj, call), projected)
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    query, key, value = (record.heads(attention, projection, call) for projection in projections)
     of_projections = rules.attention(
         attention,
         record.outputs(attention, call)[1],
-        *(record.heads(attention, projection, call) for projection in projections),
+        query,
+        key,
+        value,
         heads.unflatten(-1, (-1, attention.head_dim)).transpose(2, 3),  # (B, T, heads, L, head_dim)
     )
     queries, keys, values = (

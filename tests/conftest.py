@@ -48,7 +48,7 @@ class GoldenCase:
         ).model()
 
     def features(self, inputs: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-        """The keyword arguments that show the model the case's pictures."""
+        """The keyword arguments that show the model the case's images."""
         inputs = inputs or self.inputs
         return {"grid_features": inputs["images"], "segmentation_features": inputs["pixels"]}
 
@@ -132,16 +132,16 @@ def tiny_config() -> DifnetConfig:
     )
 
 
-def random_pictures(
+def random_features(
     config: DifnetConfig, batch_size: int = 2, height: int = 3, width: int = 4, seed: int = 0
 ) -> dict[str, torch.Tensor]:
-    """The keyword arguments that show a model `batch_size` random pictures."""
+    """The keyword arguments that show a model `batch_size` random images."""
     generator = torch.Generator().manual_seed(seed)
-    pictures = {"grid_features": torch.rand(batch_size, height * width, config.grid_feature_size, generator=generator)}
+    features = {"grid_features": torch.rand(batch_size, height * width, config.grid_feature_size, generator=generator)}
     if config.use_segmentation:
         shape = (batch_size, config.num_segmentation_classes, height, width)
-        pictures["segmentation_features"] = torch.rand(shape, generator=generator)
-    return pictures
+        features["segmentation_features"] = torch.rand(shape, generator=generator)
+    return features
 
 
 def random_captions(config: DifnetConfig, num_captions: int = 2, length: int = 6, seed: int = 0) -> torch.Tensor:

@@ -78,7 +78,9 @@ def test_a_command_is_printed_as_it_would_be_typed_before_it_runs(capfd):
 def test_a_command_that_fails_is_one_line(tmp_path, capfd):
     with pytest.raises(ValueError, match=r"^difnet pack ended with exit code 2; the same command resumes$"):
         run_difnet("pack", ["--output", tmp_path / "a folder"])
-    assert f"$ difnet pack --output '{tmp_path}/a folder'\n" in capfd.readouterr().out
+    printed = capfd.readouterr()
+    assert f"$ difnet pack --output '{tmp_path}/a folder'\n" in printed.out
+    assert "difnet pack: error: " in printed.err
 
 
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])

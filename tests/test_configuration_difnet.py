@@ -19,7 +19,7 @@ def test_defaults_are_the_published_checkpoint() -> None:
     assert config.is_encoder_decoder
 
 
-def test_names_of_the_library_read_and_write_ours(tiny_config: DifnetConfig) -> None:
+def test_names_of_transformers_read_and_write_ours(tiny_config: DifnetConfig) -> None:
     assert tiny_config.hidden_size == tiny_config.d_model
     assert tiny_config.num_attention_heads == tiny_config.encoder_attention_heads
     assert tiny_config.num_hidden_layers == tiny_config.encoder_layers
@@ -57,7 +57,7 @@ def test_save_and_load_keep_every_value(tiny_config: DifnetConfig, tmp_path: Pat
         ({"bos_token_id": -1}, "`bos_token_id` is -1"),
     ],
 )
-def test_what_makes_no_network_is_a_value_error(tiny_config: DifnetConfig, changes: dict, message: str) -> None:
+def test_sizes_of_no_network_are_a_value_error(tiny_config: DifnetConfig, changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(tiny_config, **changes)
 

@@ -233,6 +233,23 @@ def test_a_bare_state_dict_and_no_vocabulary(tmp_path: Path) -> None:
     assert all(torch.equal(weights[key], value) for key, value in conversion.state_dict.items())
 
 
+def test_the_recipe_in_the_folder_repeats_the_conversion(checkpoint: Path, tmp_path: Path) -> None:
+    output = tmp_path / "difnet"
+    assert main(["--checkpoint", str(checkpoint), "--output", str(output), "--num-heads", "4"]) == 0
+    again = ["--recipe", str(output / "recipe.yaml"), "--output", str(tmp_path / "again")]
+    assert main(again) == 0
+    for name in ("config.json", "model.safetensors", "README.md"):
+        assert (tmp_path / "again" / name).read_bytes() == (output / name).read_bytes(), name
+
+
+def test_messages_have_the_name_of_the_program(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    arguments = ["--checkpoint", "absent.pth", "--output", str(tmp_path / "out")]
+    assert main(arguments, prog="difnet convert") == 2
+    assert capsys.readouterr().err == "difnet convert: error: absent.pth: no such file.\n"
+    assert main(["grid-backbone", *arguments[1:]], prog="difnet convert") == 2
+    assert capsys.readouterr().err == "difnet convert: error: absent.pth: no such file.\n"
+
+
 def test_nothing_is_replaced_unasked(checkpoint: Path, tmp_path: Path) -> None:
     output = tmp_path / "difnet"
     output.mkdir()
@@ -432,7 +449,7 @@ def test_files_that_cannot_be_read(checkpoint: Path, tmp_path: Path, capsys: pyt
 
 
 def test_folders_that_are_no_whole_captioner(tmp_path: Path, tiny_config: DifnetConfig) -> None:
-    """The library would fill in random numbers; here nothing is written."""
+    """Transformers would fill in random numbers; here nothing is written."""
     model = DifnetForConditionalGeneration(tiny_config)
     model.model.save_pretrained(tmp_path / "base")
     model.save_pretrained(tmp_path / "other_sizes")

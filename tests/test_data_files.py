@@ -9,6 +9,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
 
 from difnet_transformers.data.captions import read_annotations
 from difnet_transformers.data.coco import (
@@ -20,7 +21,7 @@ from difnet_transformers.data.coco import (
 )
 from difnet_transformers.data.errors import BrokenImage, DataError
 from difnet_transformers.data.feature_files import GridFiles, SegmentationFiles, read_npy
-from difnet_transformers.data.grids import fit_grid
+from difnet_transformers.data.grids import average_pool, fit_grid
 from difnet_transformers.data.image_files import find_images, image_ids_from_names, match_images
 from difnet_transformers.data.normalization import (
     normalize_caption,
@@ -523,3 +524,9 @@ class TestGridSizes:
         padded, cells = fit_grid(GRID[:40], 7, 8)
         np.testing.assert_array_equal(padded[:40], GRID[:40])
         assert (padded[40:].any(), cells) == (False, 40)
+
+    @pytest.mark.parametrize("shape", [(5, 19, 25), (5, 7, 7), (5, 3, 30), (5, 1, 1)])
+    def test_pooling_is_torchs(self, shape):
+        feature_map = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+        expected = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(feature_map), 7).flatten(1).T
+        np.testing.assert_allclose(average_pool(feature_map, 7), expected, atol=1e-6)

@@ -11,11 +11,12 @@ from datasets import load_from_disk
 from PIL import Image
 
 from caption_metrics import CiderD
+from difnet_transformers.cli.demo import main
 from difnet_transformers.cli.pack import main as pack
 from difnet_transformers.data.packed_dataset import PackedImages
 from difnet_transformers.demo.captions import make_captions
 from difnet_transformers.demo.corpus import write_corpus
-from difnet_transformers.demo.drawings import COLOURS
+from difnet_transformers.demo.drawings import COLORS
 from difnet_transformers.demo.features import grid_features, segmentation_features
 from difnet_transformers.demo.rendering import draw_scene, drawn_objects
 from difnet_transformers.demo.run import TRAINING, Demo
@@ -94,7 +95,7 @@ def test_every_word_of_the_held_out_pairs_is_learnt_from_other_pairs(scenes):
 # Captions, drawings and features fit the scene
 
 
-def test_captions_name_the_subject_and_never_a_wrong_colour_or_thing(scenes):
+def test_captions_name_the_subject_and_never_a_wrong_color_or_thing(scenes):
     nouns_of = {
         name: {word.split()[-1] for pair in kind.nouns for word in pair} for name, kind in OBJECT_KINDS.items()
     }
@@ -106,7 +107,7 @@ def test_captions_name_the_subject_and_never_a_wrong_colour_or_thing(scenes):
         for caption in captions:
             words = set(re.findall(r"[a-z]+", caption.lower()))
             assert words & nouns_of[scene.subject.kind]
-            assert words & set(COLOURS) <= {thing.colour for thing in things}
+            assert words & set(COLORS) <= {thing.color for thing in things}
             named = {name for name, theirs in nouns_of.items() if words & theirs}
             assert named <= {thing.kind for thing in things}
 
@@ -122,9 +123,9 @@ def test_objects_lie_where_the_segmentation_has_their_class(scenes):
             assert (segmentation[CLASS_NAMES.index(thing.class_name)] >= thing.shares - 1e-6).all()
 
 
-def test_the_grid_shows_colour_which_the_segmentation_does_not(scenes):
+def test_the_grid_shows_color_which_the_segmentation_does_not(scenes):
     scene = next(scene for scene in scenes if scene.subject.kind == "bus" and scene.companion is None)
-    red, blue = (scene._replace(subject=scene.subject._replace(colour=colour)) for colour in ("red", "blue"))
+    red, blue = (scene._replace(subject=scene.subject._replace(color=color)) for color in ("red", "blue"))
     drawings = [draw_scene(scene) for scene in (red, blue)]
     assert np.array_equal(*(segmentation_features(drawing) for drawing in drawings))
     grids = [grid_features(red, drawing) for drawing in drawings]
@@ -193,6 +194,15 @@ def test_the_demo_from_drawing_to_page(tiny):
 
     with pytest.raises(ValueError, match="other settings"):
         Demo(tiny.output, 4, TINY, tiny.training)
+
+
+def test_a_demo_with_other_settings_is_one_line(tmp_path, capsys):
+    Demo(tmp_path, 4, TINY)
+    assert main(["--output", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"demo.py: error: {tmp_path} holds a demo with other settings; delete it")
+    assert said.count("\n") == 1
+    assert not (tmp_path / "recipe.yaml").exists()
 
 
 def test_the_packed_corpus_equals_its_sources(tmp_path):

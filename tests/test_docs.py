@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from difnet_transformers.cli.main import main as difnet_main
 from docs_world import copy_world, make_world
 
 from caption_metrics.__main__ import main as metrics_main
+from difnet_transformers.cli.main import main as difnet_main
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

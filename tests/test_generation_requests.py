@@ -6,13 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import random_captions, random_model, random_pictures
+from conftest import random_captions, random_features, random_model
 from PIL import Image
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TextStreamer
 from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
 
-from convert_checkpoint import default_generation_config
 from modeling_difnet import (
     DifnetConfig,
     DifnetEnsemble,
@@ -22,6 +21,7 @@ from modeling_difnet import (
     DifnetTokenizer,
     original_beam_search,
 )
+from modeling_difnet.generation_difnet import default_generation_config
 from modeling_difnet.pipeline_difnet import DifnetImageCaptioningPipeline
 
 ORIGINAL = {"custom_generate": original_beam_search, "num_beams": 4, "max_new_tokens": 8}
@@ -47,8 +47,8 @@ def member_or_ensemble(config: DifnetConfig, kind: str) -> DifnetForConditionalG
     return DifnetEnsemble([short_captioner(config), captioner(config, factor=2.0, seed=7)])
 
 
-def of_image(pictures: dict[str, torch.Tensor], i: int) -> dict[str, torch.Tensor]:
-    return {name: value[i : i + 1] for name, value in pictures.items()}
+def of_image(features: dict[str, torch.Tensor], i: int) -> dict[str, torch.Tensor]:
+    return {name: value[i : i + 1] for name, value in features.items()}
 
 
 class Recorder(LogitsProcessor):
@@ -74,10 +74,10 @@ def short_config(tiny_config: DifnetConfig) -> DifnetConfig:
 
 @torch.no_grad()
 def test_processors_see_every_row_of_the_batch_at_every_step(short_config: DifnetConfig) -> None:
-    model, pictures = short_captioner(short_config), random_pictures(short_config, NUM_IMAGES)
+    model, features = short_captioner(short_config), random_features(short_config, NUM_IMAGES)
     recorder = Recorder()
     sequences = model.generate(
-        **pictures,
+        **features,
         **(ORIGINAL | {"max_new_tokens": 20, "num_return_sequences": 4}),
         logits_processor=LogitsProcessorList([recorder]),
     )
@@ -96,12 +96,12 @@ def test_processors_see_every_row_of_the_batch_at_every_step(short_config: Difne
 def test_words_that_are_allowed_for_one_image_are_of_no_concern_to_others(
     short_config: DifnetConfig, kind: str
 ) -> None:
-    model, pictures = member_or_ensemble(short_config, kind), random_pictures(short_config, NUM_IMAGES)
+    model, features = member_or_ensemble(short_config, kind), random_features(short_config, NUM_IMAGES)
     allowed = [[3, 4 + i % 4, 4 + (i + 1) % 4] for i in range(NUM_IMAGES)]
-    together = model.generate(**pictures, **ORIGINAL, prefix_allowed_tokens_fn=lambda image, words: allowed[image])
+    together = model.generate(**features, **ORIGINAL, prefix_allowed_tokens_fn=lambda image, words: allowed[image])
     for i in range(NUM_IMAGES):
         alone = model.generate(
-            **of_image(pictures, i), **ORIGINAL, prefix_allowed_tokens_fn=lambda *_, i=i: allowed[i]
+            **of_image(features, i), **ORIGINAL, prefix_allowed_tokens_fn=lambda *_, i=i: allowed[i]
         )[0]
         assert torch.equal(together[i, : len(alone)], alone)
         assert set(together[i].tolist()) <= {1, 2, *allowed[i]}
@@ -110,7 +110,7 @@ def test_words_that_are_allowed_for_one_image_are_of_no_concern_to_others(
 @torch.no_grad()
 def test_captions_from_a_list_for_each_image(short_config: DifnetConfig) -> None:
     """The function knows the beginnings of its captions alone: it is never asked about another open one."""
-    model, pictures = short_captioner(short_config), random_pictures(short_config, 3)
+    model, features = short_captioner(short_config), random_features(short_config, 3)
     captions = [[[4, 5, 3], [6, 7, 6, 3]], [[7, 6, 5, 4, 3]], [[5, 3], [6, 6, 6, 6, 3]]]
 
     def next_words(image: int, words: torch.Tensor) -> list[int]:
@@ -119,18 +119,18 @@ def test_captions_from_a_list_for_each_image(short_config: DifnetConfig) -> None
             return [short_config.pad_token_id]
         return sorted({caption[len(words)] for caption in captions[image] if caption[: len(words)] == words})
 
-    sequences = model.generate(**pictures, **ORIGINAL, prefix_allowed_tokens_fn=next_words)
+    sequences = model.generate(**features, **ORIGINAL, prefix_allowed_tokens_fn=next_words)
     for i, row in enumerate(sequences.tolist()):
         assert row[1 : row.index(3) + 1] in captions[i]
 
 
 @torch.no_grad()
 def test_processors_that_count_repetitions_do_not_mix_images(short_config: DifnetConfig) -> None:
-    model, pictures = short_captioner(short_config), random_pictures(short_config, NUM_IMAGES)
+    model, features = short_captioner(short_config), random_features(short_config, NUM_IMAGES)
     options = {"no_repeat_ngram_size": 1, "repetition_penalty": 1.7}
-    together = model.generate(**pictures, **ORIGINAL, **options)
+    together = model.generate(**features, **ORIGINAL, **options)
     for i in range(NUM_IMAGES):
-        alone = model.generate(**of_image(pictures, i), **ORIGINAL, **options)[0]
+        alone = model.generate(**of_image(features, i), **ORIGINAL, **options)[0]
         assert torch.equal(together[i, : len(alone)], alone)
 
 
@@ -141,8 +141,8 @@ def test_processors_that_count_repetitions_do_not_mix_images(short_config: Difne
 def test_transition_scores_of_the_original_search_add_up(
     short_config: DifnetConfig, kind: str, num_returned: int, options: dict
 ) -> None:
-    model, pictures = member_or_ensemble(short_config, kind), random_pictures(short_config, NUM_IMAGES)
-    search = {**pictures, **ORIGINAL, **options, "num_return_sequences": num_returned, "max_new_tokens": 20}
+    model, features = member_or_ensemble(short_config, kind), random_features(short_config, NUM_IMAGES)
+    search = {**features, **ORIGINAL, **options, "num_return_sequences": num_returned, "max_new_tokens": 20}
     output = model.generate(**search, return_dict_in_generate=True, output_scores=True)
     assert torch.equal(output.sequences, model.generate(**search)), "asking for scores changes nothing"
     assert all(step.shape == (NUM_IMAGES * 4, 8) for step in output.scores)
@@ -158,7 +158,7 @@ def test_transition_scores_of_the_original_search_add_up(
 @torch.no_grad()
 def test_without_processors_and_scores_nothing_is_put_in_order(short_config: DifnetConfig) -> None:
     output = short_captioner(short_config).generate(
-        **random_pictures(short_config), **ORIGINAL, return_dict_in_generate=True
+        **random_features(short_config), **ORIGINAL, return_dict_in_generate=True
     )
     assert output.scores is None
     assert output.beam_indices is None
@@ -170,7 +170,7 @@ def test_without_processors_and_scores_nothing_is_put_in_order(short_config: Dif
 def test_prompts_of_different_lengths_in_the_original_search(
     tiny_config: DifnetConfig, side: str, attention: str
 ) -> None:
-    model, pictures = captioner(tiny_config), random_pictures(tiny_config, 3)
+    model, features = captioner(tiny_config), random_features(tiny_config, 3)
     model.set_attn_implementation(attention)
     lengths = [4, 1, 2]
     prompts = random_captions(tiny_config, 3, length=4)
@@ -178,11 +178,11 @@ def test_prompts_of_different_lengths_in_the_original_search(
     for row, length in enumerate(lengths):
         where = slice(4 - length, 4) if side == "left" else slice(0, length)
         padded[row, where], mask[row, where] = prompts[row, :length], 1
-    together = model.generate(**pictures, **ORIGINAL, decoder_input_ids=padded, decoder_attention_mask=mask)
+    together = model.generate(**features, **ORIGINAL, decoder_input_ids=padded, decoder_attention_mask=mask)
     for row, length in enumerate(lengths):
         assert torch.equal(together[row, 4 - length : 4], prompts[row, :length])  # padding moves to the left
         alone = model.generate(
-            **of_image(pictures, row), **ORIGINAL, decoder_input_ids=prompts[row : row + 1, :length]
+            **of_image(features, row), **ORIGINAL, decoder_input_ids=prompts[row : row + 1, :length]
         )
         words = alone[0, length:]
         assert torch.equal(together[row, 4 : 4 + len(words)], words)
@@ -192,21 +192,21 @@ def test_prompts_of_different_lengths_in_the_original_search(
 def test_a_prompt_with_pad_inside_in_a_batch_of_the_original_search(tiny_config: DifnetConfig) -> None:
     """Another image's prompt is padded, so that all of them get a mask."""
     for seed in range(3):
-        model, pictures = captioner(tiny_config, seed=seed), random_pictures(tiny_config, 3)
+        model, features = captioner(tiny_config, seed=seed), random_features(tiny_config, 3)
         prompts = random_captions(tiny_config, 3, length=4, seed=seed)
         prompts[0, 2] = prompts[1, 1] = prompts[2, 3] = tiny_config.pad_token_id
         settings = {**ORIGINAL, "num_return_sequences": 2}
-        together = model.generate(**pictures, **settings, decoder_input_ids=prompts)
+        together = model.generate(**features, **settings, decoder_input_ids=prompts)
         for row in range(2):
-            alone = model.generate(**of_image(pictures, row), **settings, decoder_input_ids=prompts[row : row + 1])
+            alone = model.generate(**of_image(features, row), **settings, decoder_input_ids=prompts[row : row + 1])
             assert torch.equal(together[2 * row : 2 * row + 2, : alone.shape[1]], alone)
 
 
 def test_a_batch_of_the_pipeline_in_which_only_some_images_need_a_mask(tiny_config: DifnetConfig) -> None:
-    model, pictures = captioner(tiny_config), random_pictures(tiny_config, 3, height=2, width=2)
+    model, features = captioner(tiny_config), random_features(tiny_config, 3, height=2, width=2)
     processor = DifnetProcessor(DifnetFeatureExtractor(2, 24, 7), DifnetTokenizer(vocab=WORDS))
     pipe = DifnetImageCaptioningPipeline(model=model, processor=processor)
-    images = [{name: value[i] for name, value in pictures.items()} for i in range(3)]
+    images = [{name: value[i] for name, value in features.items()} for i in range(3)]
     images[1]["grid_features"] = images[1]["grid_features"][:3]
     together = pipe(images, batch_size=3, num_beams=2, max_new_tokens=6)
     assert together == [pipe(image, num_beams=2, max_new_tokens=6) for image in images]
@@ -214,11 +214,11 @@ def test_a_batch_of_the_pipeline_in_which_only_some_images_need_a_mask(tiny_conf
 
 @torch.no_grad()
 def test_a_prompt_of_the_processor_is_continued_as_it_is_alone(tiny_config: DifnetConfig) -> None:
-    model, pictures = captioner(tiny_config), random_pictures(tiny_config, 2, height=2, width=2)
+    model, features = captioner(tiny_config), random_features(tiny_config, 2, height=2, width=2)
     processor = DifnetProcessor(DifnetFeatureExtractor(2, 24, 7), DifnetTokenizer(vocab=WORDS))
-    together = model.generate(**processor(**pictures, prompt=["w5 w6 w7", "w8"]), **ORIGINAL)
+    together = model.generate(**processor(**features, prompt=["w5 w6 w7", "w8"]), **ORIGINAL)
     for row, (prompt, length) in enumerate([("w5 w6 w7", 4), ("w8", 2)]):
-        alone = model.generate(**processor(**of_image(pictures, row), prompt=prompt), **ORIGINAL)[0]
+        alone = model.generate(**processor(**of_image(features, row), prompt=prompt), **ORIGINAL)[0]
         assert processor.decode(alone[1:length]) == prompt
         assert torch.equal(together[row, 4 - length : 4 - length + len(alone)], alone)
 
@@ -244,7 +244,7 @@ def test_the_length_that_a_caller_sets_counts(
 ) -> None:
     model = random_model(tiny_config)
     model.generation_config.update(eos_token_id=None, **stored)
-    assert model.generate(**random_pictures(tiny_config), num_beams=1, **asked).shape == (2, length)
+    assert model.generate(**random_features(tiny_config), num_beams=1, **asked).shape == (2, length)
 
 
 def test_a_checkpoint_stores_a_length_that_leaves_both_ways_open(
@@ -256,7 +256,7 @@ def test_a_checkpoint_stores_a_length_that_leaves_both_ways_open(
     short = dataclasses.replace(tiny_config, max_position_embeddings=9)
     assert default_generation_config(short).max_length == 10
     with CaptureLogger(logging.get_logger("transformers.generation.utils")) as said:
-        model.generate(**random_pictures(tiny_config), max_new_tokens=5)
+        model.generate(**random_features(tiny_config), max_new_tokens=5)
     assert "seem to have been set" not in said.out
 
 
@@ -266,13 +266,13 @@ def test_a_checkpoint_stores_a_length_that_leaves_both_ways_open(
 @pytest.mark.parametrize("num_beams", [1, 3])
 @torch.no_grad()
 def test_stop_strings_end_a_caption_after_their_words(tiny_config: DifnetConfig, num_beams: int) -> None:
-    model, pictures = captioner(tiny_config), random_pictures(tiny_config, 1)
+    model, features = captioner(tiny_config), random_features(tiny_config, 1)
     settings = {"num_beams": num_beams, "eos_token_id": None, "length_penalty": 0.0, "early_stopping": True}
     tokenizer = DifnetTokenizer(vocab=WORDS)
-    whole = model.generate(**pictures, **settings, max_new_tokens=8)
+    whole = model.generate(**features, **settings, max_new_tokens=8)
     stop = tokenizer.decode(whole[0, 1:3])
     stopped = model.generate(
-        **pictures, **settings, max_new_tokens=8, stop_strings=[stop, "w1 w2 w3 w4 w5"], tokenizer=tokenizer
+        **features, **settings, max_new_tokens=8, stop_strings=[stop, "w1 w2 w3 w4 w5"], tokenizer=tokenizer
     )
     assert tokenizer.decode(stopped[0]).endswith(stop)
     if num_beams == 1:
@@ -283,7 +283,7 @@ def test_stop_strings_end_a_caption_after_their_words(tiny_config: DifnetConfig,
 def test_a_stop_string_that_no_caption_holds_is_refused(tiny_config: DifnetConfig, stop_string: str) -> None:
     with pytest.raises(ValueError, match=f"`stop_strings`: '{stop_string}' is not made of words of the vocabulary"):
         random_model(tiny_config).generate(
-            **random_pictures(tiny_config), stop_strings=stop_string, tokenizer=DifnetTokenizer(vocab=WORDS)
+            **random_features(tiny_config), stop_strings=stop_string, tokenizer=DifnetTokenizer(vocab=WORDS)
         )
 
 
@@ -327,7 +327,7 @@ def test_what_generate_cannot_do(tiny_config: DifnetConfig, arguments: dict, mes
     model = random_model(tiny_config)
     model.generation_config = default_generation_config(tiny_config)
     with pytest.raises(ValueError, match=message):
-        model.generate(**random_pictures(tiny_config), **arguments)
+        model.generate(**random_features(tiny_config), **arguments)
 
 
 @pytest.mark.parametrize("search", [{}, {"do_sample": True}, {"custom_generate": original_beam_search}])
@@ -338,17 +338,17 @@ def test_word_by_word_and_several_hypotheses(tiny_config: DifnetConfig, search: 
     model.generation_config = default_generation_config(tiny_config)
     value = TextStreamer(DifnetTokenizer(vocab=WORDS)) if helper == "streamer" else random_model(tiny_config)
     with pytest.raises(ValueError, match=f"`{helper}`.*pass `num_beams=1`"):
-        model.generate(**random_pictures(tiny_config, 1), **search, **{helper: value})
+        model.generate(**random_features(tiny_config, 1), **search, **{helper: value})
 
 
 def test_as_many_prompts_as_encoded_images_and_at_least_one(tiny_config: DifnetConfig) -> None:
-    model, pictures = random_model(tiny_config), random_pictures(tiny_config)
+    model, features = random_model(tiny_config), random_features(tiny_config)
     with pytest.raises(ValueError, match="`decoder_input_ids` has 6 rows for 2 images"):
         model.generate(
-            encoder_outputs=model.get_encoder()(**pictures), decoder_input_ids=random_captions(tiny_config, 6)
+            encoder_outputs=model.get_encoder()(**features), decoder_input_ids=random_captions(tiny_config, 6)
         )
     with pytest.raises(ValueError, match="is given no image"):
-        model.generate(**{name: value[:0] for name, value in pictures.items()})
+        model.generate(**{name: value[:0] for name, value in features.items()})
     with pytest.raises(ValueError, match="needs `grid_features`"):
         model.generate(num_beams=2)
 
@@ -361,14 +361,14 @@ def test_drafts_cannot_be_taken_back_from_a_cache_of_fixed_size(tiny_config: Dif
         ValueError, match=f"`{drafter}` needs a cache that .* leave out `cache_implementation='static'`"
     ):
         model.generate(
-            **random_pictures(tiny_config, 1), num_beams=1, cache_implementation="static", **{drafter: value}
+            **random_features(tiny_config, 1), num_beams=1, cache_implementation="static", **{drafter: value}
         )
 
 
 def test_the_first_layers_of_an_ensemble_are_no_assistant(tiny_config: DifnetConfig) -> None:
     ensemble = DifnetEnsemble([random_model(tiny_config)])
     with pytest.raises(ValueError, match="`assistant_early_exit` leaves out layers of one network"):
-        ensemble.generate(**random_pictures(tiny_config, 1), num_beams=1, assistant_early_exit=1)
+        ensemble.generate(**random_features(tiny_config, 1), num_beams=1, assistant_early_exit=1)
 
 
 @pytest.mark.parametrize(
@@ -378,18 +378,18 @@ def test_the_first_layers_of_an_ensemble_are_no_assistant(tiny_config: DifnetCon
 )
 def test_options_that_the_original_search_would_ignore(tiny_config: DifnetConfig, option: dict) -> None:
     with pytest.raises(ValueError, match=f"`original_beam_search` does nothing with `{next(iter(option))}`"):
-        random_model(tiny_config).generate(**random_pictures(tiny_config), **ORIGINAL, **option)
+        random_model(tiny_config).generate(**random_features(tiny_config), **ORIGINAL, **option)
 
 
 def test_more_beams_than_words(tiny_config: DifnetConfig) -> None:
     with pytest.raises(ValueError, match="`num_beams` is at most 50"):
-        random_model(tiny_config).generate(**random_pictures(tiny_config), **(ORIGINAL | {"num_beams": 51}))
+        random_model(tiny_config).generate(**random_features(tiny_config), **(ORIGINAL | {"num_beams": 51}))
 
 
 @torch.no_grad()
 def test_the_original_search_pads_with_the_token_that_is_asked_for(short_config: DifnetConfig) -> None:
-    model, pictures = short_captioner(short_config), random_pictures(short_config, NUM_IMAGES)
-    search = {**pictures, **(ORIGINAL | {"num_return_sequences": 4, "max_new_tokens": 20})}
+    model, features = short_captioner(short_config), random_features(short_config, NUM_IMAGES)
+    search = {**features, **(ORIGINAL | {"num_return_sequences": 4, "max_new_tokens": 20})}
     usual, other = model.generate(**search), model.generate(**search, pad_token_id=0)
     is_after_end = (usual == 3).cumsum(1) > (usual == 3).long()
     assert is_after_end.any()
@@ -420,4 +420,4 @@ def test_features_are_tensors(tiny_config: DifnetConfig, features: object, messa
 
 def test_labels_are_a_tensor(tiny_config: DifnetConfig) -> None:
     with pytest.raises(ValueError, match=r"`labels` must be a tensor, not list: .*return_tensors=\"pt\""):
-        random_model(tiny_config)(**random_pictures(tiny_config), labels=[[4, 3], [5, 3]])
+        random_model(tiny_config)(**random_features(tiny_config), labels=[[4, 3], [5, 3]])

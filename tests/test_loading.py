@@ -74,13 +74,13 @@ def has_own_code(loaded: dict[str, object]) -> bool:
     return own_code
 
 
-def check_captions(loaded: dict[str, object], pictures: str) -> None:
-    """Both models, with the processor, caption the pictures as the original does and as they did before saving."""
+def check_captions(loaded: dict[str, object], features: str) -> None:
+    """Both models, with the processor, caption the images as the original does and as they did before saving."""
     from safetensors.torch import load_file
 
-    expected = json.loads(Path(pictures).with_suffix(".json").read_text())
+    expected = json.loads(Path(features).with_suffix(".json").read_text())
     processor = loaded["AutoProcessor"]
-    inputs = processor(**load_file(pictures), return_tensors="pt")
+    inputs = processor(**load_file(features), return_tensors="pt")
     for model in (loaded["AutoModel"], loaded["AutoModelForImageTextToText"], loaded["AutoModelForMultimodalLM"]):
         captions = {
             "generate": model.generate(**inputs),
@@ -102,7 +102,7 @@ def hide_package() -> None:
         sys.modules[module] = None
 
 
-def user_with_the_package(checkpoint: str, pictures: str) -> None:
+def user_with_the_package(checkpoint: str, features: str) -> None:
     import torch
     from huggingface_hub import create_repo, upload_folder
     from transformers import AutoModel
@@ -112,12 +112,12 @@ def user_with_the_package(checkpoint: str, pictures: str) -> None:
     loaded = load_all(checkpoint)
     assert not has_own_code(loaded)
     assert isinstance(loaded["AutoModel"], modeling_difnet.DifnetForConditionalGeneration)
-    check_captions(loaded, pictures)
-    check_captions(load_all(checkpoint, trust_remote_code=True), pictures)
+    check_captions(loaded, features)
+    check_captions(load_all(checkpoint, trust_remote_code=True), features)
 
     save_and_push(loaded, "again", "user/again")
     for name in ("again", "user/again"):
-        check_captions(load_all(name), pictures)
+        check_captions(load_all(name), features)
     create_repo("user/uploaded")
     upload_folder(repo_id="user/uploaded", folder_path=checkpoint)
 
@@ -149,7 +149,7 @@ def user_with_one_auto_class(auto: str, name: str) -> None:
     assert type(loaded).__name__ == CLASSES[auto]
 
 
-def user_without_the_package(checkpoint: str, pictures: str) -> None:
+def user_without_the_package(checkpoint: str, features: str) -> None:
     import transformers
 
     hide_package()
@@ -158,7 +158,7 @@ def user_without_the_package(checkpoint: str, pictures: str) -> None:
             getattr(transformers, auto).from_pretrained(checkpoint)
     loaded = load_all(checkpoint, trust_remote_code=True)
     assert has_own_code(loaded)
-    check_captions(loaded, pictures)
+    check_captions(loaded, features)
     save_and_push(loaded, "again", "user/again")
 
     # Parts that are saved alone bring their code, too.
@@ -200,7 +200,7 @@ def user_without_pillow() -> None:
         open_image("image.jpg")
 
 
-def user_of_the_hub(pictures: str, *names: str) -> None:
+def user_of_the_hub(features: str, *names: str) -> None:
     import transformers
 
     hide_package()
@@ -209,7 +209,7 @@ def user_of_the_hub(pictures: str, *names: str) -> None:
     for name in names:
         loaded = load_all(name, trust_remote_code=True)
         assert has_own_code(loaded)
-        check_captions(loaded, pictures)
+        check_captions(loaded, features)
     save_and_push(loaded, "once more", "user/once-more")
 
 
@@ -232,12 +232,12 @@ def user_of_an_installed_copy(site_packages: str) -> None:
 
 @dataclass
 class Checkpoint:
-    """A converted checkpoint and pictures with the captions that the original and our `generate` give them."""
+    """A converted checkpoint and images with the captions that the original and our `generate` give them."""
 
     original: Path  # .pth
     vocabulary: Path
     folder: Path
-    pictures: Path  # safetensors; the captions are beside it, in the .json of the same name
+    features: Path  # safetensors; the captions are beside it, in the .json of the same name
     num_heads: int
 
     def files(self) -> dict[str, bytes]:
@@ -263,8 +263,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     vocabulary.write_text(json.dumps(["<unk>", "<pad>", "<bos>", "<eos>", *words]))
     model = convert(original, folder, vocabulary, num_heads=num_heads).model()
 
-    pictures = root / "pictures.safetensors"
-    save_file({name: features.contiguous() for name, features in case.features().items()}, pictures)
+    features = root / "features.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in case.features().items()}, features)
     captions = {
         "generate": model.generate(
             **case.features(), num_beams=5, max_new_tokens=20, length_penalty=0.0, early_stopping="never"
@@ -273,8 +273,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     }
     tokenizer = DifnetTokenizer(vocab_file=vocabulary)
     captions = {how: tokenizer.decode_captions(tokens) for how, tokens in captions.items()}
-    pictures.with_suffix(".json").write_text(json.dumps(captions))
-    return Checkpoint(original, vocabulary, folder, pictures, num_heads)
+    features.with_suffix(".json").write_text(json.dumps(captions))
+    return Checkpoint(original, vocabulary, folder, features, num_heads)
 
 
 def clean_environment(home: Path, hub: Hub | None = None) -> dict[str, str]:
@@ -319,7 +319,7 @@ def run_user(
 
 
 def check_same_checkpoint(files: dict[str, bytes], original: dict[str, bytes]) -> None:
-    """All but the model card, which the library writes, and what it notes about the tokenizer's last load."""
+    """All but the model card, which Transformers writes, and what it notes about the tokenizer's last load."""
 
     def comparable(name: str, content: bytes) -> object:
         if name != "tokenizer_config.json":
@@ -350,7 +350,7 @@ def test_a_converted_checkpoint_is_complete(checkpoint: Checkpoint) -> None:
 def test_users_with_the_package(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """The package's classes load, save and push; nothing is lost or added on the way."""
     with Hub() as hub:
-        arguments = (checkpoint.folder, checkpoint.pictures)
+        arguments = (checkpoint.folder, checkpoint.features)
         run_user(user_with_the_package, *arguments, folder=tmp_path, hub=hub, PYTHONPATH=str(REPOSITORY))
         assert hub.files("user/uploaded") == checkpoint.files()
         check_same_checkpoint(hub.files("user/again"), checkpoint.files())
@@ -366,12 +366,12 @@ def test_users_without_the_package(checkpoint: Checkpoint, tmp_path: Path) -> No
         root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
         elsewhere.mkdir()
         shutil.copytree(checkpoint.folder, root / "difnet")
-        run_user(user_without_the_package, "difnet", checkpoint.pictures, folder=root, hub=hub)
+        run_user(user_without_the_package, "difnet", checkpoint.features, folder=root, hub=hub)
         assert not any("/difnet/" in request for request in hub.requests)
         check_same_checkpoint(hub.files("user/again"), checkpoint.files())
 
         names = ("user/difnet", "difnet", "user/again", root / "again")
-        run_user(user_of_the_hub, checkpoint.pictures, *names, folder=elsewhere, hub=hub)
+        run_user(user_of_the_hub, checkpoint.features, *names, folder=elsewhere, hub=hub)
         check_same_checkpoint(hub.files("user/once-more"), checkpoint.files())
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_captions, random_model, random_pictures
+from conftest import random_captions, random_features, random_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.loss.loss_utils import LOSS_MAPPING
@@ -29,8 +29,8 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def repeated(pictures: dict[str, torch.Tensor], times: int) -> dict[str, torch.Tensor]:
-    return {name: value.repeat_interleave(times, dim=0) for name, value in pictures.items()}
+def repeated(features: dict[str, torch.Tensor], times: int) -> dict[str, torch.Tensor]:
+    return {name: value.repeat_interleave(times, dim=0) for name, value in features.items()}
 
 
 # --- attention -------------------------------------------------------------------------------------------------------
@@ -39,51 +39,51 @@ def repeated(pictures: dict[str, torch.Tensor], times: int) -> dict[str, torch.T
 @pytest.mark.parametrize("masked", [False, True])
 @torch.no_grad()
 def test_eager_and_sdpa_attention_agree(config: DifnetConfig, masked: bool) -> None:
-    model, pictures, captions = random_model(config), random_pictures(config), random_captions(config)
+    model, features, captions = random_model(config), random_features(config), random_captions(config)
     if masked:
-        pictures["grid_attention_mask"] = torch.ones(2, 12, dtype=torch.long)
-        pictures["grid_attention_mask"][1, 5:] = 0
+        features["grid_attention_mask"] = torch.ones(2, 12, dtype=torch.long)
+        features["grid_attention_mask"][1, 5:] = 0
         captions[0, 4:] = config.pad_token_id
     logits = {}
     for attention in ("sdpa", "eager"):
         model.set_attn_implementation(attention)
-        logits[attention] = model(**pictures, decoder_input_ids=captions).logits
+        logits[attention] = model(**features, decoder_input_ids=captions).logits
     close(logits["eager"], logits["sdpa"])
 
 
 @torch.no_grad()
 def test_masked_cells_are_as_good_as_absent(config: DifnetConfig) -> None:
     model, captions = random_model(config), random_captions(config)
-    pictures = random_pictures(config, height=1, width=8)
+    features = random_features(config, height=1, width=8)
     mask = torch.ones(2, 8, dtype=torch.long)
     mask[:, 5:] = 0
-    shorter = {name: value[:, :5] if value.ndim == 3 else value[..., :5] for name, value in pictures.items()}
+    shorter = {name: value[:, :5] if value.ndim == 3 else value[..., :5] for name, value in features.items()}
     masks = {"grid_attention_mask": mask}
     if config.use_segmentation:
         masks["segmentation_attention_mask"] = mask
-    masked = model(**pictures, **masks, decoder_input_ids=captions).logits
+    masked = model(**features, **masks, decoder_input_ids=captions).logits
     close(masked, model(**shorter, decoder_input_ids=captions).logits)
 
 
 @torch.no_grad()
 def test_one_mask_alone_leaves_the_other_flow_whole(tiny_config: DifnetConfig) -> None:
-    model, pictures = random_model(tiny_config), random_pictures(tiny_config)
+    model, features = random_model(tiny_config), random_features(tiny_config)
     mask = torch.ones(2, 12, dtype=torch.long)
     mask[:, 7:] = 0
     whole = torch.ones_like(mask)
-    one = model.get_encoder()(**pictures, segmentation_attention_mask=mask).last_hidden_state
-    both = model.get_encoder()(**pictures, grid_attention_mask=whole, segmentation_attention_mask=mask)
+    one = model.get_encoder()(**features, segmentation_attention_mask=mask).last_hidden_state
+    both = model.get_encoder()(**features, grid_attention_mask=whole, segmentation_attention_mask=mask)
     close(one, both.last_hidden_state)
-    assert not torch.allclose(one, model.get_encoder()(**pictures).last_hidden_state, atol=1e-4)
+    assert not torch.allclose(one, model.get_encoder()(**features).last_hidden_state, atol=1e-4)
 
 
 @torch.no_grad()
 def test_attentions_and_hidden_states_of_both_flows(tiny_config: DifnetConfig) -> None:
     config = dataclasses.replace(tiny_config, encoder_layers=4, fusion_layers=2)
-    model, pictures, captions = random_model(config), random_pictures(config), random_captions(config)
+    model, features, captions = random_model(config), random_features(config), random_captions(config)
     model.set_attn_implementation("eager")
     output = model(
-        **pictures,
+        **features,
         decoder_input_ids=captions,
         output_attentions=True,
         output_hidden_states=True,
@@ -112,25 +112,25 @@ def test_attentions_and_hidden_states_of_both_flows(tiny_config: DifnetConfig) -
 def test_the_baseline_has_no_segmentation_flow_to_show(tiny_config: DifnetConfig) -> None:
     config = dataclasses.replace(tiny_config, use_segmentation=False)
     model, captions = random_model(config), random_captions(config)
-    alone = model(**random_pictures(config), decoder_input_ids=captions)
-    ignored = model(**random_pictures(tiny_config), decoder_input_ids=captions)
+    alone = model(**random_features(config), decoder_input_ids=captions)
+    ignored = model(**random_features(tiny_config), decoder_input_ids=captions)
     assert torch.equal(alone.logits, ignored.logits)
     assert alone.encoder_segmentation_hidden_states is None
     assert not any("segmentation" in name for name, _ in model.named_parameters())
 
 
-# --- several captions of one picture ---------------------------------------------------------------------------------
+# --- several captions of one image ---------------------------------------------------------------------------------
 
 
-def test_captions_of_one_picture_together_equal_the_picture_repeated(config: DifnetConfig) -> None:
-    model, pictures = random_model(config), random_pictures(config)
-    pictures["grid_attention_mask"] = torch.ones(2, 12, dtype=torch.long)
-    pictures["grid_attention_mask"][0, 9:] = 0
+def test_captions_of_one_image_together_equal_the_image_repeated(config: DifnetConfig) -> None:
+    model, features = random_model(config), random_features(config)
+    features["grid_attention_mask"] = torch.ones(2, 12, dtype=torch.long)
+    features["grid_attention_mask"][0, 9:] = 0
     captions = random_captions(config, num_captions=6)
     captions[2, 3:] = config.pad_token_id
     model.set_attn_implementation("eager")
     results = []
-    for shown in (pictures, repeated(pictures, 3)):
+    for shown in (features, repeated(features, 3)):
         model.zero_grad()
         output = model(**shown, decoder_input_ids=captions, labels=captions, output_attentions=True)
         output.loss.backward()
@@ -149,33 +149,33 @@ def test_captions_of_one_picture_together_equal_the_picture_repeated(config: Dif
 
 @torch.no_grad()
 def test_padding_changes_no_word_and_says_nothing(config: DifnetConfig) -> None:
-    model, pictures, captions = random_model(config), random_pictures(config), random_captions(config)
+    model, features, captions = random_model(config), random_features(config), random_captions(config)
     padded = nn.functional.pad(captions, (0, 3), value=config.pad_token_id)
-    logits = model(**pictures, decoder_input_ids=padded).logits
-    close(logits[:, :6], model(**pictures, decoder_input_ids=captions).logits)
+    logits = model(**features, decoder_input_ids=padded).logits
+    close(logits[:, :6], model(**features, decoder_input_ids=captions).logits)
     assert torch.equal(logits[:, 6:], torch.zeros(2, 3, config.vocab_size))
 
 
 @torch.no_grad()
 def test_a_decoder_attention_mask_replaces_the_rule_that_pad_is_padding(config: DifnetConfig) -> None:
-    model, pictures, captions = random_model(config), random_pictures(config), random_captions(config)
+    model, features, captions = random_model(config), random_features(config), random_captions(config)
     captions[:, 3] = config.pad_token_id
-    implied = model(**pictures, decoder_input_ids=captions).logits
+    implied = model(**features, decoder_input_ids=captions).logits
     explicit = model(
-        **pictures, decoder_input_ids=captions, decoder_attention_mask=(captions != config.pad_token_id).long()
+        **features, decoder_input_ids=captions, decoder_attention_mask=(captions != config.pad_token_id).long()
     ).logits
     close(explicit, implied)
-    as_word = model(**pictures, decoder_input_ids=captions, decoder_attention_mask=torch.ones_like(captions)).logits
+    as_word = model(**features, decoder_input_ids=captions, decoder_attention_mask=torch.ones_like(captions)).logits
     assert as_word[:, 3].abs().max() > 0
 
 
 @pytest.mark.parametrize("steps", [(1, 1, 1, 1, 1, 1), (4, 2), (2, 3, 1)])
 @torch.no_grad()
 def test_decoding_in_steps_equals_one_pass(config: DifnetConfig, steps: tuple[int, ...]) -> None:
-    model, pictures, captions = random_model(config), random_pictures(config), random_captions(config)
-    at_once = model(**pictures, decoder_input_ids=captions, use_cache=False)
+    model, features, captions = random_model(config), random_features(config), random_captions(config)
+    at_once = model(**features, decoder_input_ids=captions, use_cache=False)
     assert at_once.past_key_values is None
-    encoder_outputs, cache, logits = model.get_encoder()(**pictures), None, []
+    encoder_outputs, cache, logits = model.get_encoder()(**features), None, []
     for tokens in captions.split(steps, dim=1):
         output = model(
             encoder_outputs=encoder_outputs, decoder_input_ids=tokens, past_key_values=cache, use_cache=True
@@ -188,20 +188,20 @@ def test_decoding_in_steps_equals_one_pass(config: DifnetConfig, steps: tuple[in
 
 @torch.no_grad()
 def test_words_count_from_one_and_positions_can_be_given(config: DifnetConfig) -> None:
-    model, pictures, captions = random_model(config), random_pictures(config), random_captions(config)
+    model, features, captions = random_model(config), random_features(config), random_captions(config)
     positions = torch.arange(1, 7).expand(2, -1)
-    counted = model(**pictures, decoder_input_ids=captions).logits
-    given = model(**pictures, decoder_input_ids=captions, decoder_position_ids=positions).logits
+    counted = model(**features, decoder_input_ids=captions).logits
+    given = model(**features, decoder_input_ids=captions, decoder_position_ids=positions).logits
     assert torch.equal(given, counted)
-    embedded = model(**pictures, decoder_inputs_embeds=model.get_input_embeddings()(captions)).logits
+    embedded = model(**features, decoder_inputs_embeds=model.get_input_embeddings()(captions)).logits
     close(embedded, counted)
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 9)])
 @torch.no_grad()
 def test_any_grid(config: DifnetConfig, height: int, width: int) -> None:
-    pictures = random_pictures(config, height=height, width=width)
-    output = random_model(config)(**pictures, decoder_input_ids=random_captions(config))
+    features = random_features(config, height=height, width=width)
+    output = random_model(config)(**features, decoder_input_ids=random_captions(config))
     assert output.logits.shape == (2, 6, config.vocab_size)
     assert output.encoder_last_hidden_state.shape == (2, height * width, config.d_model)
 
@@ -210,29 +210,29 @@ def test_any_grid(config: DifnetConfig, height: int, width: int) -> None:
 
 
 def test_labels_are_shifted_and_minus_100_is_left_out(config: DifnetConfig) -> None:
-    model, pictures = random_model(config), random_pictures(config)
+    model, features = random_model(config), random_features(config)
     words = random_captions(config)[:, 1:]
     labels = torch.cat([words, torch.full((2, 1), config.eos_token_id)], dim=1)  # w1 .. w5 <eos>
     labels[1, 3:] = -100
     inputs = torch.tensor([[2, *words[0].tolist()], [2, *words[1, :3].tolist(), 1, 1]])
-    output = model(**pictures, labels=labels)
-    logits = model(**pictures, decoder_input_ids=inputs).logits
+    output = model(**features, labels=labels)
+    logits = model(**features, decoder_input_ids=inputs).logits
     close(output.logits, logits)
     close(output.loss, nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()))
     assert output.past_key_values is None
 
 
 def test_num_items_in_batch_makes_accumulated_losses_add_up(config: DifnetConfig) -> None:
-    model, pictures, labels = random_model(config), random_pictures(config), random_captions(config)
+    model, features, labels = random_model(config), random_features(config), random_captions(config)
     labels[1, 2:] = -100
-    whole = model(**pictures, labels=labels).loss
+    whole = model(**features, labels=labels).loss
     parts = [
-        model(**{name: value[i : i + 1] for name, value in pictures.items()}, labels=labels[i : i + 1]) for i in (0, 1)
+        model(**{name: value[i : i + 1] for name, value in features.items()}, labels=labels[i : i + 1]) for i in (0, 1)
     ]
     assert not torch.isclose(sum(part.loss for part in parts) / 2, whole, rtol=1e-4)
     parts = [
         model(
-            **{name: value[i : i + 1] for name, value in pictures.items()},
+            **{name: value[i : i + 1] for name, value in features.items()},
             labels=labels[i : i + 1],
             num_items_in_batch=torch.tensor(8),
         ).loss
@@ -246,16 +246,16 @@ def by_hand(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **kwarg
 
 
 def test_the_loss_function_can_be_set(config: DifnetConfig) -> None:
-    model, pictures, labels = random_model(config), random_pictures(config), random_captions(config)
+    model, features, labels = random_model(config), random_features(config), random_captions(config)
     labels[1, 2:] = -100
-    usual = model(**pictures, labels=labels)
+    usual = model(**features, labels=labels)
     model.loss_function = by_hand
     expected = usual.logits[labels != -100].mean() * config.vocab_size
-    close(model(**pictures, labels=labels).loss, expected)
-    close(model(**pictures, labels=labels, num_items_in_batch=3).loss, expected + 3)
+    close(model(**features, labels=labels).loss, expected)
+    close(model(**features, labels=labels, num_items_in_batch=3).loss, expected + 3)
     model.loss_function = LOSS_MAPPING["ForCausalLM"]
-    close(model(**pictures, labels=labels).loss, usual.loss)
-    close(model(**pictures, labels=labels, num_items_in_batch=16).loss, usual.loss * 8 / 16)
+    close(model(**features, labels=labels).loss, usual.loss)
+    close(model(**features, labels=labels, num_items_in_batch=16).loss, usual.loss * 8 / 16)
 
 
 def test_the_loss_moves_what_it_is_given_to_the_device_of_the_logits() -> None:
@@ -281,7 +281,7 @@ def test_a_training_step_moves_every_parameter(tiny_config: DifnetConfig, change
     model = random_model(config).train()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    model(**random_pictures(config), labels=random_captions(config)).loss.backward()
+    model(**random_features(config), labels=random_captions(config)).loss.backward()
     optimizer.step()
     for name, parameter in model.named_parameters():
         # The softmax does not see what is added to all its inputs: the gradient is zero but for rounding.
@@ -293,22 +293,22 @@ def test_a_training_step_moves_every_parameter(tiny_config: DifnetConfig, change
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_gives_the_same_gradients(config: DifnetConfig, use_reentrant: bool) -> None:
     config.dropout = config.attention_dropout = 0.0
-    model, pictures, labels = random_model(config).train(), random_pictures(config), random_captions(config)
-    model(**pictures, labels=labels).loss.backward()
+    model, features, labels = random_model(config).train(), random_features(config), random_captions(config)
+    model(**features, labels=labels).loss.backward()
     expected = {name: gradient.clone() for name, gradient in gradients(model).items()}
     model.zero_grad()
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-    model(**pictures, labels=labels).loss.backward()
+    model(**features, labels=labels).loss.backward()
     for name, gradient in gradients(model).items():
         close(gradient, expected[name])
 
 
 def test_dropout_acts_in_training_alone(config: DifnetConfig) -> None:
-    model, pictures, captions = random_model(config), random_pictures(config), random_captions(config)
-    first, second = (model(**pictures, decoder_input_ids=captions).logits for _ in range(2))
+    model, features, captions = random_model(config), random_features(config), random_captions(config)
+    first, second = (model(**features, decoder_input_ids=captions).logits for _ in range(2))
     assert torch.equal(first, second)
     model.train()
-    first, second = (model(**pictures, decoder_input_ids=captions).logits for _ in range(2))
+    first, second = (model(**features, decoder_input_ids=captions).logits for _ in range(2))
     assert not torch.equal(first, second)
 
 
@@ -384,37 +384,37 @@ def test_save_and_load_in_every_precision(
 ) -> None:
     """The features may stay in float32: they are cast where they enter."""
     dtype = getattr(torch, precision)
-    model, pictures, captions = random_model(config), random_pictures(config), random_captions(config)
-    expected = model(**pictures, decoder_input_ids=captions).logits
+    model, features, captions = random_model(config), random_features(config), random_captions(config)
+    expected = model(**features, decoder_input_ids=captions).logits
     model.save_pretrained(tmp_path / "full")
     loaded = DifnetForConditionalGeneration.from_pretrained(tmp_path / "full", dtype=dtype)
-    logits = loaded(**pictures, decoder_input_ids=captions).logits
+    logits = loaded(**features, decoder_input_ids=captions).logits
     assert logits.dtype == dtype
     close(logits.float(), expected, tolerance)
-    assert loaded.generate(**pictures, num_beams=2, max_new_tokens=4).shape[0] == 2
+    assert loaded.generate(**features, num_beams=2, max_new_tokens=4).shape[0] == 2
 
     loaded.save_pretrained(tmp_path / precision)
     again = DifnetForConditionalGeneration.from_pretrained(tmp_path / precision, dtype="auto")
     assert again.dtype == dtype
     for name, parameter in again.named_parameters():
         assert torch.equal(parameter, loaded.get_parameter(name)), name
-    assert torch.equal(again(**pictures, decoder_input_ids=captions).logits, logits)
+    assert torch.equal(again(**features, decoder_input_ids=captions).logits, logits)
 
 
 def test_the_loss_of_a_half_precision_model_is_computed_in_full(config: DifnetConfig) -> None:
     model = random_model(config).bfloat16()
-    output = model(**random_pictures(config), labels=random_captions(config))
+    output = model(**random_features(config), labels=random_captions(config))
     assert output.logits.dtype == torch.bfloat16
     assert output.loss.dtype == torch.float32
 
 
 @torch.no_grad()
 def test_the_forward_compiles_into_one_graph(config: DifnetConfig) -> None:
-    model, pictures, captions = random_model(config), random_pictures(config), random_captions(config)
+    model, features, captions = random_model(config), random_features(config), random_captions(config)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     close(
-        compiled(**pictures, decoder_input_ids=captions, use_cache=False).logits,
-        model(**pictures, decoder_input_ids=captions, use_cache=False).logits,
+        compiled(**features, decoder_input_ids=captions, use_cache=False).logits,
+        model(**features, decoder_input_ids=captions, use_cache=False).logits,
     )
 
 
@@ -422,7 +422,7 @@ def test_the_forward_compiles_into_one_graph(config: DifnetConfig) -> None:
 @torch.no_grad()
 def test_the_forward_exports(config: DifnetConfig, dynamic: bool) -> None:
     model = random_model(config)
-    inputs = {**random_pictures(config), "decoder_input_ids": random_captions(config), "use_cache": False}
+    inputs = {**random_features(config), "decoder_input_ids": random_captions(config), "use_cache": False}
     shapes = None
     if dynamic:
         batch = torch.export.Dim("batch", min=2, max=64)
@@ -430,7 +430,7 @@ def test_the_forward_exports(config: DifnetConfig, dynamic: bool) -> None:
     exported = torch.export.export(model, (), inputs, dynamic_shapes=shapes, strict=False).module()
     size = 5 if dynamic else 2
     other = {
-        **random_pictures(config, size, seed=1),
+        **random_features(config, size, seed=1),
         "decoder_input_ids": random_captions(config, size, seed=1),
         "use_cache": False,
     }
@@ -444,18 +444,18 @@ def test_the_forward_exports(config: DifnetConfig, dynamic: bool) -> None:
 @pytest.mark.parametrize("size", [40, 57])
 def test_resizing_the_vocabulary(tiny_config: DifnetConfig, tied: bool, size: int) -> None:
     config = dataclasses.replace(tiny_config, tie_word_embeddings=tied)
-    model, pictures, captions = random_model(config), random_pictures(config), random_captions(config).clamp(max=39)
+    model, features, captions = random_model(config), random_features(config), random_captions(config).clamp(max=39)
     kept = min(size, 50)
     with torch.no_grad():
-        before = model(**pictures, decoder_input_ids=captions).logits
+        before = model(**features, decoder_input_ids=captions).logits
     model.resize_token_embeddings(size)
     assert model.config.vocab_size == size
     assert model.lm_head.weight.shape == model.get_input_embeddings().weight.shape == (size, 32)
     assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
-    output = model(**pictures, decoder_input_ids=captions, labels=captions)
+    output = model(**features, decoder_input_ids=captions, labels=captions)
     close(output.logits[..., :kept], before[..., :kept])
     output.loss.backward()
-    assert model.generate(**pictures, max_new_tokens=3, num_beams=2).max() < size
+    assert model.generate(**features, max_new_tokens=3, num_beams=2).max() < size
 
 
 def test_tied_embeddings_are_one_tensor_after_loading(tiny_config: DifnetConfig, tmp_path: Path) -> None:
@@ -499,18 +499,18 @@ def test_base_and_head_load_each_other(config: DifnetConfig, tmp_path: Path) -> 
     base.save_pretrained(tmp_path / "base")
     head, report = DifnetForConditionalGeneration.from_pretrained(tmp_path / "base", output_loading_info=True)
     assert report["missing_keys"] == {"lm_head.weight"}
-    pictures, captions = random_pictures(config), random_captions(config)
+    features, captions = random_features(config), random_captions(config)
     head.lm_head.weight = model.lm_head.weight
     assert torch.equal(
-        head(**pictures, decoder_input_ids=captions).logits, model(**pictures, decoder_input_ids=captions).logits
+        head(**features, decoder_input_ids=captions).logits, model(**features, decoder_input_ids=captions).logits
     )
 
 
 @torch.no_grad()
 def test_layers_may_live_on_disk(config: DifnetConfig, tmp_path: Path) -> None:
-    """`device_map` with CPU and disk: what fits a machine without accelerator of the library's big-model loading."""
+    """`device_map` with CPU and disk: what runs of the big-model loading without an accelerator."""
     pytest.importorskip("accelerate")
-    model, pictures, captions = random_model(config), random_pictures(config), random_captions(config)
+    model, features, captions = random_model(config), random_features(config), random_captions(config)
     model.save_pretrained(tmp_path)
     auto = DifnetForConditionalGeneration.from_pretrained(tmp_path, device_map="auto")
     devices = {"model.encoder": "cpu", "model.decoder": "disk", "lm_head": "cpu"}
@@ -518,12 +518,12 @@ def test_layers_may_live_on_disk(config: DifnetConfig, tmp_path: Path) -> None:
         tmp_path, device_map=devices, offload_folder=tmp_path / "offload"
     )
     assert offloaded.model.decoder.layers[0].feed_forward.fc1.weight.device.type == "meta"
-    expected = model(**pictures, decoder_input_ids=captions).logits
+    expected = model(**features, decoder_input_ids=captions).logits
     for loaded in (auto, offloaded):
-        assert torch.equal(loaded(**pictures, decoder_input_ids=captions).logits, expected)
+        assert torch.equal(loaded(**features, decoder_input_ids=captions).logits, expected)
         assert torch.equal(
-            loaded.generate(**pictures, num_beams=3, max_new_tokens=4),
-            model.generate(**pictures, num_beams=3, max_new_tokens=4),
+            loaded.generate(**features, num_beams=3, max_new_tokens=4),
+            model.generate(**features, num_beams=3, max_new_tokens=4),
         )
 
 
@@ -531,23 +531,23 @@ def test_layers_may_live_on_disk(config: DifnetConfig, tmp_path: Path) -> None:
 
 
 def refuse_inputs() -> list:
-    def without_segmentation(pictures, captions):
-        return {"grid_features": pictures["grid_features"], "decoder_input_ids": captions}
+    def without_segmentation(features, captions):
+        return {"grid_features": features["grid_features"], "decoder_input_ids": captions}
 
     def change(name, function):
-        return lambda pictures, captions: {
-            **pictures,
+        return lambda features, captions: {
+            **features,
             "decoder_input_ids": captions,
-            name: function(pictures.get(name, captions)),
+            name: function(features.get(name, captions)),
         }
 
     return [
         pytest.param(without_segmentation, "`segmentation_features` are missing", id="one flow"),
-        pytest.param(lambda pictures, captions: pictures, "Pass `labels` to train", id="no captions"),
+        pytest.param(lambda features, captions: features, "Pass `labels` to train", id="no captions"),
         pytest.param(
-            lambda pictures, captions: {"decoder_input_ids": captions},
+            lambda features, captions: {"decoder_input_ids": captions},
             "Pass `grid_features` or `encoder_outputs`",
-            id="no picture",
+            id="no image",
         ),
         pytest.param(
             change("grid_features", lambda x: x[..., :23]),
@@ -567,7 +567,7 @@ def refuse_inputs() -> list:
             id="cells",
         ),
         pytest.param(
-            change("segmentation_features", lambda x: x[:1]), "must show the same images", id="number of pictures"
+            change("segmentation_features", lambda x: x[:1]), "must show the same images", id="number of images"
         ),
         pytest.param(
             change("decoder_input_ids", lambda x: x.new_full((2, 31), 5)),
@@ -577,7 +577,7 @@ def refuse_inputs() -> list:
         pytest.param(
             change("decoder_input_ids", lambda x: x[[0, 1, 1]]),
             "given 3 captions for 2 images",
-            id="captions per picture",
+            id="captions per image",
         ),
         pytest.param(
             change("decoder_inputs_embeds", lambda x: torch.zeros(2, 6, 32)),
@@ -590,14 +590,14 @@ def refuse_inputs() -> list:
 @pytest.mark.parametrize(("inputs", "message"), refuse_inputs())
 def test_wrong_inputs_are_value_errors_that_say_what_to_do(tiny_config: DifnetConfig, inputs, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        random_model(tiny_config)(**inputs(random_pictures(tiny_config), random_captions(tiny_config)))
+        random_model(tiny_config)(**inputs(random_features(tiny_config), random_captions(tiny_config)))
 
 
 def test_a_cache_does_not_hide_a_caption_that_is_too_long(tiny_config: DifnetConfig) -> None:
-    model, pictures = random_model(tiny_config), random_pictures(tiny_config)
-    output = model(**pictures, decoder_input_ids=random_captions(tiny_config, length=30), use_cache=True)
+    model, features = random_model(tiny_config), random_features(tiny_config)
+    output = model(**features, decoder_input_ids=random_captions(tiny_config, length=30), use_cache=True)
     with pytest.raises(ValueError, match="given 31 tokens"):
-        model(**pictures, decoder_input_ids=torch.full((2, 1), 5), past_key_values=output.past_key_values)
+        model(**features, decoder_input_ids=torch.full((2, 1), 5), past_key_values=output.past_key_values)
 
 
 # --- other libraries -------------------------------------------------------------------------------------------------
@@ -610,55 +610,55 @@ def test_a_cache_does_not_hide_a_caption_that_is_too_long(tiny_config: DifnetCon
 def test_lora_of_every_task_type_gives_the_loss_and_captions(config: DifnetConfig, task_type: str | None) -> None:
     """Each task of PEFT passes arguments of its own kind of model, as None."""
     peft = pytest.importorskip("peft")
-    pictures, labels = random_pictures(config), random_captions(config)
-    expected = random_model(config)(**pictures, labels=labels).loss
-    captions = random_model(config).generate(**pictures, max_new_tokens=5)
+    features, labels = random_features(config), random_captions(config)
+    expected = random_model(config)(**features, labels=labels).loss
+    captions = random_model(config).generate(**features, max_new_tokens=5)
     lora = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2, lora_dropout=0.0, task_type=task_type)
     model = peft.get_peft_model(random_model(config), lora).eval()
-    loss = model(**pictures, labels=labels).loss
+    loss = model(**features, labels=labels).loss
     close(loss, expected)
     loss.backward()
-    assert torch.equal(model.generate(**pictures, max_new_tokens=5), captions)
+    assert torch.equal(model.generate(**features, max_new_tokens=5), captions)
 
 
 @pytest.mark.parametrize("name", ["inputs_embeds", "input_ids", "attention_mask", "task_ids", "return_dict", "past"])
 @torch.no_grad()
 def test_unknown_arguments_that_are_none_say_nothing(config: DifnetConfig, name: str) -> None:
-    model, pictures, captions = random_model(config), random_pictures(config), random_captions(config)
+    model, features, captions = random_model(config), random_features(config), random_captions(config)
     for part, inputs in ((model, {"decoder_input_ids": captions}), (model.model, {"decoder_input_ids": captions})):
-        assert torch.equal(part(**pictures, **inputs, **{name: None})[0], part(**pictures, **inputs)[0])
+        assert torch.equal(part(**features, **inputs, **{name: None})[0], part(**features, **inputs)[0])
     encoder = model.get_encoder()
-    assert torch.equal(encoder(**pictures, **{name: None})[0], encoder(**pictures)[0])
+    assert torch.equal(encoder(**features, **{name: None})[0], encoder(**features)[0])
     ensemble = DifnetEnsemble([model])
-    inputs = {**pictures, "decoder_input_ids": captions}
+    inputs = {**features, "decoder_input_ids": captions}
     assert torch.equal(ensemble(**inputs, **{name: None})[0], ensemble(**inputs)[0])
 
 
 def test_lora_on_the_attention_trains_saves_and_loads(config: DifnetConfig, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
-    pictures, labels = random_pictures(config), random_captions(config)
+    features, labels = random_features(config), random_captions(config)
     lora = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2, lora_dropout=0.0, init_lora_weights=False)
     model = peft.get_peft_model(random_model(config), lora)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    first = model(**pictures, labels=labels).loss
+    first = model(**features, labels=labels).loss
     first.backward()
     optimizer.step()
     model.eval()
-    trained = model(**pictures, labels=labels).loss
+    trained = model(**features, labels=labels).loss
     assert trained < first
     model.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(random_model(config), tmp_path)
-    close(loaded(**pictures, labels=labels).loss, trained)
-    close(loaded.merge_and_unload()(**pictures, labels=labels).loss, trained)
+    close(loaded(**features, labels=labels).loss, trained)
+    close(loaded.merge_and_unload()(**features, labels=labels).loss, trained)
 
 
-def test_the_librarys_trainer_trains_and_predicts(config: DifnetConfig, tmp_path: Path) -> None:
+def test_the_trainer_of_transformers_trains_and_predicts(config: DifnetConfig, tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
-    pictures, labels = random_pictures(config, batch_size=4), random_captions(config, num_captions=4)
+    features, labels = random_features(config, batch_size=4), random_captions(config, num_captions=4)
     examples = [
-        {**{name: value[i] for name, value in pictures.items()}, "labels": labels[i, 1:]} for i in range(len(labels))
+        {**{name: value[i] for name, value in features.items()}, "labels": labels[i, 1:]} for i in range(len(labels))
     ]
     trainer = Seq2SeqTrainer(
         model=random_model(config),

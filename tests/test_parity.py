@@ -129,7 +129,7 @@ def test_beams_token_for_token(golden: GoldenCase, attention: str, within: Compa
 
 @pytest.mark.versions
 @torch.no_grad()
-def test_greedy_generate_of_the_library_gives_the_original_tokens(golden: GoldenCase) -> None:
+def test_greedy_generate_gives_the_original_tokens(golden: GoldenCase) -> None:
     sequences = golden.model().generate(**golden.features(), num_beams=1, do_sample=False, max_new_tokens=20)
     assert torch.equal(as_original(sequences), golden.outputs["greedy_tokens"])
 

@@ -96,7 +96,7 @@ class TestTextToIds:
 
     def test_long_texts_are_read_and_walls_of_punctuation_refused(self, tokenizer):
         assert tokenizer.encode_captions(["a dog " * 20_000]) == [[WORDS.index("a"), WORDS.index("dog")] * 20_000]
-        with pytest.raises(ValueError, match="100000 characters without a blank"):
+        with pytest.raises(ValueError, match="100000 characters without a space"):
             tokenizer("!" * 100_000)
 
     @pytest.mark.parametrize(("captions", "message"), [("a dog", "list"), (["a", None], "Caption 1 is NoneType")])
@@ -104,7 +104,7 @@ class TestTextToIds:
         with pytest.raises(ValueError, match=message):
             tokenizer.encode_captions(captions)
 
-    def test_collator_of_the_library_pads_labels(self, tokenizer):
+    def test_collator_of_transformers_pads_labels(self, tokenizer):
         collate = DataCollatorForSeq2Seq(tokenizer)
         rows = [tokenizer("a", text_target="a man"), tokenizer("a dog", text_target="a")]
         batch = collate([dict(row) for row in rows])
@@ -217,7 +217,7 @@ class TestVocabulary:
         ("vocab", "message"),
         [
             (SMALL[1:], "'<unk>' is not among the 8 tokens"),
-            ([*SMALL, "dog"], "'dog' stands at 5 and at 9"),
+            ([*SMALL, "dog"], "'dog' has the ids 5 and 9"),
             ({**dict(zip(SMALL, range(9), strict=True)), "cat": 5}, "'dog' and 'cat' both have the id 5"),
             ({**dict(zip(SMALL, range(9), strict=True)), "cat": 12}, "9 is missing and 'cat' has 12"),
             ({**dict(zip(SMALL, range(9), strict=True)), "cat": "9"}, "the id of 'cat' is '9', not an integer"),

@@ -4,7 +4,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from conftest import GOLDEN, golden_case, random_captions, random_model, random_pictures
+from conftest import GOLDEN, golden_case, random_captions, random_features, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -29,7 +29,7 @@ def largest_difference(ours: torch.Tensor, reference: torch.Tensor) -> float:
     return ((ours - reference).abs().max() / reference.abs().max()).item()
 
 
-def pictures_of(case, rows: slice) -> dict[str, torch.Tensor | None]:
+def features_of(case, rows: slice) -> dict[str, torch.Tensor | None]:
     is_baseline = case.name.startswith("base")
     return {
         "grid_features": case.inputs["images"][rows],
@@ -45,7 +45,7 @@ def test_equals_the_original(name: str, one_by_one: bool) -> None:
     groups = [slice(i, i + 1) for i in range(len(captions))] if one_by_one else [slice(None)]
     results = [
         relevance(
-            model, **pictures_of(case, rows), sequences=captions[rows], allow_unknown_words=True, through_encoder=False
+            model, **features_of(case, rows), sequences=captions[rows], allow_unknown_words=True, through_encoder=False
         )
         for rows in groups
     ]
@@ -64,7 +64,7 @@ def test_encoder_equals_what_the_original_never_calls() -> None:
     case = golden_case("base_lrp_small")
     reference = load_file(GOLDEN / case.name / "encoder_relevance.safetensors")
     output = relevance(
-        case.model(), **pictures_of(case, slice(None)), sequences=case.inputs["captions"], allow_unknown_words=True
+        case.model(), **features_of(case, slice(None)), sequences=case.inputs["captions"], allow_unknown_words=True
     )
     for index in range(len(output.grid)):
         cells = reference[f"lrp_embedded_grid_{index}"]
@@ -75,13 +75,13 @@ def test_encoder_equals_what_the_original_never_calls() -> None:
 @pytest.mark.parametrize("chunk_size", [1, 4, 13])
 def test_chunks_and_batches_change_nothing(tiny_config: DifnetConfig, method: str, chunk_size: int) -> None:
     """Captions of different lengths, together in one chunk, or cut between captions and between words."""
-    model, pictures = random_model(tiny_config), random_pictures(tiny_config, batch_size=3)
+    model, features = random_model(tiny_config), random_features(tiny_config, batch_size=3)
     captions = random_captions(tiny_config, num_captions=3, length=7)
     captions[1, 4], captions[1, 5:] = tiny_config.eos_token_id, tiny_config.pad_token_id
-    together = relevance(model, **pictures, sequences=captions, method=method, chunk_size=100)
-    chunked = relevance(model, **pictures, sequences=captions, method=method, chunk_size=chunk_size)
+    together = relevance(model, **features, sequences=captions, method=method, chunk_size=100)
+    chunked = relevance(model, **features, sequences=captions, method=method, chunk_size=chunk_size)
     alone = relevance(
-        model, **{name: value[1:2] for name, value in pictures.items()}, sequences=captions[1:2, :4], method=method
+        model, **{name: value[1:2] for name, value in features.items()}, sequences=captions[1:2, :4], method=method
     )
     for field in fields(RelevanceOutput):
         whole, parts, one = (getattr(output, field.name) for output in (together, chunked, alone))
@@ -92,7 +92,7 @@ def test_chunks_and_batches_change_nothing(tiny_config: DifnetConfig, method: st
 
 @st.composite
 def networks(draw: st.DrawFn) -> dict:
-    """A random small network of any shape with pictures on any grid, a caption each, and maybe masks.
+    """A random small network of any shape with images on any grid, a caption each, and maybe masks.
 
     Not too small: the original's rules lose what reaches a unit that has no positive product, which with 8 inputs is
     one unit in 256, and with 32 none.
@@ -118,22 +118,22 @@ def networks(draw: st.DrawFn) -> dict:
     )
     seed = draw(st.integers(0, 10_000))
     height, width = draw(st.integers(1, 4)), draw(st.integers(1, 5))
-    pictures = random_pictures(config, batch_size=2, height=height, width=width, seed=seed)
-    pictures.setdefault("segmentation_features", None)
+    features = random_features(config, batch_size=2, height=height, width=width, seed=seed)
+    features.setdefault("segmentation_features", None)
     if use_segmentation and draw(st.booleans()):  # one class a cell, as most cells of segmentation maps have
-        features = pictures["segmentation_features"]
-        pictures["segmentation_features"] = (features == features.amax(1, keepdim=True)).float()
+        shares = features["segmentation_features"]
+        features["segmentation_features"] = (shares == shares.amax(1, keepdim=True)).float()
     if draw(st.booleans()):
         mask = torch.rand(2, height * width, generator=torch.Generator().manual_seed(seed)) < 0.7
         mask[:, draw(st.integers(0, height * width - 1))] = True
-        pictures["grid_attention_mask"] = pictures["segmentation_attention_mask"] = mask
+        features["grid_attention_mask"] = features["segmentation_attention_mask"] = mask
     captions = random_captions(config, length=draw(st.integers(2, 7)), seed=seed)
-    return {"model": random_model(config, seed).double(), **pictures, "sequences": captions}
+    return {"model": random_model(config, seed).double(), **features, "sequences": captions}
 
 
 @settings(max_examples=40, deadline=None)
 @given(networks())
-def test_original_rules_hand_on_all_relevance(arguments: dict) -> None:
+def test_original_rules_conserve_relevance(arguments: dict) -> None:
     output = relevance(**arguments)
     of_words, of_cells = output.caption.sum(-1), output.encoder_output.sum(-1)
     scale = 1 + output.encoder_output.abs().sum(-1) + output.caption_absolute.sum(-1)
@@ -217,31 +217,31 @@ def test_gradient_x_input_is_what_autograd_finds(arguments: dict) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_cells_are_counted_row_by_row(tiny_config: DifnetConfig, method: str) -> None:
     """One segmented cell on a grid of 3 x 4: row 1, column 2, class 5."""
-    pictures = random_pictures(tiny_config, batch_size=1, height=3, width=4)
-    pictures["segmentation_features"].zero_()
-    pictures["segmentation_features"][0, 5, 1, 2] = 1
-    output = relevance(random_model(tiny_config), **pictures, sequences=random_captions(tiny_config, 1), method=method)
+    features = random_features(tiny_config, batch_size=1, height=3, width=4)
+    features["segmentation_features"].zero_()
+    features["segmentation_features"][0, 5, 1, 2] = 1
+    output = relevance(random_model(tiny_config), **features, sequences=random_captions(tiny_config, 1), method=method)
     if method != "attention_rollout":  # which sees where attention goes, not what is there
         assert output.segmentation.abs().amax(1).squeeze(0).nonzero().flatten().tolist() == [1 * 4 + 2]
     assert output.segmentation_classes.abs().amax(1).squeeze(0).nonzero().flatten().tolist() == [5]
 
 
 def test_targets(tiny_config: DifnetConfig) -> None:
-    model, pictures = random_model(tiny_config), random_pictures(tiny_config)
+    model, features = random_model(tiny_config), random_features(tiny_config)
     sequences = torch.tensor([[2, 10, 11, 12, 3, 1], [2, 20, 21, 3, 1, 1]])
-    of_caption = relevance(model, **pictures, sequences=sequences, targets="caption")
+    of_caption = relevance(model, **features, sequences=sequences, targets="caption")
     assert of_caption.target_ids.tolist() == [[10, 11, 12, 3], [20, 21, 3, 1]]
-    log_probs = model.sequence_log_probs(sequences, **pictures)
+    log_probs = model.sequence_log_probs(sequences, **features)
     assert of_caption.target_log_probs.tolist() == pytest.approx(log_probs[:, :4].detach().double(), abs=1e-5)
     assert not of_caption.grid[1, 3].any()
 
-    cut = relevance(model, **pictures, sequences=sequences[:, :3], targets="caption")
+    cut = relevance(model, **features, sequences=sequences[:, :3], targets="caption")
     assert cut.target_ids.tolist() == [[10, 11, 1], [20, 21, 1]], "nothing is known of the word after the last"
 
-    predicted = relevance(model, **pictures, sequences=sequences)
-    logits = model(**pictures, decoder_input_ids=sequences).logits[:, :4]
+    predicted = relevance(model, **features, sequences=sequences)
+    logits = model(**features, decoder_input_ids=sequences).logits[:, :4]
     assert predicted.target_ids[0].tolist() == logits.argmax(-1)[0].tolist()
-    again = relevance(model, **pictures, sequences=sequences, targets=predicted.target_ids)
+    again = relevance(model, **features, sequences=sequences, targets=predicted.target_ids)
     assert torch.equal(again.grid, predicted.grid)
     assert not torch.equal(of_caption.grid, predicted.grid)
 
@@ -250,7 +250,7 @@ def test_targets(tiny_config: DifnetConfig) -> None:
 def test_the_model_is_not_changed(tiny_config: DifnetConfig, precision: torch.dtype) -> None:
     model = random_model(tiny_config).to(precision).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    output = relevance(model, **random_pictures(tiny_config), sequences=random_captions(tiny_config))
+    output = relevance(model, **random_features(tiny_config), sequences=random_captions(tiny_config))
     assert output.grid.dtype == torch.float64
     assert model.training
     assert model.config._attn_implementation == "sdpa"
@@ -287,18 +287,18 @@ GOOD = [[2, 10, 11], [2, 12, 13]]
     ],
 )
 def test_mistakes_are_named(tiny_config: DifnetConfig, changes: dict, message: str) -> None:
-    arguments = {**random_pictures(tiny_config), "sequences": torch.tensor(GOOD), **changes}
+    arguments = {**random_features(tiny_config), "sequences": torch.tensor(GOOD), **changes}
     with pytest.raises(ValueError, match=message):
         relevance(random_model(tiny_config), **arguments)
 
 
 def test_a_model_without_segmentation_has_no_relevance_of_it(tiny_config: DifnetConfig) -> None:
-    pictures, sequences = random_pictures(tiny_config), torch.tensor(GOOD)
+    features, sequences = random_features(tiny_config), torch.tensor(GOOD)
     tiny_config.use_segmentation = False
     model = random_model(tiny_config)
     with pytest.raises(ValueError, match="has no segmentation flow"):
-        relevance(model, **pictures, sequences=sequences)
-    output = relevance(model, pictures["grid_features"], None, sequences)
+        relevance(model, **features, sequences=sequences)
+    output = relevance(model, features["grid_features"], None, sequences)
     assert output.segmentation is None
     assert output.segmentation_classes is None
     assert torch.equal(output.cells(), output.grid)
@@ -306,31 +306,31 @@ def test_a_model_without_segmentation_has_no_relevance_of_it(tiny_config: Difnet
 
 def test_unknown_words_can_be_allowed(tiny_config: DifnetConfig) -> None:
     sequences = torch.tensor([[2, 0, 11], [2, 12, 13]])
-    pictures = random_pictures(tiny_config)
-    output = relevance(random_model(tiny_config), **pictures, sequences=sequences, allow_unknown_words=True)
+    features = random_features(tiny_config)
+    output = relevance(random_model(tiny_config), **features, sequences=sequences, allow_unknown_words=True)
     assert output.caption[0, 2, 1] != 0
 
 
 # Faithfulness
 
 
-def without(model: DifnetForConditionalGeneration, pictures: dict, sequences: torch.Tensor, cells: list[int]):
-    """Probabilities of the captions' words when the same cells are hidden in every picture, by hand."""
-    mask = torch.ones(pictures["grid_features"].shape[:2])
+def without(model: DifnetForConditionalGeneration, features: dict, sequences: torch.Tensor, cells: list[int]):
+    """Probabilities of the captions' words when the same cells are hidden in every image, by hand."""
+    mask = torch.ones(features["grid_features"].shape[:2])
     mask[:, cells] = 0
     masks = {"grid_attention_mask": mask, "segmentation_attention_mask": mask}
-    return model.sequence_log_probs(sequences, **pictures, **masks).exp().detach()
+    return model.sequence_log_probs(sequences, **features, **masks).exp().detach()
 
 
 def test_faithfulness_removes_the_most_relevant_cells(tiny_config: DifnetConfig) -> None:
-    model, pictures, sequences = random_model(tiny_config), random_pictures(tiny_config), torch.tensor(GOOD)
-    explanation = relevance(model, **pictures, sequences=sequences, targets="caption")
+    model, features, sequences = random_model(tiny_config), random_features(tiny_config), torch.tensor(GOOD)
+    explanation = relevance(model, **features, sequences=sequences, targets="caption")
     explanation.grid.zero_()
     explanation.segmentation.zero_()
     explanation.segmentation[..., 7], explanation.grid[..., 2] = 5, 3
-    result = faithfulness(model, **pictures, sequences=sequences, explanation=explanation, shares=(0, 1 / 12, 0.17))
+    result = faithfulness(model, **features, sequences=sequences, explanation=explanation, shares=(0, 1 / 12, 0.17))
     for column, cells in enumerate(([], [7], [7, 2])):
-        expected = without(model, pictures, sequences, cells)
+        expected = without(model, features, sequences, cells)
         torch.testing.assert_close(result.relevant_first[:, :2, column], expected, msg=str(cells))
     torch.testing.assert_close(result.random[..., 0], result.relevant_first[..., 0])
     assert not result.relevant_first[:, 2].any(), "no word is asked for there"
@@ -338,36 +338,36 @@ def test_faithfulness_removes_the_most_relevant_cells(tiny_config: DifnetConfig)
 
 def test_faithfulness_tells_a_good_ranking_from_a_bad_one(tiny_config: DifnetConfig) -> None:
     """Cells ranked by how far each alone lowers the probability beat random cells, and their reverse does not."""
-    model, pictures, sequences = random_model(tiny_config, seed=3), random_pictures(tiny_config), torch.tensor(GOOD)
-    explanation = relevance(model, **pictures, sequences=sequences, targets="caption")
-    drops = torch.stack([-without(model, pictures, sequences, [cell]) for cell in range(12)], dim=-1)
+    model, features, sequences = random_model(tiny_config, seed=3), random_features(tiny_config), torch.tensor(GOOD)
+    explanation = relevance(model, **features, sequences=sequences, targets="caption")
+    drops = torch.stack([-without(model, features, sequences, [cell]) for cell in range(12)], dim=-1)
     advantages = []
     for sign in (1, -1):
         explanation.grid, explanation.segmentation = torch.zeros(2, 3, 12), torch.zeros(2, 3, 12)
         explanation.grid[:, :2] = sign * drops
         result = faithfulness(
-            model, **pictures, sequences=sequences, explanation=explanation, num_random=20, chunk_size=7
+            model, **features, sequences=sequences, explanation=explanation, num_random=20, chunk_size=7
         )
         advantages.append(result.advantage()[:, :2].mean())
     assert advantages[0] > 0 > advantages[1]
 
 
 def test_faithfulness_counts_visible_cells_only(tiny_config: DifnetConfig) -> None:
-    model, pictures, sequences = random_model(tiny_config), random_pictures(tiny_config), torch.tensor(GOOD)
+    model, features, sequences = random_model(tiny_config), random_features(tiny_config), torch.tensor(GOOD)
     mask = torch.ones(2, 12)
     mask[:, 4:] = 0
     masks = {"grid_attention_mask": mask, "segmentation_attention_mask": mask}
-    explanation = relevance(model, **pictures, **masks, sequences=sequences, targets="caption")
+    explanation = relevance(model, **features, **masks, sequences=sequences, targets="caption")
     explanation.grid[:] = torch.arange(12)  # the hidden cells rank first
     explanation.segmentation[:] = 0
-    result = faithfulness(model, **pictures, **masks, sequences=sequences, explanation=explanation, shares=(0.25,))
-    expected = without(model, pictures, sequences, [3, *range(4, 12)])
+    result = faithfulness(model, **features, **masks, sequences=sequences, explanation=explanation, shares=(0.25,))
+    expected = without(model, features, sequences, [3, *range(4, 12)])
     torch.testing.assert_close(result.relevant_first[:, :2, 0], expected)
 
 
 @pytest.mark.parametrize("changes", [{"shares": (1.0,)}, {"shares": (-0.1,)}, {"num_random": 0}])
 def test_faithfulness_names_mistakes(tiny_config: DifnetConfig, changes: dict) -> None:
-    model, pictures, sequences = random_model(tiny_config), random_pictures(tiny_config), torch.tensor(GOOD)
-    explanation = relevance(model, **pictures, sequences=sequences)
+    model, features, sequences = random_model(tiny_config), random_features(tiny_config), torch.tensor(GOOD)
+    explanation = relevance(model, **features, sequences=sequences)
     with pytest.raises(ValueError, match="so that a cell remains"):
-        faithfulness(model, **pictures, sequences=sequences, explanation=explanation, **changes)
+        faithfulness(model, **features, sequences=sequences, explanation=explanation, **changes)

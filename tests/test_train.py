@@ -409,7 +409,7 @@ class TestMistakes:
 
     def test_no_packed_dataset(self, data, tmp_path, capsys):
         for folder, message in (
-            (tmp_path, "is not a packed dataset: scripts/pack_coco.py makes one"),
+            (tmp_path, "is not a packed dataset: `difnet pack` makes one"),
             (data / "packed" / "train", "has no split 'train'"),
         ):
             words = arguments(data, tmp_path / "run", dataset=folder)

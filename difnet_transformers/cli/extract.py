@@ -44,6 +44,7 @@ Images that cannot be used are left out and listed at the end, and in manifest.j
 --strict, for mistakes, and if nothing could be done."""
 
 SEGMENTATION_SOURCES = ("segmentation_model", "panoptic_annotations", "instance_annotations", "label_maps")
+SOURCES = ("grid_backbone", *SEGMENTATION_SOURCES, "label_order", "coco_json")
 
 
 @dataclass
@@ -120,13 +121,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "extract_features.py") -
             manifest = extract_features(
                 options.images,
                 options.output,
-                grid_backbone=options.grid_backbone,
-                segmentation_model=options.segmentation_model,
-                panoptic_annotations=options.panoptic_annotations,
-                instance_annotations=options.instance_annotations,
-                label_maps=options.label_maps,
-                label_order=options.label_order,
-                coco_json=options.coco_json,
+                **{name: getattr(options, name) for name in SOURCES},
                 device=options.device,
                 untrained=options.untrained,
                 seed=options.seed,

@@ -11,6 +11,7 @@ from simple_parsing import field
 
 from ..command_line import run_command
 from ..files import folder_lock, naming
+from ..model_card import license_option
 from ..options import debug_option, parse_options, save_options, strict_option
 
 DESCRIPTION = """\
@@ -79,13 +80,7 @@ class TrainOnImagesOptions:
     min_word_count: int = field(
         default=1, group="training", metavar="N", help="how often the captions must have a word"
     )
-    license: str | None = field(
-        default=None,
-        group="training",
-        metavar="NAME",
-        help="licence of the weights for the model card, as the Hub abbreviates it, e.g. apache-2.0 or cc-by-nc-4.0 "
-        "(default: the card makes no claim)",
-    )
+    license: str | None = license_option(group="training")
     seed: int = field(default=0, group="training", metavar="N")
     cpu: bool = field(default=False, group="training", help="even where there is a GPU")
     strict: bool = strict_option()

@@ -64,9 +64,9 @@ def _noun_phrase(thing: SceneObject, rng: np.random.Generator) -> str:
     clothes = ""
     if kind.class_name == "person":
         if rng.random() < 0.4:
-            clothes = choose(rng, (f" in a {thing.colour} shirt", f" in {thing.colour}", f" wearing {thing.colour}"))
+            clothes = choose(rng, (f" in a {thing.color} shirt", f" in {thing.color}", f" wearing {thing.color}"))
     elif rng.random() < 0.65:
-        noun = f"{thing.colour} {noun}"
+        noun = f"{thing.color} {noun}"
     if thing.number > 1:
         return f"{choose(rng, NUMBER_WORDS[thing.number])} {noun}{clothes}"
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}{clothes}"

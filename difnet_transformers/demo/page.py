@@ -29,7 +29,7 @@ from .scenes import Scene, describe_pair, held_out_pairs_of
 SYNTHETIC = (
     "The scenes are drawn by a program from a list of COCO's classes, and the captions come from a small grammar that "
     "imitates how five people describe the same image. The grid features are not those of a trained backbone: they "
-    "are the drawing's colours and edges, and an appearance that confuses look-alike classes, mixed at random. The "
+    "are the drawing's colors and edges, and an appearance that confuses look-alike classes, mixed at random. The "
     "segmentation comes from the drawing itself and has no errors.",
     "So the numbers show that training works, and how well captions generalize to combinations that were never "
     "trained on. They cannot be compared with numbers on COCO, whose images and captions are far more varied; nor can "

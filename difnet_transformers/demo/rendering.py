@@ -9,7 +9,7 @@ from PIL import Image
 
 from modeling_difnet.segmentation_difnet import CLASS_NAMES
 
-from .drawings import COLOURS, SIDE, Canvas, shade
+from .drawings import COLORS, SIDE, Canvas, shade
 from .scenes import OBJECT_KINDS, SETTINGS, Scene, SceneObject
 
 GRID_SIZE = 7
@@ -70,11 +70,11 @@ class _Painter:
     def draw_background(self, setting: str) -> None:
         top = 0.0
         for band in SETTINGS[setting].bands:
-            colour = shade(band.colour, self.rng.uniform(0.95, 1.04))
+            color = shade(band.color, self.rng.uniform(0.95, 1.04))
             self.parts.append(Part(band.class_name))
             pen = self.canvas.pen((0.0, top, 1.0, band.bottom), len(self.parts) - 1)
-            pen.rectangle(0.0, 0.0, 1.0, 1.0, colour)
-            band.decorate(pen, colour, self.rng)
+            pen.rectangle(0.0, 0.0, 1.0, 1.0, color)
+            band.decorate(pen, color, self.rng)
             top = band.bottom
 
     def draw_object(
@@ -96,10 +96,10 @@ class _Painter:
         kind = OBJECT_KINDS[thing.kind]
         width, height = kind.size[0] * scale, kind.size[1] * scale
         left = min(max(x - width / 2, 0.01), 0.99 - width)
-        colour = shade(COLOURS[thing.colour], self.rng.uniform(0.94, 1.05))
+        color = shade(COLORS[thing.color], self.rng.uniform(0.94, 1.05))
         self.parts.append(Part(kind.class_name, thing.kind, pose))
         box = (left, bottom - height, left + width, bottom)
-        kind.draw(self.canvas.pen(box, len(self.parts) - 1, mirrored), colour, pose)
+        kind.draw(self.canvas.pen(box, len(self.parts) - 1, mirrored), color, pose)
         return len(self.parts) - 1
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -114,7 +115,7 @@ class Demo:
             "difnet_transformers.demo.caption_scenes",
             *self._relative([self.run / "best", self.packed, file]),
         ]
-        self.commands.append(" ".join(["python", *words]))
+        self.commands.append(shlex.join(["python", *words]))
         run_shown(["python", *words], words, cwd=self.output)
         return {row["image_id"]: row["caption"] for row in read_json(file)}
 
@@ -143,7 +144,7 @@ class Demo:
 
     def _difnet(self, command: str, arguments: Sequence[object], done: bool = False) -> None:
         words = self._relative(arguments)
-        self.commands.append(" ".join(["difnet", command, *words]))
+        self.commands.append(shlex.join(["difnet", command, *words]))
         if done:
             print(f"  done before: difnet {command}", flush=True)
             return

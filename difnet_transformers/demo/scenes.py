@@ -1,7 +1,7 @@
 """The scenes of the demo: what there is, which scenes are made of it, and which split each belongs to.
 
 Stands in for COCO, which is too large to come along; nothing of the original implementation corresponds to it. A scene
-is a setting, a subject with colour, number and action, and perhaps a companion in some relation to it. Every
+is a setting, a subject with color, number and action, and perhaps a companion in some relation to it. Every
 validation and test scene has a pair of words (horse and white, woman and riding a bicycle, ..) that no training scene
 has; validation and test hold out different pairs.
 
@@ -19,7 +19,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from .drawings import (
-    Colour,
+    Color,
     Pen,
     decorate_buildings,
     decorate_ground,
@@ -58,27 +58,27 @@ SPLIT_SIZES = {"train": 540, "restval": 60, "validation": 100, "test": 200}
 SCENES_PER_PAIR = 10  # validation or test scenes with the same held-out pair, at most
 
 Item = TypeVar("Item")
-Pair = tuple[str, str, str]  # what the pair is about, one word, the other word: ("colour", "horse", "white")
+Pair = tuple[str, str, str]  # what the pair is about, one word, the other word: ("color", "horse", "white")
 
 # Objects and settings
 
 
 class ObjectKind(NamedTuple):
-    """A kind of object: its COCO class, its nouns, its colours, its size and how it is drawn."""
+    """A kind of object: its COCO class, its nouns, its colors, its size and how it is drawn."""
 
     class_name: str
     nouns: tuple[tuple[str, str], ...]  # singular and plural, the usual ones first
-    colours: tuple[str, ...]
+    colors: tuple[str, ...]
     size: tuple[float, float]  # width and height as fractions of the image's
-    draw: Callable[[Pen, Colour, str], None]
+    draw: Callable[[Pen, Color, str], None]
 
 
 PAINT = ("red", "blue", "green", "yellow", "white", "black")
 
 
-def _animal(*nouns: tuple[str, str], colours: str, size: tuple[float, float]) -> ObjectKind:
+def _animal(*nouns: tuple[str, str], colors: str, size: tuple[float, float]) -> ObjectKind:
     name = nouns[0][0]
-    return ObjectKind(name, nouns, tuple(colours.split()), size, partial(draw_animal, kind=name))
+    return ObjectKind(name, nouns, tuple(colors.split()), size, partial(draw_animal, kind=name))
 
 
 def _person(name: str, *nouns: tuple[str, str], height: float) -> ObjectKind:
@@ -89,11 +89,11 @@ OBJECT_KINDS = {
     "man": _person("man", ("man", "men"), ("guy", "guys"), height=0.44),
     "woman": _person("woman", ("woman", "women"), ("lady", "ladies"), height=0.42),
     "child": _person("child", ("child", "children"), ("kid", "kids"), height=0.31),
-    "dog": _animal(("dog", "dogs"), ("puppy", "puppies"), colours="brown black white gray", size=(0.24, 0.21)),
-    "cat": _animal(("cat", "cats"), ("kitty", "kitties"), colours="orange black white gray", size=(0.23, 0.2)),
-    "horse": _animal(("horse", "horses"), colours="brown black white gray", size=(0.34, 0.36)),
-    "cow": _animal(("cow", "cows"), ("bull", "bulls"), colours="brown black white", size=(0.35, 0.3)),
-    "sheep": _animal(("sheep", "sheep"), ("lamb", "lambs"), colours="white black brown", size=(0.28, 0.24)),
+    "dog": _animal(("dog", "dogs"), ("puppy", "puppies"), colors="brown black white gray", size=(0.24, 0.21)),
+    "cat": _animal(("cat", "cats"), ("kitty", "kitties"), colors="orange black white gray", size=(0.23, 0.2)),
+    "horse": _animal(("horse", "horses"), colors="brown black white gray", size=(0.34, 0.36)),
+    "cow": _animal(("cow", "cows"), ("bull", "bulls"), colors="brown black white", size=(0.35, 0.3)),
+    "sheep": _animal(("sheep", "sheep"), ("lamb", "lambs"), colors="white black brown", size=(0.28, 0.24)),
     "bird": ObjectKind("bird", (("bird", "birds"),), ("white", "black", "blue", "gray"), (0.17, 0.15), draw_bird),
     "car": ObjectKind("car", (("car", "cars"), ("vehicle", "vehicles")), PAINT, (0.36, 0.19), draw_car),
     "bus": ObjectKind("bus", (("bus", "buses"),), PAINT, (0.5, 0.3), draw_bus),
@@ -136,8 +136,8 @@ class Band(NamedTuple):
 
     class_name: str
     bottom: float
-    colour: Colour
-    decorate: Callable[[Pen, Colour, np.random.Generator], None]
+    color: Color
+    decorate: Callable[[Pen, Color, np.random.Generator], None]
 
 
 class Setting(NamedTuple):
@@ -249,12 +249,12 @@ class SceneObject(NamedTuple):
 
     Args:
         kind: key of `OBJECT_KINDS`.
-        colour: key of `drawings.COLOURS`.
+        color: key of `drawings.COLORS`.
         number: how many there are, 1 to 3.
     """
 
     kind: str
-    colour: str
+    color: str
     number: int = 1
 
 
@@ -281,13 +281,13 @@ def choose(rng: np.random.Generator, items: Sequence[Item]) -> Item:
 def word_pairs(scene: Scene) -> set[Pair]:
     """The pairs of words that decide which split a scene belongs to."""
     pairs = {
-        ("colour", scene.subject.kind, scene.subject.colour),
+        ("color", scene.subject.kind, scene.subject.color),
         ("setting", scene.subject.kind, scene.setting),
     }
     if scene.action != scene.relation:
         pairs.add(("action", scene.subject.kind, scene.action))
     if scene.companion:
-        pairs.add(("colour", scene.companion.kind, scene.companion.colour))
+        pairs.add(("color", scene.companion.kind, scene.companion.color))
         pairs.add((scene.relation, scene.subject.kind, scene.companion.kind))
     return pairs
 
@@ -307,7 +307,7 @@ def held_out_pairs() -> dict[Pair, str]:
             if template.companions:
                 partners.setdefault((template.relation, subject), set()).update(set(template.companions) - {subject})
     for name, kind in OBJECT_KINDS.items():
-        partners["colour", name] = set(kind.colours)
+        partners["color", name] = set(kind.colors)
     rng = np.random.default_rng(zlib.crc32(b"held out"))
     held_out: dict[Pair, str] = {}
     for (about, word), others in partners.items():
@@ -327,7 +327,7 @@ def held_out_pairs_of(scene: Scene) -> list[Pair]:
 def describe_pair(pair: Pair) -> str:
     """A pair as a phrase: "white horse", "woman riding bicycle"."""
     about, word, other = pair
-    if about == "colour":
+    if about == "color":
         return f"{word} in {other}" if OBJECT_KINDS[word].class_name == "person" else f"{other} {word}"
     if about in ("action", "setting"):
         return f"{word} {other if about == 'action' else 'and ' + other}"
@@ -339,8 +339,8 @@ def _random_scene(image_id: int, rng: np.random.Generator) -> Scene:
     kind, companion = choose(rng, template.subjects), None
     if template.companions:
         other = choose(rng, [other for other in template.companions if other != kind])
-        companion = SceneObject(other, choose(rng, OBJECT_KINDS[other].colours))
-    subject = SceneObject(kind, choose(rng, OBJECT_KINDS[kind].colours), choose(rng, template.numbers))
+        companion = SceneObject(other, choose(rng, OBJECT_KINDS[other].colors))
+    subject = SceneObject(kind, choose(rng, OBJECT_KINDS[kind].colors), choose(rng, template.numbers))
     setting, action = choose(rng, template.settings), choose(rng, template.actions)
     return Scene(image_id, "", setting, subject, action, template.relation, companion)
 

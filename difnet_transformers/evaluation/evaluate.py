@@ -19,48 +19,15 @@ from datasets import Dataset
 
 from caption_metrics import JavaMissing, check_java
 from modeling_difnet import DifnetEnsemble, DifnetForConditionalGeneration
-from modeling_difnet.ensemble_difnet import check_same_vocabulary
-from modeling_difnet.weights_difnet import check_finite_weights
 from processing_difnet import DifnetProcessor
 
-from ..checkpoints import checkpoint_folder, load_model, load_processor
-from ..command_line import LeftOut, reason_of
+from ..checkpoints import load_ensemble
+from ..command_line import LeftOut
 from ..files import atomic_write, folder_lock, naming, printable
 from ..model_card import update_results
 from ..training.data_checks import check_data, open_split
 from ..training.processes import all_or_none
 from ..training.validation import CaptionedImage, caption_split, score_split
-
-
-def load_ensemble(
-    names: Sequence[str], dtype: torch.dtype = torch.float32
-) -> tuple[DifnetForConditionalGeneration | DifnetEnsemble, DifnetProcessor]:
-    """The model of one checkpoint, or the ensemble of several, in eval mode, and the processor of the first.
-
-    Args:
-        names: folders or repositories.
-        dtype: of the weights.
-
-    Raises:
-        ValueError: a checkpoint cannot be loaded, or their vocabularies differ.
-    """
-    for name in names:
-        checkpoint_folder(name)
-    try:
-        check_same_vocabulary(names)
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{' '.join(names)}: a vocab.json cannot be read ({reason_of(error)})") from error
-    processor = load_processor(names[0])
-    models = [load_model(name).to(dtype) for name in names]  # type: ignore[arg-type]
-    for name, model in zip(names, models, strict=True):
-        if len(processor.tokenizer) != model.config.vocab_size:
-            raise ValueError(
-                f"{name}: vocab.json has {len(processor.tokenizer):,} tokens and the model "
-                f"{model.config.vocab_size:,}; take both from one checkpoint"
-            )
-        if dtype == torch.float16:  # which has no numbers above 65,504
-            check_finite_weights(model, f"{name} as float16")
-    return (models[0] if len(models) == 1 else DifnetEnsemble(models)).eval(), processor
 
 
 def evaluate_split(

@@ -372,7 +372,7 @@ def load_state(
     Args:
         accelerator: of the run.
         folder: the checkpoint's folder.
-        checkpoint: what `read_checkpoint` gave.
+        checkpoint: of `read_checkpoint`.
         model: whose parameters the optimizer has.
         optimizer: of the stage that is under way.
 

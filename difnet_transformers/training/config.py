@@ -11,6 +11,7 @@ from pathlib import Path
 
 from simple_parsing import field
 
+from ..model_card import check_license, license_option
 from ..options import check_positive, debug_option, option_name
 
 MODEL = "the model"
@@ -66,12 +67,7 @@ class TrainingConfig:
     train_split: str = field(default="train", metavar="NAME")
     validation_split: str = field(default="validation", metavar="NAME")
     seed: int = field(default=0, metavar="N")
-    license: str | None = field(
-        default=None,
-        metavar="NAME",
-        help="license of the weights for the model card, as the Hub abbreviates it, e.g. apache-2.0 or cc-by-nc-4.0 "
-        "(default: the card makes no claim)",
-    )
+    license: str | None = license_option()
 
     model: str | None = field(
         default=None, group=MODEL, metavar="FOLDER", help="start from these weights (default: from scratch)"
@@ -194,7 +190,4 @@ class TrainingConfig:
             raise ValueError(
                 "--warmup-steps goes with --xe-schedule constant, linear or cosine; the original's has its own"
             )
-        if self.license is not None:
-            from ..model_card import check_license  # imports torch
-
-            check_license(self.license)
+        check_license(self.license)

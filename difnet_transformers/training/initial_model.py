@@ -20,9 +20,9 @@ from modeling_difnet.generation_difnet import default_generation_config
 from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer
 
 from ..checkpoints import load_model, load_processor
-from ..command_line import reason_of
 from ..data import PackedImages
 from ..files import printable, read_json
+from ..original_files import read_vocabulary
 from .config import TrainingConfig
 from .data_checks import usual_row
 
@@ -212,24 +212,14 @@ def read_config(path: Path | None) -> dict[str, Any]:
 def make_tokenizer(args: TrainingConfig, train: Dataset, validation: Dataset) -> DifnetTokenizer:
     """The tokenizer of `vocab`, or of the words that the captions of both splits have `min_word_count` times."""
     if args.vocab is not None:
-        return read_vocabulary(args.vocab)
+        return DifnetTokenizer(vocab=read_vocabulary(args.vocab))
     captions = [caption for images in (train, validation) for each in images["captions"] for caption in each]
     return DifnetTokenizer.from_captions(captions, min_count=args.min_word_count)
 
 
-def read_vocabulary(path: Path) -> DifnetTokenizer:
-    """The tokenizer of a vocab.json; ValueError, which names the file, if it is none."""
-    read_json(path)
-    try:
-        return DifnetTokenizer(vocab_file=path)
-    except Exception as error:  # of a content of any other kind
-        said = reason_of(error)
-        raise ValueError(said if str(path) in said else f"{path}: no vocabulary: {said}") from error
-
-
 def check_same_vocabulary(vocab: Path, tokenizer: DifnetTokenizer, source: str | Path) -> None:
     """Raises ValueError where the file `vocab` is not the vocabulary of the model in `source`."""
-    given, own = (list(each.get_vocab()) for each in (read_vocabulary(vocab), tokenizer))
+    given, own = read_vocabulary(vocab), list(tokenizer.get_vocab())
     if given != own:
         raise ValueError(
             f"{vocab} does not fit {source}: {first_difference(given, own)}. Leave out --vocab, or add "

@@ -81,7 +81,7 @@ def load_optimizer(
 
     Args:
         optimizer: of the parameters of `model`.
-        tensors: what `optimizer_tensors` gave.
+        tensors: of `optimizer_tensors`.
         source: the file that they come from, for messages.
         may_be_fresh: whether the optimizer may be one that has not taken a step.
 

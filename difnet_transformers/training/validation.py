@@ -35,7 +35,7 @@ GENERATION_OPTIONS = {"num_beams": 5, "max_new_tokens": 20}  # the original's ev
 
 
 class CaptionedImage(NamedTuple):
-    """An image of a split, the caption that a model gave it and those that people wrote."""
+    """An image of a split, the caption that a model gave it and its reference captions."""
 
     image_id: int
     caption: str
@@ -85,7 +85,7 @@ def caption_split(
         dataset: one split of a packed dataset, the same on every process.
         batch_size: images of one process at a time.
         mask_padded_cells: whether cells that pad a small grid are hidden; the original attends to them.
-        original_decoding: the original's beam search; otherwise the library's, as `generation_options` say.
+        original_decoding: the original's beam search; otherwise Transformers', as `generation_options` say.
         generation_options: arguments of `generate`.
         description: what the progress bar says.
         left_out: gets the images that cannot be read, which then have no entry; without it they are an error.
@@ -112,7 +112,7 @@ def caption_split(
     was_training = model.training
     model.eval()
     bar = tqdm(total=len(dataset), unit=" images", desc=description, disable=not accelerator.is_main_process)
-    # An error waits until the other processes are done: they would wait for this one for ever.
+    # An error waits until the other processes are done: they would wait for this one forever.
     try:
         usual = form_of(usual_row(batches.images))
         for number in range(len(batches)):
