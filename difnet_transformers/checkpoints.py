@@ -86,7 +86,7 @@ def load_ensemble(
     processor = load_processor(names[0])
     models = []
     for name in names:
-        model = load_model(name).to(dtype)  # type: ignore[arg-type]  # Transformers wraps `nn.Module.to`
+        model = load_model(name).to(dtype)  # type: ignore[arg-type]  # of Transformers' decorator
         check_vocabulary_size(model.config, processor.tokenizer, name)
         if dtype == torch.float16:  # which has no numbers above 65,504
             check_finite_weights(model, f"{name} as float16")
@@ -158,7 +158,7 @@ def load_model(
     _check_settings(folder, "generation_config.json")
     check_weights_fit(config, weight_entries(folder), shown)
     try:
-        loaded: Any = DifnetForConditionalGeneration.from_pretrained(
+        loaded: Any = DifnetForConditionalGeneration.from_pretrained(  # two values, for `output_loading_info`
             folder,
             config=config,
             dtype=dtype if dtype is not None else "auto",
