@@ -98,7 +98,7 @@ def padding_mask(
 def keep_padding_mask(cache: EncoderDecoderCache | None, attention_mask: torch.Tensor | None) -> None:
     """Lets the cache, if there is one, carry the mask of its tokens to the next call."""
     if cache is not None:
-        cache.padding_mask = attention_mask  # type: ignore[attr-defined]
+        cache.padding_mask = attention_mask
 
 
 def count_leading_padding(attention_mask: torch.Tensor) -> torch.Tensor:
