@@ -86,7 +86,7 @@ def load_ensemble(
     processor = load_processor(names[0])
     models = []
     for name in names:
-        model = load_model(name).to(dtype)
+        model = load_model(name).to(dtype)  # type: ignore[arg-type]  # of Transformers' decorator
         check_vocabulary_size(model.config, processor.tokenizer, name)
         if dtype == torch.float16:  # which has no numbers above 65,504
             check_finite_weights(model, f"{name} as float16")
@@ -158,7 +158,7 @@ def load_model(
     _check_settings(folder, "generation_config.json")
     check_weights_fit(config, weight_entries(folder), shown)
     try:
-        model, report = DifnetForConditionalGeneration.from_pretrained(
+        loaded: Any = DifnetForConditionalGeneration.from_pretrained(  # two values, for `output_loading_info`
             folder,
             config=config,
             dtype=dtype if dtype is not None else "auto",
@@ -168,6 +168,7 @@ def load_model(
         )
     except Exception as error:  # whatever a wrong value in the settings leads to
         raise ValueError(f"{shown}: the model cannot be loaded ({_one_line(error)}). {COPY_AGAIN}") from error
+    model, report = loaded
     random = random_weights(report)
     if random:
         raise ValueError(_incomplete(shown, random))

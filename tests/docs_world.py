@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import shutil
 from pathlib import Path
 
 import torch
+from test_convert_checkpoint import pickle_vocabulary
 from test_grid_backbone_difnet import backbone_layout, random_values
 from transformers import (
     DetrConfig,
@@ -65,7 +65,7 @@ def make_checkpoint(folder: Path, tokenizer: DifnetTokenizer) -> None:
     torch.save({"state_dict": to_original_state_dict(model)}, folder / "DIFNet_lrp.pth")
     words = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
     (folder / "vocab.json").write_text(json.dumps(words))
-    (folder / "vocab.pkl").write_bytes(pickle.dumps(words))
+    pickle_vocabulary(words, folder / "vocab.pkl")
     convert(folder / "DIFNet_lrp.pth", folder / "difnet", vocab=folder / "vocab.json")
     for name in ("seed1", "seed2"):
         shutil.copytree(folder / "difnet", folder / "runs" / name)

@@ -60,7 +60,9 @@ def short(words: list[str]) -> list[str]:
     """The words of a `difnet` command, with options that make it take seconds."""
     command = words[0]
     if words[:2] == ["convert", "grid-backbone"]:
-        return [*words, "--depth", "1", "2", "1", "1"]
+        return [*words, "--depth", "1", "2", "1", "1", "--overwrite"]
+    if command == "convert":
+        return [*words, "--overwrite"]  # what it makes is there already, for the other pages
     if command == "train" and "--help" not in words:
         return [*words, *([] if "--model" in words else SMALL_NETWORK), *SHORT_TRAINING]
     if command == "evaluate":

@@ -33,18 +33,15 @@ class SelfCriticalTrainer(DifnetTrainer):
 
     Args:
         args, model, train_dataset, eval_dataset, processing_class: as those of `DifnetTrainer`.
-
-    Raises:
-        ValueError: SCST would start without trained weights.
     """
 
     stages = ("xe", "scst", "both")
 
-    def __init__(self, **arguments: Any):
-        super().__init__(**arguments)
+    def set_up(self) -> None:
         args = self.args
         if args.stage == "scst" and args.model is None and args.resume is None and self.given_model is None:
             raise ValueError("--stage scst starts from trained weights: give --model FOLDER")
+        super().set_up()
 
     @cached_property
     def scst_batches(self) -> ReferenceBatches:
