@@ -515,7 +515,7 @@ class DifnetDecoder(DifnetPreTrainedModel):
         check_num_captions(inputs_embeds.shape[0], num_images)
         queries = inputs_embeds.reshape(num_images, -1, inputs_embeds.shape[-1])  # (B, K * L, d_model)
         return self_attention_mask, create_bidirectional_mask(
-            self.config, queries, encoder_attention_mask, encoder_hidden_states
+            self.config, queries, encoder_attention_mask, encoder_hidden_states=encoder_hidden_states
         )
 
 
