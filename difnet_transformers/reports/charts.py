@@ -48,7 +48,8 @@ STYLE: Any = {
     "axes.formatter.useoffset": False,
     "grid.color": "#e6e8ec",
     "legend.frameon": False,
-    "legend.borderaxespad": 0,
+    "legend.borderaxespad": 0.8,
+    "legend.borderpad": 0,
     "lines.linewidth": 1.6,
     "lines.markersize": 3.2,
     # Names of models and runs are text, not formulas: `$` and `_` have no meaning.
@@ -132,7 +133,7 @@ def _style() -> Iterator[None]:
 
 def _figure(charts: Sequence[Chart], size: tuple[float, float]) -> Figure:
     width, height = size
-    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.06)
     figure = Figure(figsize=(width * len(charts), height), layout=layout)
     for part, chart in zip(figure.subfigures(1, len(charts), squeeze=False)[0], charts, strict=True):
         axes = part.subplots()
