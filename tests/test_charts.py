@@ -34,7 +34,7 @@ def test_charts_hold_their_lines(values):
     assert columns.max() <= 5 * DOTS_PER_INCH - 8
     assert len(set(columns.tolist())) > 4 * DOTS_PER_INCH
     assert rows.min() >= 0.3 * DOTS_PER_INCH
-    assert rows.max() <= 2.3 * DOTS_PER_INCH
+    assert rows.max() <= 2.45 * DOTS_PER_INCH  # where the axis is
 
 
 def test_a_chart_places_its_points_on_its_axes():
