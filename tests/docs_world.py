@@ -75,8 +75,23 @@ def make_images(folder: Path) -> None:
     """`image.jpg`, `images/`, and the splits of one's own images with captions and instances."""
     scenes = sorted((folder / "val2014").glob("*.png"))
     (folder / "images").mkdir()
-    for number, path in enumerate(scenes[:2]):
-        shutil.copy(path, folder / "images" / f"{number + 1}.png")
+    for number, path in enumerate(scenes[:6], start=1):
+        shutil.copy(path, folder / "images" / f"{number}.png")
+    for split, numbers in {"train": range(1, 5), "val": range(5, 7)}.items():
+        images = [{"id": number, "file_name": f"{number}.png", "width": 224, "height": 224} for number in numbers]
+        captions = [{"id": number, "image_id": number, "caption": "a dog on the grass"} for number in numbers]
+        square = {"category_id": 18, "iscrowd": 0, "area": 1600, "segmentation": [[0, 0, 40, 0, 40, 40, 0, 40]]}
+        instances = {
+            "images": images,
+            "annotations": [{"id": number, "image_id": number, **square} for number in numbers],
+            "categories": [{"id": 18, "name": "dog"}],
+        }
+        for name in (split, f"{split}2017"):
+            (folder / f"captions_{name}.json").write_text(json.dumps({"images": images, "annotations": captions}))
+            (folder / f"instances_{name}.json").write_text(json.dumps(instances))
+        (folder / f"{split}2017").mkdir()
+        for number in numbers:
+            shutil.copy(folder / "images" / f"{number}.png", folder / f"{split}2017")
     from PIL import Image  # only drawn files are opened here
 
     Image.open(scenes[0]).save(folder / "image.jpg")

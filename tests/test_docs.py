@@ -25,6 +25,7 @@ PAGES_WITH_A_TEST_OF_THEIR_OWN = {"transformers_training.md"}
 
 # What the tests add to the commands of the docs, so that they take seconds.
 SMALL_NETWORK = ["--config", "network.json", "--min-word-count", "1"]
+SMALL_STEPS = ["--xe-epochs", "1", "--scst-epochs", "1"]
 SHORT_TRAINING = ["--cpu", "--max-steps", "2", "--xe-epochs", "1", "--scst-epochs", "1", "--report-to", "none"]
 SHORT_TRAINING += [
     "--xe-batch-size",
@@ -65,6 +66,11 @@ def short(words: list[str]) -> list[str]:
         return [*words, "--overwrite"]  # what it makes is there already, for the other pages
     if command == "train" and "--help" not in words:
         return [*words, *([] if "--model" in words else SMALL_NETWORK), *SHORT_TRAINING]
+    if command == "train-on-images":
+        arguments, training = (
+            (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
+        )
+        return [*arguments, *([] if "--cpu" in arguments else ["--cpu"]), "--", *training, *SMALL_STEPS]
     if command == "evaluate":
         return [*words, "--cpu", "--max-new-tokens", "6"]
     if command in ("caption", "extract"):
@@ -77,6 +83,8 @@ def short(words: list[str]) -> list[str]:
 def run_command(words: list[str]) -> None:
     """Runs a command of the docs in this process, or checks that what it names is there."""
     program = words[0]
+    if ">" in words:
+        words = words[: words.index(">")]
     if program == "difnet":
         assert exit_code(difnet_main, short(words[1:])) == 0, words
     elif program == "make":
@@ -132,7 +140,14 @@ def add_results_of_other_pages(page: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if page.name not in PAGES_WITH_A_TEST_OF_THEIR_OWN], ids=lambda page: page.stem
+    "page",
+    [
+        # Its commands run all the others, each in a process of its own.
+        pytest.param(page, marks=pytest.mark.slow if page.name == "own_images.md" else ())
+        for page in PAGES
+        if page.name not in PAGES_WITH_A_TEST_OF_THEIR_OWN
+    ],
+    ids=lambda page: page.stem,
 )
 def test_every_block_runs(page: Path, here: Path) -> None:
     blocks = blocks_of(page)
