@@ -204,14 +204,14 @@ def atomic_output(output: str | os.PathLike, overwrite: bool = False) -> Iterato
     """
     output = Path(output)
     _check_free(output, overwrite)
-    with naming(output):
+    with name_file_in_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
     remove_unfinished(output)
-    with naming(output):
+    with name_file_in_errors(output):
         work = Path(tempfile.mkdtemp(prefix=f".{output.name[:100]}-", suffix=UNFINISHED_SUFFIX, dir=output.parent))
     try:
         # Held for as long as the work goes on: `remove_unfinished` of another process takes it when this one is dead.
-        with FileLock(work / LOCK_NAME, timeout=0), naming(output):
+        with FileLock(work / LOCK_NAME, timeout=0), name_file_in_errors(output):
             unfinished = work / output.name
             yield unfinished
             _put_in_place(unfinished, output, overwrite)
@@ -291,7 +291,7 @@ def glob_escape(name: str) -> str:
 
 
 @contextmanager
-def naming(path: str | os.PathLike) -> Iterator[None]:
+def name_file_in_errors(path: str | os.PathLike) -> Iterator[None]:
     """Gives an OSError that names no file (a full disk, mostly) the name of the output that was being written.
 
     So it does for errors of libraries in Rust, such as safetensors, which have the system's number in their text only.

@@ -10,7 +10,7 @@ from pathlib import Path
 from simple_parsing import field
 
 from ..command_line import run_command
-from ..files import folder_lock, naming
+from ..files import folder_lock, name_file_in_errors
 from ..model_card import license_option
 from ..options import debug_option, parse_options, save_options, strict_option
 
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "train_on_pictures.py") 
     def run() -> int:
         from ..workflows.train_on_images import FeatureSources, train_on_images
 
-        with naming(options.output):
+        with name_file_in_errors(options.output):
             options.output.mkdir(parents=True, exist_ok=True)
         with folder_lock(options.output, prog):
             save_options(options, options.output / "recipe.yaml")

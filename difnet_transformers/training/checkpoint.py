@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..command_line import describe
-from ..files import check_regular_file, naming, printable, read_file, read_json, sha256_of
+from ..files import check_regular_file, name_file_in_errors, printable, read_file, read_json, sha256_of
 from .training_state import load_optimizer, optimizer_tensors, random_states, set_random_states
 
 CHECKPOINTS = ("last", "best", "best_xe")
@@ -156,7 +156,7 @@ def copy_checkpoint(source: Path, folder: Path) -> None:
         try:
             os.link(original, copy)
         except OSError:
-            with naming(copy):
+            with name_file_in_errors(copy):
                 shutil.copy2(original, copy)
 
     try:

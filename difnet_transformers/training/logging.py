@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from ..files import naming
+from ..files import name_file_in_errors
 from .checkpoint import Progress
 
 
@@ -124,7 +124,7 @@ class Log:
         progress = self.progress
         place = {"event": event, "stage": progress.stage, "epoch": progress.epoch, "step": progress.step}
         if self.accelerator.is_main_process:
-            with naming(self.path), self.path.open("ab") as file:
+            with name_file_in_errors(self.path), self.path.open("ab") as file:
                 file.write(json.dumps({**place, **metrics}).encode() + b"\n")
                 file.flush()
                 progress.log_bytes = file.tell()

@@ -33,7 +33,7 @@ from processing_difnet import DifnetProcessor, DifnetTokenizer
 
 from ..data import CaptionPairBatches, ImageCaptionBatches, ReferenceBatches
 from ..data.packed_dataset import split_fingerprint
-from ..files import folder_lock, naming
+from ..files import folder_lock, name_file_in_errors
 from ..model_card import write_model_card
 from ..options import save_options
 from .checkpoint import (
@@ -170,7 +170,7 @@ class DifnetTrainer:
         if not self.accelerator.is_main_process:
             return
         output = self.args.output
-        with naming(output):
+        with name_file_in_errors(output):
             output.mkdir(parents=True, exist_ok=True)
         self.held.enter_context(folder_lock(output, "train.py"))
         prepare_output(output, resumed)
@@ -254,7 +254,7 @@ class DifnetTrainer:
         save_options(dataclasses.replace(self.args, resume=None), output / RECIPE)
         log = output / "log.jsonl"
         if resumed is not None and (resumed.parent / "log.jsonl").is_file() and not log.exists():
-            with naming(log):
+            with name_file_in_errors(log):
                 shutil.copyfile(resumed.parent / "log.jsonl", log)
 
     def make_optimizer(self) -> Any:

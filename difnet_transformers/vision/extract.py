@@ -29,7 +29,7 @@ from modeling_difnet.images_difnet import UnreadableImage, open_image, unusual_s
 from modeling_difnet.pipeline_difnet import UNTRAINED_WARNING, load_grid_backbone, load_segmenter, provenance_of
 
 from ..command_line import describe, requires
-from ..files import atomic_write, folder_lock, naming, printable, read_json
+from ..files import atomic_write, folder_lock, name_file_in_errors, printable, read_json
 from .segmentation_sources import (
     CocoSegmentations,
     ImageFile,
@@ -391,7 +391,7 @@ def finish(
     atomic_write(work.files / "manifest.json", json.dumps(manifest, indent=1) + "\n")
     if save_recipe is not None:
         save_recipe(work.files / "recipe.yaml")
-    with naming(output):
+    with name_file_in_errors(output):
         os.rename(work.files, output)
     shutil.rmtree(work.path, ignore_errors=True)
     return manifest

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import atomic_write, naming, printable, read_json
+from ..files import atomic_write, name_file_in_errors, printable, read_json
 
 LEFT_OUT = "left out"
 UNUSUAL = "unusual"
@@ -125,7 +125,7 @@ class WorkFolder:
     def _write(self, name: str, content: bytes) -> None:
         # `atomic_write` looks for leftovers among all other files each time; `prepare` removes them once.
         unfinished = self.path / "unfinished" / f"{os.getpid()}-{Path(name).name}"
-        with naming(self.path / name):
+        with name_file_in_errors(self.path / name):
             unfinished.write_bytes(content)
             os.replace(unfinished, self.path / name)
 
