@@ -123,7 +123,7 @@ def parse_options(
     Returns:
         An instance of `options_class`: values of the command line, then of `--recipe`, then defaults.
     """
-    words = _with_present_names(sys.argv[1:] if argv is None else argv, renamed)
+    words = _with_present_names(sys.argv[1:] if argv is None else argv, _option_names(options_class), renamed)
     if positional_recipe and words and words[0].endswith(RECIPE_SUFFIXES) and not words[0].startswith("-"):
         words = ["--recipe", *words]
 
@@ -343,12 +343,35 @@ class _Kind:
 # The command line
 
 
-def _with_present_names(words: Sequence[str], renamed: Mapping[str, str]) -> list[str]:
-    """The words of a command line with options of earlier names under those of today."""
+def _option_names(options_class: type) -> list[str]:
+    """The options that the help of a program shows."""
+    fields = [entry for entry in dataclasses.fields(options_class) if not entry.metadata.get("positional")]
+    return [
+        *(option_name(_opposite(entry.name) if entry.default is True else entry.name) for entry in fields),
+        "--recipe",
+        "--help",
+    ]
+
+
+def _with_present_names(words: Sequence[str], names: Collection[str], renamed: Mapping[str, str]) -> list[str]:
+    """The words of a command line with the full names that options have today.
+
+    An abbreviation means what it meant before options were renamed, and never an option that the help does not show.
+
+    Args:
+        words: the command line.
+        names: options that the help shows.
+        renamed: earlier names of options with their names of today.
+    """
     options = list(words[: words.index("--")] if "--" in words else words)
+    earlier = [*(name for name in names if name not in renamed.values()), *renamed]
     present = []
     for word in options:
         name, equals, value = word.partition("=")
+        if name.startswith("--") and name not in names and name not in renamed:
+            candidates = [known for known in earlier if known.startswith(name)]
+            candidates = candidates or [known for known in names if known.startswith(name)]
+            name = candidates[0] if len(candidates) == 1 else name
         present.append(renamed.get(name, name) + equals + value)
     return present + list(words[len(options) :])
 
