@@ -40,7 +40,7 @@ from dataclasses import MISSING, dataclass
 from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 import yaml
 from simple_parsing import ArgumentParser, field
@@ -107,7 +107,7 @@ def parse_options(
     positional_recipe: bool = False,
     epilog: str | None = None,
 ) -> Options:
-    """Reads a program's options. A mistake prints the usage and one line, and ends the process with exit code 2.
+    """Reads a program's options. A mistake prints one line and ends the process with exit code 2.
 
     Args:
         options_class: dataclass of the options.
@@ -127,7 +127,7 @@ def parse_options(
     if positional_recipe and words and words[0].endswith(RECIPE_SUFFIXES) and not words[0].startswith("-"):
         words = ["--recipe", *words]
 
-    def make_parser(provided: Collection[str] = ()) -> ArgumentParser:
+    def make_parser(provided: Collection[str] = ()) -> _Parser:
         return _make_parser(options_class, provided, prog=prog, description=description, epilog=epilog)
 
     if _only_parser.get():
@@ -138,14 +138,14 @@ def parse_options(
         try:
             recipe = read_recipe(options_class, name)
         except (OSError, ValueError) as error:
-            make_parser().error(describe(error))
+            make_parser().fail(describe(error))
     parser = make_parser(provided=recipe)
     given = getattr(parser.parse_args(words), "options", {})
     given = {name: value for name, value in given.items() if not _is_missing_positional(options_class, name, value)}
     try:
         return options_class(**{**recipe, **given})
     except ValueError as error:
-        parser.error(describe(error))
+        parser.fail(describe(error))
 
 
 def save_options(options: Any, path: str | os.PathLike) -> None:
@@ -383,9 +383,20 @@ def _recipe_of(words: Sequence[str]) -> str | None:
     return parser.parse_known_args(list(words))[0].recipe
 
 
-def _make_parser(options_class: type, provided: Collection[str], **texts: Any) -> ArgumentParser:
+class _Parser(ArgumentParser):
+    """A mistake is one line: the usage of some programs fills a screen."""
+
+    def error(self, message: str) -> NoReturn:
+        """For what argparse finds, which says what is wrong but not what is right."""
+        self.fail(f"{printable(message, 300)}; {self.prog} --help lists the options")
+
+    def fail(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _make_parser(options_class: type, provided: Collection[str], **texts: Any) -> _Parser:
     """The parser of a dataclass; fields in `provided` are not required."""
-    parser = ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, **texts)
+    parser = _Parser(formatter_class=argparse.RawDescriptionHelpFormatter, **texts)
     # Without defaults the result holds what the command line gives and nothing else.
     wrapper = parser.add_arguments(
         options_class, "options", default=cast(Any, argparse.SUPPRESS), dataclass_wrapper_class=_OptionsWrapper

@@ -22,7 +22,7 @@ import torch
 from transformers import Pipeline, PreTrainedModel
 
 from .grid_backbone_difnet import GridFeatureBackbone, GridFeatureBackboneConfig
-from .images_difnet import Image, open_image
+from .images_difnet import Image, one_line, open_image
 from .segmentation_difnet import CLASS_NAMES, LABEL_ORDERS, PanopticSegmenter
 from .weights_difnet import load_complete
 
@@ -51,20 +51,26 @@ def load_grid_backbone(
         The backbone in eval mode.
 
     Raises:
-        ValueError: the weights are incomplete, or random although `untrained` was not asked for.
+        ValueError: there is no such backbone, or the folder holds another network; the weights are incomplete, or
+            random although `untrained` was not asked for.
     """
     if name is None and untrained:
         config = GridFeatureBackboneConfig(depths=(1, 1, 1, 1), width_per_group=1, shortest_side=150, longest_side=250)
         return _drawn_from(seed, lambda: GridFeatureBackbone(config)).eval().to(device)
     if name is None:
-        raise ValueError(
-            "no grid backbone: give the folder that `convert_checkpoint.py grid-backbone` made of X-101.pth"
-        )
+        raise ValueError("no grid backbone: give the folder that `difnet convert grid-backbone` made of X-101.pth")
+    if os.path.isdir(name):
+        model_type = GridFeatureBackboneConfig.get_config_dict(name)[0].get("model_type")
+        if model_type not in (None, GridFeatureBackboneConfig.model_type):
+            raise ValueError(
+                f"{name}: a network of the type {one_line(model_type)}, not a grid backbone; give the folder that "
+                "`difnet convert grid-backbone` made of X-101.pth"
+            )
     backbone = load_complete(GridFeatureBackbone, name)
     if backbone.config.weights_sha256 is None and not untrained:
         raise ValueError(
             f"{name}: its config.json has no `weights_sha256`, so its weights are random. Convert X-101.pth with "
-            "`convert_checkpoint.py grid-backbone`, or ask for a check without weights by untrained (--untrained)."
+            "`difnet convert grid-backbone`, or ask for a check without weights by untrained (--untrained)."
         )
     return backbone.to(device)
 
@@ -267,7 +273,7 @@ class DifnetImageCaptioningPipeline(Pipeline):
     def features_of(self, image: Image.Image) -> dict[str, Any]:
         """Both features of an RGB image, as the processor takes them."""
         if self.grid_backbone is None:
-            raise ValueError("an image needs `grid_backbone=` (a folder made by convert_checkpoint.py grid-backbone)")
+            raise ValueError("an image needs `grid_backbone=` (a folder made by difnet convert grid-backbone)")
         features: dict[str, Any] = {"grid_features": self.grid_backbone.grid_features(image)}
         if self.model.config.use_segmentation:
             if self.segmenter is None:

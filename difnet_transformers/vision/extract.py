@@ -28,6 +28,7 @@ from modeling_difnet import GridFeatureBackbone
 from modeling_difnet.images_difnet import UnreadableImage, open_image, unusual_size
 from modeling_difnet.pipeline_difnet import UNTRAINED_WARNING, load_grid_backbone, load_segmenter, provenance_of
 
+from ..checkpoints import check_device
 from ..command_line import describe, requires
 from ..files import atomic_write, folder_lock, name_file_in_errors, printable, read_json
 from .segmentation_sources import (
@@ -224,6 +225,7 @@ def extract_features(
         ValueError: a mistake in the arguments, or no image could be used.
         FailedElsewhere: another process has failed.
     """
+    check_device(device)
     state = PartialState(cpu=device == "cpu")
     if untrained and state.is_main_process:
         print(UNTRAINED_WARNING, file=sys.stderr)
