@@ -15,6 +15,7 @@ This file imports nothing of the project: a saved captioner carries it along.
 import importlib
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,6 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
+
+FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+"""Form of a name that is no folder or repository but code: `package.module:function`."""
 
 # What image processors may do that would show the network another part of the image than the segmentation sees.
 CROPS = {"do_center_crop": False, "do_pad": False}
@@ -77,6 +81,8 @@ class VisionBackbone(nn.Module):
         ValueError: the model gives nothing that can be laid out on a grid.
     """
 
+    parameters_sha256: str | None = None  # of the weights before they were rounded to another dtype
+
     def __init__(
         self,
         model: nn.Module,
@@ -90,9 +96,9 @@ class VisionBackbone(nn.Module):
         super().__init__()
         self.model = model.eval()
         self.preprocess_image = preprocess
-        grid_size = (grid_size, grid_size) if isinstance(grid_size, int) else tuple(grid_size)
         model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-        self.config = VisionBackboneConfig(name, model_type, revision, layer, grid_size, tuple(image_size), 0)
+        sizes = as_pair(grid_size), as_pair(image_size)
+        self.config = VisionBackboneConfig(name, model_type, revision, layer, *sizes, grid_feature_size=0)
         self.config.grid_feature_size = self._number_of_channels()
 
     @classmethod
@@ -120,12 +126,17 @@ class VisionBackbone(nn.Module):
         Raises:
             ValueError: it is no vision model, or its features cannot be laid out on a grid.
         """
-        if ":" in name and not name.startswith((".", "/")):
+        if FACTORY.fullmatch(name):
+            if layer != -1 or image_size is not None:
+                raise ValueError(f"{name}: layer and image size are what the function decides; leave them out")
             model, preprocess, own_size = call_factory(name)
-            size = own_size if image_size is None else image_size
-            return cls(model.to(dtype), preprocess, as_pair(size), grid_size, layer, name)
-        config = AutoConfig.from_pretrained(name, revision=revision)
-        processor = AutoImageProcessor.from_pretrained(name, revision=revision)
+            return cls(model.to(dtype), preprocess, as_pair(own_size), grid_size, layer, name)
+        try:
+            config = AutoConfig.from_pretrained(name, revision=revision)
+            processor = AutoImageProcessor.from_pretrained(name, revision=revision)
+        except (OSError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{name}: no vision model with an image processor ({reason[:300]})") from error
         model, report = AutoModel.from_pretrained(
             name, revision=revision, dtype=dtype, output_loading_info=True, **kwargs
         )
@@ -151,7 +162,7 @@ class VisionBackbone(nn.Module):
         """The feature map `(B, C, h, w)` of prepared images `(B, 3, H, W)`."""
         if not hasattr(self.model, "config"):
             return on_grid(self.model(pixel_values), pixel_values.shape[2:], None)
-        arguments = {"pixel_values": pixel_values}
+        arguments: dict[str, Any] = {"pixel_values": pixel_values}
         if changes_size(self.model, pixel_values.shape[2:]):
             arguments["interpolate_pos_encoding"] = True
         outputs = self.model(**arguments, output_hidden_states=True, return_dict=True)
@@ -330,11 +341,12 @@ def check_all_loaded(name: str, model: nn.Module, missing_keys: Sequence[str]) -
     """
     missing = [key for key in missing_keys if "pooler" not in key and "head" not in key and "mask_token" not in key]
     own = {key for key, _ in model.named_parameters()}
-    missing = [key for key in missing if key in own or key.removeprefix("vision_model.") in own]
+    missing = sorted(key for key in missing if key in own or key.removeprefix("vision_model.") in own)
     if missing:
         raise ValueError(
-            f"{name}: {len(missing)} weights are missing, the first is {missing[0]}; it is no complete model"
+            f"{name}: {len(missing)} parameters are not in the weights file, the first is {missing[0]}: this is not "
+            "the complete file of this network"
         )
 
 
-__all__ = ["VisionBackbone", "VisionBackboneConfig"]
+__all__ = ["FACTORY", "VisionBackbone", "VisionBackboneConfig", "as_pair"]

@@ -307,7 +307,7 @@ def test_other_modes_are_converted_by_pillow(mode: str) -> None:
 )
 def test_what_is_no_image_is_refused(image: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        tiny_backbone(shortest_side=600, longest_side=1000).grid_features(image)
+        tiny_backbone(shortest_side=600, longest_side=1000).preprocess(image)
 
 
 def test_without_pillow_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
