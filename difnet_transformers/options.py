@@ -31,6 +31,7 @@ import difflib
 import io
 import json
 import os
+import re
 import sys
 import types
 import typing
@@ -66,6 +67,81 @@ def debug_option() -> bool:
 def strict_option() -> bool:
     """The field `strict: bool = strict_option()` of programs that leave broken items out."""
     return field(default=False, help="exit with code 2 if a single item was left out")
+
+
+def layer_option(**settings: Any) -> Any:
+    """The field `layer: int | None = layer_option()` of programs that run a grid backbone."""
+    return field(
+        default=None,
+        metavar="N",
+        help="of --grid-backbone: index of the hidden states to read (default: the last; not for X-101)",
+        **settings,
+    )
+
+
+def image_size_option(**settings: Any) -> Any:
+    """The field `image_size: str | None = image_size_option()`, a text for `sides_of`."""
+    return field(
+        default=None,
+        type=_image_size,
+        metavar="SIZE",
+        help="of --grid-backbone: what whole images are resized to, as N or HEIGHTxWIDTH (default: what it was "
+        "trained with; not for X-101)",
+        **settings,
+    )
+
+
+def grid_size_option(**settings: Any) -> Any:
+    """The field `grid_size: int | None = grid_size_option()` of programs that run a grid backbone."""
+    return field(
+        default=None,
+        type=_grid_size,
+        metavar="N",
+        help="cells along a side of the grid (default: 7)",
+        **settings,
+    )
+
+
+def precision_option(**settings: Any) -> Any:
+    """The field `precision: str | None = precision_option()` of programs that run a grid backbone."""
+    return field(
+        default=None,
+        choices=["fp32", "bf16", "auto"],
+        help="of --grid-backbone: fp32, bf16, or auto: bf16 where the processor or GPU has it (default: the network "
+        "as it is)",
+        **settings,
+    )
+
+
+def sides_of(text: str) -> tuple[int, int]:
+    """Height and width of a size, `N` or `HEIGHTxWIDTH`.
+
+    Raises:
+        ValueError: it is none.
+    """
+    sides = re.fullmatch(r"([1-9][0-9]{0,4})(?:x([1-9][0-9]{0,4}))?", text.strip().lower())
+    if sides is None:
+        raise ValueError(f"{printable(text)} is no size: give N, or HEIGHTxWIDTH")
+    return int(sides[1]), int(sides[2] or sides[1])
+
+
+def _image_size(text: str) -> str:
+    try:
+        sides_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def _grid_size(text: str) -> int:
+    """Cells along a side. Both flows and the captioner have square grids."""
+    try:
+        rows, columns = sides_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if rows != columns:
+        raise argparse.ArgumentTypeError(f"{rows} x {columns}: captioners read square grids; give one number")
+    return rows
 
 
 def option_name(name: str) -> str:

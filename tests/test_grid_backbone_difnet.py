@@ -308,7 +308,7 @@ def test_other_modes_are_converted_by_pillow(mode: str) -> None:
 )
 def test_what_is_no_image_is_refused(image: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        tiny_backbone(shortest_side=600, longest_side=1000).grid_features(image)
+        tiny_backbone(shortest_side=600, longest_side=1000).preprocess(image)
 
 
 def test_without_pillow_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -595,7 +595,7 @@ def test_a_folder_brings_its_code(folder: Path, tmp_path: Path) -> None:
 
 def test_another_networks_folder_is_not_taken_for_a_backbone(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "difnet"}')
-    with pytest.raises(ValueError, match="a network of the type difnet, not a grid backbone; give the folder that"):
+    with pytest.raises(ValueError, match="no vision model with an image processor"):
         load_grid_backbone(str(tmp_path))
 
 

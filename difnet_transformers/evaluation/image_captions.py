@@ -61,6 +61,9 @@ def load_pipeline(
     model: str,
     *,
     grid_backbone: str | None = None,
+    layer: int | None = None,
+    image_size: tuple[int, int] | None = None,
+    precision: str | None = None,
     segmentation_model: str | None = None,
     untrained: bool = False,
     seed: int = 0,
@@ -70,7 +73,8 @@ def load_pipeline(
 
     Args:
         model: folder or repository of the captioner.
-        grid_backbone: folder or repository; not needed for features.
+        grid_backbone: folder, repository or function; not needed for features.
+        layer, image_size, precision: of the grid backbone, see `load_grid_backbone`.
         segmentation_model: folder or repository; not needed for features.
         untrained: lets small random networks stand in for those that are not named.
         seed: of these.
@@ -87,6 +91,7 @@ def load_pipeline(
         task=TASK,
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
         grid_backbone=grid_backbone,
+        grid_backbone_options={"layer": layer, "image_size": image_size, "precision": precision},
         segmentation_model=segmentation_model,
         untrained=untrained,
         seed=seed,
