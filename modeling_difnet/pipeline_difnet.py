@@ -66,8 +66,8 @@ def load_grid_backbone(
         layer: index of the hidden states to read; by default the last ones. Not for X-101.
         image_size: what images are resized to; by default what the model was trained with. Not for X-101.
         grid_size: cells along a side, or rows and columns; by default 7, or what X-101's configuration says.
-        precision: "fp32", "bf16", or "auto": bf16 where `device` has it natively. By default the weights are taken
-            as they are.
+        precision: "fp32", "bf16", or "auto": bf16 where `device` has it natively. By default the network is taken as
+            it is; of X-101 the other two are its faster forms (`GridFeatureBackbone.fast_form`).
         revision: branch, tag or commit of the repository.
 
     Returns:
@@ -101,7 +101,7 @@ def load_grid_backbone(
                 raise ValueError(f"a GridFeatureBackbone (X-101) has square grids, not {rows} x {columns} cells")
             backbone.config.grid_size = rows
     if precision is not None:
-        _round_weights(backbone, precision, torch.device(device))
+        backbone = _with_precision(backbone, precision, torch.device(device))
     backbone.to(device)  # type: ignore[arg-type]
     return backbone
 
@@ -141,17 +141,23 @@ def has_native_bf16(device: torch.device) -> bool:
     return False
 
 
-def _round_weights(backbone: GridBackbone, precision: str, device: torch.device) -> None:
-    """Gives a network that was just loaded another precision; `parameters_sha256` stays that of its own weights."""
+def _with_precision(backbone: GridBackbone, precision: str, device: torch.device) -> GridBackbone:
+    """A network that was just loaded in another precision; `parameters_sha256` stays that of its own weights."""
     if precision != "auto" and precision not in PRECISIONS:
         raise ValueError(f"precision must be auto or one of {', '.join(PRECISIONS)}, not {precision!r}")
     if precision == "auto":
         precision = "bf16" if has_native_bf16(device) else "fp32"
-    backbone.parameters_sha256 = hash_of_parameters(backbone)
-    backbone.to(PRECISIONS[precision])  # type: ignore[arg-type]
+    parameters_sha256 = hash_of_parameters(backbone)
+    if isinstance(backbone, GridFeatureBackbone):
+        backbone = backbone.fast_form(PRECISIONS[precision])
+        backbone.parameters_sha256 = parameters_sha256
+        return backbone
+    backbone.parameters_sha256 = parameters_sha256
+    backbone.to(PRECISIONS[precision])
     for module in backbone.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.float()  # statistics with three digits would shift every value
+    return backbone
 
 
 def load_segmenter(

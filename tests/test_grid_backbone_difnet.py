@@ -317,6 +317,35 @@ def test_without_pillow_the_error_says_what_to_install(monkeypatch: pytest.Monke
         tiny_backbone().grid_features(noise_image(8, 8))
 
 
+# With a few channels only, the rounding of bfloat16 averages out less than at full size.
+@pytest.mark.parametrize(
+    ("sizes", "bf16_tolerance"),
+    [
+        ({"groups": 4, "width_per_group": 4}, 1e-2),
+        ({"groups": 1, "width_per_group": 16}, 1e-2),
+        ({"groups": 4, "width_per_group": 4, "stride_in_1x1": True}, 1e-2),
+        pytest.param({"depths": (3, 4, 23, 3), "groups": 32}, 4e-3, marks=pytest.mark.slow),
+    ],
+)
+def test_the_fast_form_equals_the_plain_one(sizes: dict, bf16_tolerance: float) -> None:
+    torch.manual_seed(0)
+    model = GridFeatureBackbone(GridFeatureBackboneConfig(**{"depths": (1, 2, 1, 1), **sizes})).eval()
+    for module in model.modules():
+        if isinstance(module, grid_backbone_difnet.FrozenBatchNorm):
+            module.running_mean.uniform_(-0.1, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+            module.bias.uniform_(-0.1, 0.1)
+    image = noise_image(200, 300)
+    plain = model.grid_features(image)
+    for dtype, tolerance in ((torch.float32, 4e-7), (torch.bfloat16, bf16_tolerance)):
+        fast = model.fast_form(dtype)
+        features = fast.grid_features(image)
+        assert features.dtype == torch.float32
+        assert (features - plain).norm() / plain.norm() < tolerance
+        assert not any(isinstance(module, grid_backbone_difnet.FrozenBatchNorm) for module in fast.modules())
+    assert torch.equal(model.grid_features(image), plain)
+
+
 @pytest.mark.parametrize("size", [(300, 400), (64, 64), (10, 160), (160, 10), (1, 1)])
 def test_cells_are_averages_of_the_feature_map_row_by_row(size: tuple[int, int]) -> None:
     model, image = tiny_backbone(shortest_side=300, longest_side=400), noise_image(*size)

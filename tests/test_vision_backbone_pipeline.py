@@ -233,6 +233,15 @@ def test_auto_precision_is_bf16_only_where_it_is_native(dinov2: str) -> None:
     assert load_grid_backbone(dinov2, precision="auto").dtype == expected
 
 
+def test_a_fast_form_of_x101_is_recorded_with_the_parameters_of_the_plain_one() -> None:
+    plain = load_grid_backbone(None, untrained=True)
+    fast = load_grid_backbone(None, untrained=True, precision="bf16")
+    assert provenance_of(fast, "x101") == {**provenance_of(plain, "x101"), "precision": "bf16"}
+    image = noise(0)
+    expected = plain.fast_form(torch.bfloat16).grid_features(image)
+    assert torch.equal(fast.grid_features(image), expected)
+
+
 def test_sides_of_a_size() -> None:
     assert sides_of("224") == (224, 224)
     assert sides_of("336x448") == (336, 448)
