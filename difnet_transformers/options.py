@@ -31,6 +31,7 @@ import difflib
 import io
 import json
 import os
+import re
 import sys
 import types
 import typing
@@ -40,7 +41,7 @@ from dataclasses import MISSING, dataclass
 from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 import yaml
 from simple_parsing import ArgumentParser, field
@@ -66,6 +67,81 @@ def debug_option() -> bool:
 def strict_option() -> bool:
     """The field `strict: bool = strict_option()` of programs that leave broken items out."""
     return field(default=False, help="exit with code 2 if a single item was left out")
+
+
+def layer_option(**settings: Any) -> Any:
+    """The field `layer: int | None = layer_option()` of programs that run a grid backbone."""
+    return field(
+        default=None,
+        metavar="N",
+        help="of --grid-backbone: index of the hidden states to read (default: the last; not for X-101)",
+        **settings,
+    )
+
+
+def image_size_option(**settings: Any) -> Any:
+    """The field `image_size: str | None = image_size_option()`, a text for `sides_of`."""
+    return field(
+        default=None,
+        type=_image_size,
+        metavar="SIZE",
+        help="of --grid-backbone: what whole images are resized to, as N or HEIGHTxWIDTH (default: what it was "
+        "trained with; not for X-101)",
+        **settings,
+    )
+
+
+def grid_size_option(**settings: Any) -> Any:
+    """The field `grid_size: int | None = grid_size_option()` of programs that run a grid backbone."""
+    return field(
+        default=None,
+        type=_grid_size,
+        metavar="N",
+        help="cells along a side of the grid (default: 7)",
+        **settings,
+    )
+
+
+def precision_option(**settings: Any) -> Any:
+    """The field `precision: str | None = precision_option()` of programs that run a grid backbone."""
+    return field(
+        default=None,
+        choices=["fp32", "bf16", "auto"],
+        help="of --grid-backbone: fp32, bf16, or auto: bf16 where the processor or GPU has it (default: the network "
+        "as it is)",
+        **settings,
+    )
+
+
+def sides_of(text: str) -> tuple[int, int]:
+    """Height and width of a size, `N` or `HEIGHTxWIDTH`.
+
+    Raises:
+        ValueError: it is none.
+    """
+    sides = re.fullmatch(r"([1-9][0-9]{0,4})(?:x([1-9][0-9]{0,4}))?", text.strip().lower())
+    if sides is None:
+        raise ValueError(f"{printable(text)} is no size: give N, or HEIGHTxWIDTH")
+    return int(sides[1]), int(sides[2] or sides[1])
+
+
+def _image_size(text: str) -> str:
+    try:
+        sides_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def _grid_size(text: str) -> int:
+    """Cells along a side. Both flows and the captioner have square grids."""
+    try:
+        rows, columns = sides_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if rows != columns:
+        raise argparse.ArgumentTypeError(f"{rows} x {columns}: captioners read square grids; give one number")
+    return rows
 
 
 def option_name(name: str) -> str:
@@ -107,7 +183,7 @@ def parse_options(
     positional_recipe: bool = False,
     epilog: str | None = None,
 ) -> Options:
-    """Reads a program's options. A mistake prints the usage and one line, and ends the process with exit code 2.
+    """Reads a program's options. A mistake prints one line and ends the process with exit code 2.
 
     Args:
         options_class: dataclass of the options.
@@ -127,7 +203,7 @@ def parse_options(
     if positional_recipe and words and words[0].endswith(RECIPE_SUFFIXES) and not words[0].startswith("-"):
         words = ["--recipe", *words]
 
-    def make_parser(provided: Collection[str] = ()) -> ArgumentParser:
+    def make_parser(provided: Collection[str] = ()) -> _Parser:
         return _make_parser(options_class, provided, prog=prog, description=description, epilog=epilog)
 
     if _only_parser.get():
@@ -138,14 +214,14 @@ def parse_options(
         try:
             recipe = read_recipe(options_class, name)
         except (OSError, ValueError) as error:
-            make_parser().error(describe(error))
+            make_parser().fail(describe(error))
     parser = make_parser(provided=recipe)
     given = getattr(parser.parse_args(words), "options", {})
     given = {name: value for name, value in given.items() if not _is_missing_positional(options_class, name, value)}
     try:
         return options_class(**{**recipe, **given})
     except ValueError as error:
-        parser.error(describe(error))
+        parser.fail(describe(error))
 
 
 def save_options(options: Any, path: str | os.PathLike) -> None:
@@ -383,9 +459,20 @@ def _recipe_of(words: Sequence[str]) -> str | None:
     return parser.parse_known_args(list(words))[0].recipe
 
 
-def _make_parser(options_class: type, provided: Collection[str], **texts: Any) -> ArgumentParser:
+class _Parser(ArgumentParser):
+    """A mistake is one line: the usage of some programs fills a screen."""
+
+    def error(self, message: str) -> NoReturn:
+        """For what argparse finds, which says what is wrong but not what is right."""
+        self.fail(f"{printable(message, 300)}; {self.prog} --help lists the options")
+
+    def fail(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _make_parser(options_class: type, provided: Collection[str], **texts: Any) -> _Parser:
     """The parser of a dataclass; fields in `provided` are not required."""
-    parser = ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, **texts)
+    parser = _Parser(formatter_class=argparse.RawDescriptionHelpFormatter, **texts)
     # Without defaults the result holds what the command line gives and nothing else.
     wrapper = parser.add_arguments(
         options_class, "options", default=cast(Any, argparse.SUPPRESS), dataclass_wrapper_class=_OptionsWrapper

@@ -21,6 +21,7 @@ from .grid_backbone_difnet import GridFeatureBackbone, GridFeatureBackboneConfig
 from .modeling_difnet import DifnetForConditionalGeneration, DifnetModel, DifnetPreTrainedModel
 from .pipeline_difnet import TASK, DifnetImageCaptioningPipeline
 from .relevance_difnet import RelevanceOutput, relevance
+from .vision_backbone_difnet import VisionBackbone
 
 AutoConfig.register("difnet", DifnetConfig)
 # With two classes, `architectures` in config.json decides: a saved captioner loads as a captioner and generates.
@@ -53,6 +54,7 @@ __all__ = [
     "GridFeatureBackbone",
     "GridFeatureBackboneConfig",
     "RelevanceOutput",
+    "VisionBackbone",
     "faithfulness",
     "original_beam_search",
     "relevance",

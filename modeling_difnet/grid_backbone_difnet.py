@@ -215,7 +215,7 @@ class GridFeatureBackbone(PreTrainedModel):
     >>> from PIL import Image
     >>> from modeling_difnet import GridFeatureBackbone
 
-    >>> backbone = GridFeatureBackbone.from_pretrained("x101/")  # made by `convert_checkpoint.py grid-backbone`
+    >>> backbone = GridFeatureBackbone.from_pretrained("x101/")  # made by `difnet convert grid-backbone`
     >>> grid_features = backbone.grid_features(Image.open("image.jpg"))  # (49, 2048)
     ```
 
@@ -229,6 +229,7 @@ class GridFeatureBackbone(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = "image"
     _no_split_modules = ["Stem", "Bottleneck"]
+    parameters_sha256: str | None = None  # of the weights before they were changed into a faster form
 
     def __init__(self, config: GridFeatureBackboneConfig) -> None:
         super().__init__(config)
@@ -304,31 +305,50 @@ class GridFeatureBackbone(PreTrainedModel):
 
     @torch.no_grad()
     def grid_features(
-        self, image: "Image.Image | np.ndarray", pooled: bool = True
+        self, image: "Image.Image | np.ndarray | list | tuple", pooled: bool = True
     ) -> torch.Tensor | tuple[torch.Tensor, tuple[int, int]]:
-        """The grid cells of one image, row by row.
+        """The grid cells of one image, row by row, or of several.
 
         Args:
-            image: as for `preprocess`.
+            image: as for `preprocess`, or a list of these. Those whose resized forms have one size run together;
+                padding the others to it would change their features.
             pooled (`bool`, defaults to `True`): averages the feature map to `grid_size` x `grid_size` cells.
 
         Returns:
-            `(grid_size**2, C)`; with `pooled=False` the unpooled cells `(h * w, C)` and the pair `(h, w)`. In float32,
-            whatever the model's dtype is, on its device.
+            `(grid_size**2, C)`, of a list `(B, grid_size**2, C)`; with `pooled=False`, which takes one image, the
+            unpooled cells `(h * w, C)` and the pair `(h, w)`. In float32, whatever the model's dtype is, on its
+            device.
 
         Raises:
-            ValueError: as `preprocess`; the network gives NaN or infinity for the image.
+            ValueError: as `preprocess`; the network gives NaN or infinity for an image.
         """
-        feature_map = self(self.preprocess(image).to(self.device)).feature_map.float()  # (1, C, h, w)
+        if not isinstance(image, list | tuple):
+            feature_map = self._feature_map(self.preprocess(image))  # (1, C, h, w)
+            if pooled:
+                feature_map = F.adaptive_avg_pool2d(feature_map, self.config.grid_size)
+            cells = feature_map[0].flatten(1).T.contiguous()  # (h * w, C)
+            return cells if pooled else (cells, (feature_map.shape[2], feature_map.shape[3]))
+        if not pooled:
+            raise ValueError("several images have feature maps of several sizes: pooled=False takes one image")
+        prepared = [self.preprocess(each) for each in image]
+        shape = (len(prepared), self.config.grid_size**2, self.config.grid_feature_size)
+        features = torch.empty(shape, device=self.device)
+        for size in dict.fromkeys(pixel_values.shape for pixel_values in prepared):
+            indices = [index for index, pixel_values in enumerate(prepared) if pixel_values.shape == size]
+            feature_map = self._feature_map(torch.cat([prepared[index] for index in indices]))
+            pooled_map = F.adaptive_avg_pool2d(feature_map, self.config.grid_size)
+            features[indices] = pooled_map.flatten(2).transpose(1, 2)
+        return features
+
+    def _feature_map(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The feature map `(B, C, h, w)`, float32, of prepared images."""
+        feature_map = self(pixel_values.to(self.device)).feature_map.float()
         if not feature_map.isfinite().all():
             raise ValueError(
                 "the grid backbone gives NaN or infinity for this image: its weights are damaged, or its dtype "
                 f"({self.dtype}) is too narrow"
             )
-        if pooled:
-            feature_map = F.adaptive_avg_pool2d(feature_map, self.config.grid_size)
-        cells = feature_map[0].flatten(1).T.contiguous()  # (h * w, C)
-        return cells if pooled else (cells, tuple(feature_map.shape[2:]))
+        return feature_map
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -347,7 +367,7 @@ def as_rgb(image: "Image.Image | np.ndarray") -> "Image.Image":
     if not isinstance(image, Image.Image):
         raise ValueError(
             f"An image must be a PIL.Image or a numpy array (H, W, 3), got {type(image).__name__}. Several images "
-            "go one at a time: a common batch would need padding, which changes the features."
+            "go one at a time here, `grid_features` takes a list: padding them to one batch would change the features."
         )
     if image.mode.startswith(("I", "F")):
         raise ValueError(

@@ -4,11 +4,11 @@ The task is `"image-captioning"`; importing `modeling_difnet` registers it, and 
 `config.json`, so that `pipeline("image-captioning", model=.., trust_remote_code=True)` works without the project. The
 original (mrwu-mac/DIFNet, CVPR 2022) has nothing like it: it captions feature files that somebody else made.
 
-    image --> open_image --> RGB --> GridFeatureBackbone (49, 2048) -----+
+    image --> open_image --> RGB --> grid backbone (49, C) --------------+
                               |                                          +--> DIFNet --> caption
                               +----> PanopticSegmenter (133, 7, 7) ------+
 
-Both networks see one image at a time, because a common batch would need padding, which changes grid features.
+The grid backbone is the original's X-101 (`GridFeatureBackbone`) or any other vision model (`VisionBackbone`).
 """
 
 from __future__ import annotations
@@ -16,57 +16,142 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from transformers import Pipeline, PreTrainedModel
+from torch import nn
+from transformers import Pipeline, PreTrainedConfig
 
 from .grid_backbone_difnet import GridFeatureBackbone, GridFeatureBackboneConfig
 from .images_difnet import Image, open_image
 from .segmentation_difnet import CLASS_NAMES, LABEL_ORDERS, PanopticSegmenter
-from .weights_difnet import load_complete
+from .vision_backbone_difnet import FACTORY, VisionBackbone, as_pair
+from .weights_difnet import check_finite_weights, load_complete
 
 TASK = "image-captioning"
 UNTRAINED_WARNING = (
     "UNTRAINED: random numbers stand in for trained weights; the features and all that is made of them mean nothing"
 )
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+GridBackbone: TypeAlias = GridFeatureBackbone | VisionBackbone
+"""A source of grid features: `config.grid_feature_size`, `config.grid_size` (rows and columns, or one number for
+both) and `grid_features(image or list of images)`."""
 
 
 # The two feature networks
 
 
 def load_grid_backbone(
-    name: str | None, device: str | torch.device = "cpu", untrained: bool = False, seed: int = 0
-) -> GridFeatureBackbone:
-    """The grid backbone of a folder or a repository.
+    name: str | None,
+    device: str | torch.device = "cpu",
+    untrained: bool = False,
+    seed: int = 0,
+    *,
+    layer: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    grid_size: int | tuple[int, int] | None = None,
+    precision: str | None = None,
+    revision: str | None = None,
+) -> GridBackbone:
+    """The grid backbone of a folder, a repository or a function.
 
     Args:
-        name: the folder or repository.
+        name: a folder that `difnet convert grid-backbone` made of X-101.pth; a vision model of Transformers,
+            by folder or repository; or `package.module:function`, see `VisionBackbone.from_pretrained`.
         device: where the network goes.
-        untrained: for checks without weights: a folder with random weights passes, and without a name a small network
-            with 2048 channels and random weights is made.
+        untrained: for checks without weights: a folder of X-101 with random weights passes, and without a name a small
+            network with 2048 channels and random weights is made.
         seed: of these weights.
+        layer: index of the hidden states to read; by default the last ones. Not for X-101.
+        image_size: what images are resized to; by default what the model was trained with. Not for X-101.
+        grid_size: cells along a side, or rows and columns; by default 7, or what X-101's configuration says.
+        precision: "fp32", "bf16", or "auto": bf16 where `device` has it natively. By default the weights are taken
+            as they are.
+        revision: branch, tag or commit of the repository.
 
     Returns:
         The backbone in eval mode.
 
     Raises:
-        ValueError: the weights are incomplete, or random although `untrained` was not asked for.
+        ValueError: the weights are incomplete, or random although `untrained` was not asked for; the options do not
+            fit the network.
     """
-    if name is None and untrained:
-        config = GridFeatureBackboneConfig(depths=(1, 1, 1, 1), width_per_group=1, shortest_side=150, longest_side=250)
-        return _drawn_from(seed, lambda: GridFeatureBackbone(config)).eval().to(device)
-    if name is None:
+    if name is None and not untrained:
         raise ValueError(
-            "no grid backbone: give the folder that `convert_checkpoint.py grid-backbone` made of X-101.pth"
+            "no grid backbone: give the folder that `difnet convert grid-backbone` made of X-101.pth, or "
+            "another vision model"
         )
-    backbone = load_complete(GridFeatureBackbone, name)
+    backbone: GridBackbone
+    if name is not None and not _is_x101(name, revision):
+        backbone = VisionBackbone.from_pretrained(
+            name, grid_size or 7, -1 if layer is None else layer, image_size, revision
+        )
+        check_finite_weights(backbone.model, name)
+    else:
+        if layer is not None or image_size is not None:
+            raise ValueError(
+                f"{name or 'the untrained network'}: a GridFeatureBackbone (X-101) reads its last stage and resizes "
+                "images by their shortest side; leave layer and image size out"
+            )
+        backbone = _load_x101(name, untrained, seed, revision)
+        if grid_size is not None:
+            rows, columns = as_pair(grid_size)
+            if rows != columns:
+                raise ValueError(f"a GridFeatureBackbone (X-101) has square grids, not {rows} x {columns} cells")
+            backbone.config.grid_size = rows
+    if precision is not None:
+        _round_weights(backbone, precision, torch.device(device))
+    backbone.to(device)  # type: ignore[arg-type]
+    return backbone
+
+
+def _is_x101(name: str, revision: str | None) -> bool:
+    """Whether a folder or repository holds a `GridFeatureBackbone`, or nothing else that is known."""
+    if FACTORY.fullmatch(name) and not os.path.exists(name):
+        return False
+    try:
+        settings, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
+    except OSError:
+        return True  # whose error says what is missing
+    model_type = settings.get("model_type")
+    return model_type == GridFeatureBackboneConfig.model_type or not (model_type or "architecture" in settings)
+
+
+def _load_x101(name: str | None, untrained: bool, seed: int, revision: str | None) -> GridFeatureBackbone:
+    if name is None:
+        config = GridFeatureBackboneConfig(depths=(1, 1, 1, 1), width_per_group=1, shortest_side=150, longest_side=250)
+        return _drawn_from(seed, lambda: GridFeatureBackbone(config)).eval()
+    backbone = load_complete(GridFeatureBackbone, name, revision)
     if backbone.config.weights_sha256 is None and not untrained:
         raise ValueError(
             f"{name}: its config.json has no `weights_sha256`, so its weights are random. Convert X-101.pth with "
-            "`convert_checkpoint.py grid-backbone`, or ask for a check without weights by untrained (--untrained)."
+            "`difnet convert grid-backbone`, or ask for a check without weights by untrained (--untrained)."
         )
-    return backbone.to(device)
+    return backbone
+
+
+def has_native_bf16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16 itself; where it emulates it, float32 is faster."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        # Private, but all that PyTorch has in every version that is supported.
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False
+
+
+def _round_weights(backbone: GridBackbone, precision: str, device: torch.device) -> None:
+    """Gives a network that was just loaded another precision; `parameters_sha256` stays that of its own weights."""
+    if precision != "auto" and precision not in PRECISIONS:
+        raise ValueError(f"precision must be auto or one of {', '.join(PRECISIONS)}, not {precision!r}")
+    if precision == "auto":
+        precision = "bf16" if has_native_bf16(device) else "fp32"
+    backbone.parameters_sha256 = hash_of_parameters(backbone)
+    backbone.to(PRECISIONS[precision])  # type: ignore[arg-type]
+    for module in backbone.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.float()  # statistics with three digits would shift every value
 
 
 def load_segmenter(
@@ -143,25 +228,42 @@ def _small_segmenter(grid_size: int) -> PanopticSegmenter:
     return PanopticSegmenter(model, processor, grid_size)
 
 
-def provenance_of(model: PreTrainedModel, name: str | None) -> dict[str, Any]:
+def hash_of_parameters(model: nn.Module) -> str:
+    """SHA-256 of the names and values of all weights of a network, which does not depend on a file's format."""
+    network = model.model if isinstance(model, VisionBackbone) else model
+    digest = hashlib.sha256()
+    for key, value in sorted(network.state_dict().items()):
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def provenance_of(model: Any, name: str | None) -> dict[str, Any]:
     """What a feature file should say about the network that made it.
 
     Args:
         model: the loaded network.
-        name: folder or repository that it came from.
+        name: folder, repository or function that it came from.
 
     Returns:
         `name`, `model_type`, what the configuration says of the weights file, and `parameters_sha256`, a hash of all
-        names and values, which does not depend on the file's format.
+        names and values, which does not depend on the file's format. Of a `VisionBackbone` also `revision` (the
+        commit), `layer`, `grid_size`, `image_size` and `seen`, the part of an image that it sees; of X-101
+        `grid_size` where it is not 7; `precision` where it was chosen.
     """
-    digest = hashlib.sha256()
-    for key, value in sorted(model.state_dict().items()):
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    said = {"name": name, "model_type": model.config.model_type, "parameters_sha256": digest.hexdigest()}
+    parameters = getattr(model, "parameters_sha256", None) or hash_of_parameters(model)
+    said = {"name": name, "model_type": model.config.model_type, "parameters_sha256": parameters}
     for key in ("weights_source", "weights_sha256"):
         if hasattr(model.config, key):
             said[key] = getattr(model.config, key)
+    if isinstance(model, VisionBackbone):
+        config = model.config
+        said |= {"revision": config.revision, "layer": config.layer, "grid_size": list(config.grid_size)}
+        said |= {"image_size": list(config.image_size), "seen": "whole image, no crop"}
+    elif isinstance(model, GridFeatureBackbone) and model.config.grid_size != GridFeatureBackboneConfig.grid_size:
+        said["grid_size"] = list(as_pair(model.config.grid_size))
+    if getattr(model, "parameters_sha256", None):
+        said["precision"] = next(key for key, dtype in PRECISIONS.items() if dtype == model.dtype)
     return said
 
 
@@ -186,7 +288,10 @@ class DifnetImageCaptioningPipeline(Pipeline):
     ```
 
     Args:
-        grid_backbone: folder, repository or `GridFeatureBackbone`. Without it only features can be captioned.
+        grid_backbone: folder, repository or function (see `load_grid_backbone`), or the loaded network. Without it
+            only features can be captioned.
+        grid_backbone_options: further arguments of `load_grid_backbone`: `layer`, `image_size`, `precision`,
+            `revision`. The grid's size is the captioner's.
         segmentation_model: folder, repository or `PanopticSegmenter`; not for the paper's baseline, which has no
             segmentation flow.
         untrained: for checks without weights, see `load_grid_backbone`: a network that is not named is a small one
@@ -214,8 +319,9 @@ class DifnetImageCaptioningPipeline(Pipeline):
     def __init__(
         self,
         *args: Any,
-        grid_backbone: str | GridFeatureBackbone | None = None,
+        grid_backbone: str | GridBackbone | None = None,
         segmentation_model: str | PanopticSegmenter | None = None,
+        grid_backbone_options: Mapping[str, Any] | None = None,
         untrained: bool = False,
         seed: int = 0,
         allow_private_hosts: bool = False,
@@ -225,7 +331,8 @@ class DifnetImageCaptioningPipeline(Pipeline):
         self.allow_private_hosts = allow_private_hosts
         extractor = self.processor.feature_extractor
         if isinstance(grid_backbone, str) or (untrained and grid_backbone is None):
-            grid_backbone = load_grid_backbone(grid_backbone, self.device, untrained, seed)
+            options = {"grid_size": extractor.grid_size, **(grid_backbone_options or {})}
+            grid_backbone = load_grid_backbone(grid_backbone, self.device, untrained, seed, **options)
         if self.model.config.use_segmentation:
             if isinstance(segmentation_model, str) or (untrained and segmentation_model is None):
                 segmentation_model = load_segmenter(
@@ -245,12 +352,14 @@ class DifnetImageCaptioningPipeline(Pipeline):
         if self.grid_backbone is not None:
             config = self.grid_backbone.config
             fits.append(("grid_feature_size", config.grid_feature_size, extractor.grid_feature_size))
-            fits.append(("grid_size", config.grid_size, extractor.grid_size))
+            fits.append(("grid_size", as_pair(config.grid_size), as_pair(extractor.grid_size)))
         if self.segmenter is not None:
             fits.append(("grid_size", self.segmenter.grid_size, extractor.grid_size))
             fits.append(("num_segmentation_classes", len(CLASS_NAMES), extractor.num_segmentation_classes))
         for name, given, wanted in fits:
             if given != wanted:
+                if isinstance(given, tuple):
+                    given, wanted = (" x ".join(map(str, each)) for each in (given, wanted))
                 raise ValueError(f"the captioner wants features with {name}={wanted}, these networks give {given}")
 
     def _sanitize_parameters(self, **generate_kwargs: Any) -> tuple[dict, dict, dict]:
@@ -267,7 +376,7 @@ class DifnetImageCaptioningPipeline(Pipeline):
     def features_of(self, image: Image.Image) -> dict[str, Any]:
         """Both features of an RGB image, as the processor takes them."""
         if self.grid_backbone is None:
-            raise ValueError("an image needs `grid_backbone=` (a folder made by convert_checkpoint.py grid-backbone)")
+            raise ValueError("an image needs `grid_backbone=` (X-101 or another vision model)")
         features: dict[str, Any] = {"grid_features": self.grid_backbone.grid_features(image)}
         if self.model.config.use_segmentation:
             if self.segmenter is None:
@@ -298,6 +407,8 @@ __all__ = [
     "TASK",
     "UNTRAINED_WARNING",
     "DifnetImageCaptioningPipeline",
+    "GridBackbone",
+    "hash_of_parameters",
     "load_grid_backbone",
     "load_segmenter",
     "provenance_of",

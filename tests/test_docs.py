@@ -123,6 +123,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def here(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with all that the docs name, which is the current one."""
     monkeypatch.chdir(copy_world(world, tmp_path / "here"))
+    monkeypatch.syspath_prepend(str(tmp_path / "here"))
     return tmp_path / "here"
 
 
@@ -163,6 +164,8 @@ def test_every_block_runs(page: Path, here: Path) -> None:
                 run_command(words)
         elif block.language == "python":
             exec(compile(block.text, str(page), "exec"), names)
+            if name := re.match(r"# (\w+\.py)\n", block.text):
+                Path(name[1]).write_text(block.text)
         elif block.language == "yaml":
             name = re.match(r"# ([\w./]+)\n", block.text)
             assert name, "the first line of a YAML block names its file"

@@ -198,10 +198,10 @@ class TestMistakes:
         ("arguments", "message"),
         [
             (["--untrained", "--captions", "a.json"], "--captions takes the files of two or three splits"),
-            (["--captions", "a.json", "b.json"], "give --grid-backbone FOLDER, or --untrained"),
+            (["--captions", "a.json", "b.json"], "give --grid-backbone NAME, or --untrained"),
             (
                 ["--captions", "a.json", "b.json", "--untrained", "--grid-backbone", "x101"],
-                "give --grid-backbone FOLDER, or --untrained",
+                "give --grid-backbone NAME, or --untrained",
             ),
             (
                 ["--captions", "a", "b", "--untrained", "--instances", "c", "--segmentation-model", "d"],

@@ -10,7 +10,16 @@ from pathlib import Path
 from simple_parsing import field
 
 from ..command_line import LeftOut, quiet_transformers, run_command
-from ..options import check_at_least, debug_option, parse_options, strict_option
+from ..options import (
+    check_at_least,
+    debug_option,
+    image_size_option,
+    layer_option,
+    parse_options,
+    precision_option,
+    sides_of,
+    strict_option,
+)
 
 DESCRIPTION = """\
 Caption images.
@@ -19,7 +28,8 @@ Caption images.
       --segmentation-model facebook/mask2former-swin-large-coco-panoptic --contact-sheet captions.html
 
   --model               a converted DIFNet checkpoint (difnet convert)
-  --grid-backbone       made by `difnet convert grid-backbone` of X-101.pth (grid-feats-vqa, Apache-2.0)
+  --grid-backbone       made by `difnet convert grid-backbone` of X-101.pth (grid-feats-vqa, Apache-2.0), or the vision
+                        model that made the features it was trained on (difnet extract)
   --segmentation-model  a COCO panoptic model of Transformers: MaskFormer, Mask2Former, OneFormer, EoMT, DETR
                         (the paper's baseline needs none)
 
@@ -41,7 +51,10 @@ class CaptionOptions:
     images: list[str] = field(
         default_factory=list, positional=True, metavar="IMAGE", help="images, or folders of them"
     )
-    grid_backbone: str | None = field(default=None, metavar="FOLDER", help="folder or repository")
+    grid_backbone: str | None = field(default=None, metavar="NAME", help="folder, repository or function")
+    layer: int | None = layer_option()
+    image_size: str | None = image_size_option()
+    precision: str | None = precision_option()
     segmentation_model: str | None = field(default=None, metavar="NAME", help="folder or repository")
     features: list[str] | None = field(default=None, metavar="HDF5", help="grid features, instead of images")
     segmentation: str | None = field(default=None, metavar="PATH", help="folder of <image id>.npy, or HDF5 file")
@@ -107,6 +120,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "caption.py") -> int:
         captioner = load_pipeline(
             options.model,
             grid_backbone=options.grid_backbone,
+            layer=options.layer,
+            image_size=None if options.image_size is None else sides_of(options.image_size),
+            precision=options.precision,
             segmentation_model=options.segmentation_model,
             untrained=options.untrained,
             seed=options.seed,

@@ -10,7 +10,18 @@ from pathlib import Path
 from simple_parsing import field
 
 from ..command_line import LeftOut, quiet_transformers, run_command
-from ..options import check_at_least, debug_option, parse_options, save_options, strict_option
+from ..files import make_folder
+from ..options import (
+    check_at_least,
+    debug_option,
+    image_size_option,
+    layer_option,
+    parse_options,
+    precision_option,
+    save_options,
+    sides_of,
+    strict_option,
+)
 
 DESCRIPTION = """\
 Show why a model chose its words.
@@ -53,7 +64,10 @@ class ExplanationOptions:
     show: int = field(default=8, metavar="N", help="of --dataset: images with page and panels")
     image_folder: Path | None = field(default=None, metavar="FOLDER", help="of --dataset: where its images are")
     faithfulness: bool = field(default=False, help="of --dataset and the first model: remove cells, compare methods")
-    grid_backbone: str | None = field(default=None, metavar="FOLDER", help="folder or repository")
+    grid_backbone: str | None = field(default=None, metavar="NAME", help="folder, repository or function")
+    layer: int | None = layer_option()
+    image_size: str | None = image_size_option()
+    precision: str | None = precision_option()
     segmentation_model: str | None = field(default=None, metavar="NAME", help="folder or repository")
     untrained: bool = field(default=False, help="check without weights: the maps mean nothing")
     caption: str | None = field(default=None, metavar="TEXT", help="explain these words, not the model's own")
@@ -93,7 +107,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "explain.py") -> int:
         warnings = warn_of_untrained(options.untrained)
         generation_options = {} if options.num_beams is None else {"num_beams": options.num_beams}
         left_out = LeftOut()
-        options.output.mkdir(parents=True, exist_ok=True)
+        make_folder(options.output)
         if options.dataset is not None:
             num_done = explain_split(
                 options.model,
@@ -115,6 +129,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "explain.py") -> int:
             captioner = load_pipeline(
                 options.model[0],
                 grid_backbone=options.grid_backbone,
+                layer=options.layer,
+                image_size=None if options.image_size is None else sides_of(options.image_size),
+                precision=options.precision,
                 segmentation_model=options.segmentation_model,
                 untrained=options.untrained,
                 seed=options.seed,

@@ -12,7 +12,19 @@ from pathlib import Path
 from simple_parsing import field
 
 from ..command_line import run_command
-from ..options import debug_option, option_name, parse_options, save_options, strict_option
+from ..options import (
+    check_at_least,
+    debug_option,
+    grid_size_option,
+    image_size_option,
+    layer_option,
+    option_name,
+    parse_options,
+    precision_option,
+    save_options,
+    sides_of,
+    strict_option,
+)
 
 DESCRIPTION = """\
 Make grid features and segmentation features of images, in the original's file layout.
@@ -21,14 +33,16 @@ Make grid features and segmentation features of images, in the original's file l
       --segmentation-model facebook/mask2former-swin-large-coco-panoptic --output features
 
 OUTPUT then holds
-  grid_features.hdf5                    one dataset <image id>_features (49, 2048) an image, float32
+  grid_features.hdf5                    one dataset <image id>_features (49, C) an image, float32; X-101: C = 2048
   segmentations/<folder>/<image id>.npy (133, 7, 7), float32; <folder> is the folder that the image lies in
   manifest.json                         names and hashes of the networks, ids and names of the images, problems
   recipe.yaml                           these options
 
 Leave --grid-backbone out to make segmentation features alone, and every source of segmentation for grids alone.
 Where the features come from:
-  --grid-backbone         made by `difnet convert grid-backbone` of X-101.pth (grid-feats-vqa, Apache-2.0)
+  --grid-backbone         made by `difnet convert grid-backbone` of X-101.pth (grid-feats-vqa, Apache-2.0); or any
+                          vision model of Transformers, by folder or repository, such as facebook/dinov2-base; or
+                          PACKAGE.MODULE:FUNCTION of your own (docs/caption.md)
   --segmentation-model    a COCO panoptic model of Transformers: MaskFormer, Mask2Former, OneFormer, EoMT, DETR
   --panoptic-annotations  COCO's panoptic_*.json; the PNGs lie in the folder of the same name beside each
   --instance-annotations  COCO's instances_*.json: things alone; of overlapping instances the smaller one wins
@@ -44,7 +58,8 @@ Images that cannot be used are left out and listed at the end, and in manifest.j
 --strict, for mistakes, and if nothing could be done."""
 
 SEGMENTATION_SOURCES = ("segmentation_model", "panoptic_annotations", "instance_annotations", "label_maps")
-SOURCES = ("grid_backbone", *SEGMENTATION_SOURCES, "label_order", "coco_json")
+GRID_BACKBONE = ("grid_backbone", "layer", "image_size", "grid_size", "precision", "batch_size")
+SOURCES = (*GRID_BACKBONE, *SEGMENTATION_SOURCES, "label_order", "coco_json")
 
 
 @dataclass
@@ -53,7 +68,16 @@ class ExtractOptions:
 
     images: list[str] = field(positional=True, metavar="IMAGE", help="images, or folders of them")
     output: Path = field(metavar="FOLDER", help="folder to make")
-    grid_backbone: str | None = field(default=None, metavar="FOLDER", help="grid feature backbone")
+    grid_backbone: str | None = field(default=None, metavar="NAME", help="folder, repository or function")
+    layer: int | None = layer_option()
+    image_size: str | None = image_size_option()
+    grid_size: int | None = grid_size_option()
+    precision: str | None = precision_option()
+    batch_size: int | None = field(
+        default=None,
+        metavar="N",
+        help="of --grid-backbone: images that run together, if they are of one size (default: 8; X-101: 1)",
+    )
     segmentation_model: str | None = field(default=None, metavar="NAME", help="folder or repository")
     panoptic_annotations: list[Path] | None = field(default=None, metavar="JSON", help="COCO's panoptic_*.json")
     instance_annotations: list[Path] | None = field(default=None, metavar="JSON", help="COCO's instances_*.json")
@@ -75,7 +99,9 @@ class ExtractOptions:
     skip_missing: bool = field(
         default=False, help="of --packed: do without images that were left out", group="packing"
     )
-    device: str | None = field(default=None, help="for example cuda:1 (default: a GPU if there is one)")
+    device: str | None = field(
+        default=None, metavar="DEVICE", help="for example cuda:1 (default: a GPU if there is one)"
+    )
     untrained: bool = field(
         default=False,
         help="check without weights: a network that is not named is a small random one; the features mean nothing",
@@ -88,13 +114,14 @@ class ExtractOptions:
         given = [option_name(name) for name in SEGMENTATION_SOURCES if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are two sources of segmentation: give one")
+        check_at_least(self, 1, "grid_size", "batch_size")
         if (self.packed is None) != (self.captions is None):
             raise ValueError("--packed and --captions go together")
 
     def command(self) -> str:
         """The command line that makes the same features, for the manifest."""
         words = ["python", "scripts/extract_features.py", *self.images, "--output", self.output.name]
-        for name in ("grid_backbone", *SEGMENTATION_SOURCES, "coco_json"):
+        for name in (*GRID_BACKBONE, *SEGMENTATION_SOURCES, "coco_json"):
             value = getattr(self, name)
             if value is not None:
                 words += [option_name(name), *map(str, value if isinstance(value, list) else [value])]
@@ -121,7 +148,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "extract_features.py") -
             manifest = extract_features(
                 options.images,
                 options.output,
-                **{name: getattr(options, name) for name in SOURCES},
+                **{name: getattr(options, name) for name in SOURCES if name != "image_size"},
+                image_size=None if options.image_size is None else sides_of(options.image_size),
                 device=options.device,
                 untrained=options.untrained,
                 seed=options.seed,

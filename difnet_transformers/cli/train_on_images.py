@@ -10,9 +10,18 @@ from pathlib import Path
 from simple_parsing import field
 
 from ..command_line import run_command
-from ..files import folder_lock, name_file_in_errors
+from ..files import folder_lock, make_folder
 from ..model_card import license_option
-from ..options import debug_option, parse_options, save_options, strict_option
+from ..options import (
+    debug_option,
+    grid_size_option,
+    image_size_option,
+    layer_option,
+    parse_options,
+    precision_option,
+    save_options,
+    strict_option,
+)
 
 DESCRIPTION = """\
 Train a captioner on a folder of images with captions, from the JPEG files to a page of captions.
@@ -55,8 +64,15 @@ class TrainOnImagesOptions:
     )
 
     grid_backbone: str | None = field(
-        default=None, group=FEATURES, metavar="FOLDER", help="made by `difnet convert grid-backbone` of X-101.pth"
+        default=None,
+        group=FEATURES,
+        metavar="NAME",
+        help="made by `difnet convert grid-backbone` of X-101.pth, or any vision model: see `difnet extract --help`",
     )
+    layer: int | None = layer_option(group=FEATURES)
+    image_size: str | None = image_size_option(group=FEATURES)
+    grid_size: int | None = grid_size_option(group=FEATURES)
+    precision: str | None = precision_option(group=FEATURES)
     untrained: bool = field(
         default=False, group=FEATURES, help="a small random network instead: its features only tell images apart"
     )
@@ -75,7 +91,7 @@ class TrainOnImagesOptions:
         group="training",
         choices=["validation", "train"],
         help="split whose CIDEr-D says which checkpoint is best (default: validation); train shows whether everything "
-        "works: the images are learnt by heart",
+        "works: the images are memorized",
     )
     min_word_count: int = field(
         default=1, group="training", metavar="N", help="how often the captions must have a word"
@@ -95,7 +111,7 @@ class TrainOnImagesOptions:
                 "--captions takes the files of two or three splits: training, validation and perhaps test"
             )
         if (self.grid_backbone is None) != self.untrained:
-            raise ValueError("give --grid-backbone FOLDER, or --untrained for a check without weights")
+            raise ValueError("give --grid-backbone NAME, or --untrained for a check without weights")
         if sum(source is not None for source in (self.segmentation_model, self.instances, self.panoptic)) > 1:
             raise ValueError("give one of --segmentation-model, --instances and --panoptic")
 
@@ -106,8 +122,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "train_on_pictures.py") 
     def run() -> int:
         from ..workflows.train_on_images import FeatureSources, train_on_images
 
-        with name_file_in_errors(options.output):
-            options.output.mkdir(parents=True, exist_ok=True)
+        make_folder(options.output)
         with folder_lock(options.output, prog):
             save_options(options, options.output / "recipe.yaml")
             return train_on_images(
@@ -120,6 +135,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "train_on_pictures.py") 
                     options.instances or (),
                     options.panoptic or (),
                     options.seed,
+                    {name: getattr(options, name) for name in ("layer", "image_size", "grid_size", "precision")},
                 ),
                 name=options.name,
                 skip_missing=options.skip_missing,

@@ -20,7 +20,7 @@ from modeling_difnet import original_beam_search
 from modeling_difnet.images_difnet import open_image, unusual_size
 from modeling_difnet.pipeline_difnet import TASK, UNTRAINED_WARNING, DifnetImageCaptioningPipeline
 
-from ..checkpoints import load_captioner
+from ..checkpoints import check_device, load_captioner
 from ..command_line import LeftOut, describe, requires
 from ..files import printable
 
@@ -61,6 +61,9 @@ def load_pipeline(
     model: str,
     *,
     grid_backbone: str | None = None,
+    layer: int | None = None,
+    image_size: tuple[int, int] | None = None,
+    precision: str | None = None,
     segmentation_model: str | None = None,
     untrained: bool = False,
     seed: int = 0,
@@ -70,7 +73,8 @@ def load_pipeline(
 
     Args:
         model: folder or repository of the captioner.
-        grid_backbone: folder or repository; not needed for features.
+        grid_backbone: folder, repository or function; not needed for features.
+        layer, image_size, precision: of the grid backbone, see `load_grid_backbone`.
         segmentation_model: folder or repository; not needed for features.
         untrained: lets small random networks stand in for those that are not named.
         seed: of these.
@@ -79,6 +83,7 @@ def load_pipeline(
     Raises:
         ValueError: a network cannot be loaded or does not fit the captioner.
     """
+    check_device(device)
     captioner, processor = load_captioner(model)
     return DifnetImageCaptioningPipeline(
         model=captioner,
@@ -86,6 +91,7 @@ def load_pipeline(
         task=TASK,
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
         grid_backbone=grid_backbone,
+        grid_backbone_options={"layer": layer, "image_size": image_size, "precision": precision},
         segmentation_model=segmentation_model,
         untrained=untrained,
         seed=seed,

@@ -11,10 +11,11 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -26,8 +27,16 @@ from tqdm import tqdm
 
 from modeling_difnet import GridFeatureBackbone
 from modeling_difnet.images_difnet import UnreadableImage, open_image, unusual_size
-from modeling_difnet.pipeline_difnet import UNTRAINED_WARNING, load_grid_backbone, load_segmenter, provenance_of
+from modeling_difnet.pipeline_difnet import (
+    UNTRAINED_WARNING,
+    GridBackbone,
+    load_grid_backbone,
+    load_segmenter,
+    provenance_of,
+)
+from modeling_difnet.vision_backbone_difnet import as_pair
 
+from ..checkpoints import check_device
 from ..command_line import describe, requires
 from ..files import atomic_write, folder_lock, name_file_in_errors, printable, read_json
 from .segmentation_sources import (
@@ -79,13 +88,20 @@ class Extraction:
         segmentation: makes segmentation features; `None` for grid features alone.
         provenance: what the output says about its making.
         left_out: images that are known to be unusable.
+        batch_size: images that the backbone sees together.
     """
 
     images: list[ImageFile]
-    backbone: GridFeatureBackbone | None
+    backbone: GridBackbone | None
     segmentation: SegmentationSource | None
     provenance: dict[str, Any]
     left_out: list[LeftOutImage] = field(default_factory=list)
+    batch_size: int = 1
+
+    def batches(self) -> list[list[ImageFile]]:
+        """The images in groups that never change: how images are grouped has an influence on the last digit."""
+        places = range(0, len(self.images), self.batch_size)
+        return [self.images[place : place + self.batch_size] for place in places]
 
     def identity(self) -> str:
         """A hash of all that decides about the features: a killed run is resumed only if it is the same."""
@@ -114,42 +130,80 @@ class Extraction:
                 states.append([status.st_size, status.st_mtime_ns])
         return states
 
-    def features_of(self, image: ImageFile) -> tuple[dict[str, np.ndarray], str | None]:
-        """Makes the features of one image; raises whatever is wrong with it.
+    def grids_of(self, opened: Sequence[Image.Image]) -> list[Any]:
+        """The grid features (cells, C) of images, or in their place the error of an image."""
+        if self.backbone is None:
+            return [None] * len(opened)
+        if len(opened) > 1:
+            # Where a batch fails, its images show one by one which of them it is.
+            with contextlib.suppress(Exception):
+                grids: Any = self.backbone.grid_features(list(opened))  # (B, cells, C)
+                return list(grids.cpu().numpy())
+        results: list[Any] = []
+        for image in opened:
+            try:
+                grid: Any = self.backbone.grid_features(image)  # (cells, C)
+                results.append(grid.cpu().numpy())
+            except Exception as error:
+                results.append(error)
+        return results
+
+    def features_of(self, image: ImageFile, opened: Image.Image, grid: Any) -> dict[str, np.ndarray]:
+        """The arrays of one image by name; raises whatever is wrong with it.
+
+        Args:
+            image: the file.
+            opened: its pixels.
+            grid: grid features (cells, C), the error that came in their place, or `None` without a backbone.
 
         Returns:
-            The arrays by name, grid features (49, C) and segmentation features (133, 7, 7), and a remark on the image.
+            Grid features (49, C) and segmentation features (133, 7, 7).
         """
-        opened = open_as_annotated(image)
-        arrays: list[np.ndarray] = []
-        if self.backbone is not None:
-            grid: Any = self.backbone.grid_features(opened)  # (49, C)
-            arrays.append(grid.cpu().numpy())
+        if isinstance(grid, Exception):
+            raise grid
+        arrays: list[np.ndarray] = [] if grid is None else [grid]
         if self.segmentation is not None:
             arrays.append(self.segmentation(opened, image))  # (133, 7, 7)
         if not all(np.isfinite(array).all() for array in arrays):
             raise UnreadableImage("NaN or infinity among the features")
-        return dict(zip(self.arrays_of(image), arrays, strict=True)), unusual_size(opened)
+        return dict(zip(self.arrays_of(image), arrays, strict=True))
 
-    def extract(self, image: ImageFile, work: WorkFolder) -> bool:
-        """Writes the features of one image, or what is wrong with it. Returns whether there are features."""
-        sources = self.sources_of(image)  # before the files are read: a change while they are is noticed
-        path = printable(image.path, 300)
+    def extract(self, images: Sequence[ImageFile], work: WorkFolder, wanted: Collection[int] | None = None) -> None:
+        """Writes the features of a batch of images, or what is wrong with one.
 
-        def note(kind: str, what: str) -> None:
+        Args:
+            images: one of `batches`.
+            work: where the features go.
+            wanted: ids of those that are to be written; by default all.
+        """
+
+        def note(image: ImageFile, kind: str, what: str) -> None:
+            path = printable(image.path, 300)
+            what = what if what.startswith(f"{path}:") else f"{path}: {what}"
             tqdm.write(f"{kind}: {what}", file=sys.stderr)
             work.write_problem(image.image_id, kind, what)
 
-        try:
-            arrays, remark = self.features_of(image)
-        except Exception as error:
-            said = describe(error)
-            note(LEFT_OUT, said if said.startswith(f"{path}:") else f"{path}: {said}")
-            return False
-        if remark is not None:
-            note(UNUSUAL, f"{path}: {remark}")
-        work.write_arrays(image.image_id, arrays, sources)
-        return True
+        opened: list[tuple[ImageFile, Image.Image, list[list[int]]]] = []
+        for image in images:
+            sources = self.sources_of(image)  # before the files are read: a change while they are is noticed
+            try:
+                opened.append((image, open_as_annotated(image), sources))
+            except Exception as error:
+                if wanted is None or image.image_id in wanted:
+                    note(image, LEFT_OUT, describe(error))
+        grids = self.grids_of([pixels for _, pixels, _ in opened])
+        for (image, pixels, sources), grid in zip(opened, grids, strict=True):
+            if wanted is not None and image.image_id not in wanted:
+                continue
+            try:
+                arrays = self.features_of(image, pixels, grid)
+            except Exception as error:
+                note(image, LEFT_OUT, describe(error))
+                continue
+            remark = unusual_size(pixels)
+            if remark is not None:
+                note(image, UNUSUAL, remark)
+            work.write_arrays(image.image_id, arrays, sources)
 
     def problems(self, work: WorkFolder) -> list[dict[str, Any]]:
         """All that is known to be wrong with images: `{"image_id": .., "kind": .., "what": ..}`."""
@@ -184,6 +238,11 @@ def extract_features(
     output: Path,
     *,
     grid_backbone: str | None = None,
+    layer: int | None = None,
+    image_size: tuple[int, int] | None = None,
+    grid_size: int | None = None,
+    precision: str | None = None,
+    batch_size: int | None = None,
     segmentation_model: str | None = None,
     panoptic_annotations: Sequence[Path] | None = None,
     instance_annotations: Sequence[Path] | None = None,
@@ -204,7 +263,11 @@ def extract_features(
     Args:
         images: files, or folders of them.
         output: the folder to make; until all is done there is `<output>.partial`.
-        grid_backbone: folder or repository of a `GridFeatureBackbone`.
+        grid_backbone: folder or repository of a `GridFeatureBackbone` or another vision model, or
+            `package.module:function`.
+        layer, image_size, precision: of the backbone, see `load_grid_backbone`.
+        grid_size: cells along a side; by default 7, or what the configuration of X-101 says.
+        batch_size: images that the backbone sees together; by default 8, and 1 for X-101, whose images differ in size.
         segmentation_model: folder or repository of a COCO panoptic model of Transformers.
         panoptic_annotations: COCO's `panoptic_*.json`; the PNGs lie in folders of the same names beside them.
         instance_annotations: COCO's `instances_*.json`.
@@ -224,17 +287,33 @@ def extract_features(
         ValueError: a mistake in the arguments, or no image could be used.
         FailedElsewhere: another process has failed.
     """
+    check_device(device)
     state = PartialState(cpu=device == "cpu")
     if untrained and state.is_main_process:
         print(UNTRAINED_WARNING, file=sys.stderr)
 
     def open_inputs() -> Extraction:
         network_device = torch.device(device or state.device)
+        backbone, cells = None, grid_size or 7
+        if grid_backbone is not None or untrained:
+            backbone = load_grid_backbone(
+                grid_backbone,
+                network_device,
+                untrained,
+                seed,
+                layer=layer,
+                image_size=image_size,
+                grid_size=grid_size,
+                precision=precision,
+            )
+            cells = as_pair(backbone.config.grid_size)[0]
+        elif layer is not None or image_size is not None or precision is not None:
+            raise ExtractionError("--layer, --image-size and --precision belong to --grid-backbone")
         segmentation: SegmentationSource | None = open_annotations(
-            panoptic_annotations, instance_annotations, label_maps, label_order
+            panoptic_annotations, instance_annotations, label_maps, label_order, cells
         )
         if segmentation is None and (segmentation_model is not None or untrained):
-            segmenter = load_segmenter(segmentation_model, network_device, untrained, seed)
+            segmenter = load_segmenter(segmentation_model, network_device, untrained, seed, cells)
             segmentation = ModelSegmentations(segmenter, segmentation_model)
         provenance: dict[str, Any] = {"made_by": "DIFNet for Transformers, scripts/extract_features.py"}
         if untrained:
@@ -242,9 +321,9 @@ def extract_features(
         provenance["versions"] = {name: version(name) for name in ("torch", "transformers", "pillow")}
         if segmentation is not None:
             provenance["segmentation"] = segmentation.provenance
-        backbone = None
-        if grid_backbone is not None or untrained:
-            backbone = load_grid_backbone(grid_backbone, network_device, untrained, seed)
+            if backbone is None and cells != 7:
+                provenance["grid_size"] = cells
+        if backbone is not None:
             provenance["grid_backbone"] = provenance_of(backbone, grid_backbone)
         if backbone is None and segmentation is None:
             raise ExtractionError(
@@ -255,7 +334,8 @@ def extract_features(
         else:
             coco_files = [read_images(path) for path in coco_json or []]
         found, left_out = list_images(images, coco_files)
-        return Extraction(found, backbone, segmentation, provenance, left_out)
+        together = batch_size or (1 if backbone is None or isinstance(backbone, GridFeatureBackbone) else 8)
+        return Extraction(found, backbone, segmentation, provenance, left_out, together)
 
     extraction = on_all_processes(open_inputs, state)
     work = WorkFolder(output.with_name(output.name + ".partial"))
@@ -267,7 +347,8 @@ def extract_features(
             if state.is_main_process:
                 work.path.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(folder_lock(work.path, "extract_features.py"))
-                folders = {f"{SEGMENTATIONS}/{image.split}" for image in extraction.images}
+                splits = {image.split for image in extraction.images if extraction.segmentation is not None}
+                folders = {f"{SEGMENTATIONS}/{split}" for split in splits}
                 work.prepare(extraction.identity(), folders)
 
         on_all_processes(begin, state)
@@ -316,20 +397,24 @@ def list_images(places: Sequence[str], coco_files: Sequence[CocoFile]) -> tuple[
 
 def extract_missing(extraction: Extraction, work: WorkFolder, state: PartialState) -> None:
     """Makes the features of all images that have none, shared among the processes."""
-    pending = [
-        image
+    pending = {
+        image.image_id
         for image in extraction.images
         if not work.is_done(image.image_id, extraction.arrays_of(image), extraction.sources_of(image))
-    ]
+    }
+    batches = [batch for batch in extraction.batches() if any(image.image_id in pending for image in batch)]
     # All processes must see the same list before the first of them adds to what is done.
     state.wait_for_everyone()
-    share = pending[state.process_index :: state.num_processes]
+    share = batches[state.process_index :: state.num_processes]
     done = len(extraction.images) - len(pending)
     if done and state.is_main_process:
         print(f"{done} images are done already")
     name = "extracting" if state.num_processes == 1 else f"extracting (1 of {state.num_processes} processes)"
-    for image in tqdm(share, unit=" images", desc=name, disable=not state.is_main_process):
-        extraction.extract(image, work)
+    total = sum(image.image_id in pending for batch in share for image in batch)
+    with tqdm(total=total, unit=" images", desc=name, disable=not state.is_main_process) as bar:
+        for batch in share:
+            extraction.extract(batch, work, pending)
+            bar.update(sum(image.image_id in pending for image in batch))
 
 
 def finish(
@@ -356,11 +441,12 @@ def finish(
             for key, value in extraction.provenance.items():
                 hdf5.attrs[key] = value if isinstance(value, str) else json.dumps(value)
         left_out = {problem["image_id"] for problem in extraction.problems(work) if problem["kind"] == LEFT_OUT}
-        made = [image for image in extraction.images if image.image_id not in left_out]
-        for image in tqdm(made, unit=" images", desc="collecting the features"):
+        made = [(batch, image) for batch in extraction.batches() for image in batch if image.image_id not in left_out]
+        for batch, image in tqdm(made, unit=" images", desc="collecting the features"):
             names = extraction.arrays_of(image)
             contents = work.read_arrays(image.image_id, names)
-            if contents is None and extraction.extract(image, work):  # damaged since it was written
+            if contents is None:  # damaged since it was written
+                extraction.extract(batch, work, [image.image_id])
                 contents = work.read_arrays(image.image_id, names)
             if contents is None:
                 continue
@@ -470,11 +556,12 @@ def pack_features(features: Path, packed: Path, captions: str, skip_missing: boo
     if not grids.exists():
         raise ExtractionError("--packed needs grid features: give --grid-backbone")
     with h5py.File(grids, "r") as file:
-        grid_feature_size = file[next(iter(file))].shape[1]
+        cells, grid_feature_size = file[next(iter(file))].shape
     config = PackingConfig(
         features=(str(grids),),
         segmentation=str(segmentations) if segmentations.exists() else None,
         annotations=captions,
+        grid_size=math.isqrt(cells),
         grid_feature_size=grid_feature_size,
         skip_missing=skip_missing,
     )

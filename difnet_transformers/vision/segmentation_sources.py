@@ -74,6 +74,7 @@ class CocoSegmentations:
 
     Args:
         files: as `read_instances` or `read_panoptic` reads them.
+        grid_size: cells along a side of the feature.
 
     Raises:
         ValueError: a category is none of COCO's, or an image is in two files; the text names the file.
@@ -81,8 +82,9 @@ class CocoSegmentations:
 
     kind: str
 
-    def __init__(self, files: Sequence[CocoFile]) -> None:
+    def __init__(self, files: Sequence[CocoFile], grid_size: int = 7) -> None:
         self.files = files
+        self.grid_size = grid_size
         self.file_of: dict[int, CocoFile] = {}
         self.channels_of: dict[Path, dict[int, int]] = {}
         for file in files:
@@ -123,7 +125,8 @@ class InstanceSegmentations(CocoSegmentations):
     def __call__(self, image: Image.Image, file: ImageFile) -> np.ndarray:
         annotations, channels, annotation_file = self.annotations_of(file)
         with naming_source(annotation_file.path, file):
-            return pool_channel_map(instance_channel_map(annotations, channels, image.height, image.width))
+            labels = instance_channel_map(annotations, channels, image.height, image.width)
+            return pool_channel_map(labels, self.grid_size)
 
 
 class PanopticSegmentations(CocoSegmentations):
@@ -146,7 +149,8 @@ class PanopticSegmentations(CocoSegmentations):
                 f"{image.width} x {image.height}"
             )
         with naming_source(path, file):
-            return pool_channel_map(panoptic_channel_map(segments, annotations[0]["segments_info"], channels))
+            labels = panoptic_channel_map(segments, annotations[0]["segments_info"], channels)
+            return pool_channel_map(labels, self.grid_size)
 
     def files_of(self, file: ImageFile) -> list[Path]:
         try:
@@ -163,13 +167,15 @@ class LabelMaps:
     Args:
         folder: they lie in it or in folders below.
         order: how labels are numbered, a key of `LABEL_ORDERS`.
+        grid_size: cells along a side of the feature.
 
     Raises:
         ValueError: there is none.
     """
 
-    def __init__(self, folder: Path, order: str) -> None:
+    def __init__(self, folder: Path, order: str, grid_size: int = 7) -> None:
         self.folder = folder
+        self.grid_size = grid_size
         self.channels = channels_of_labels(LABEL_ORDERS[order])
         self.paths: dict[int, list[Path]] = {}
         for path in sorted(folder.rglob("*")):
@@ -189,7 +195,7 @@ class LabelMaps:
             if leads_out(path, self.folder):
                 raise ValueError("a symbolic link out of the folder")
             labels = read_npy(path) if path.suffix == ".npy" else np.asarray(open_label_map(path))
-            return pool_channel_map(channel_map(labels, self.channels))
+            return pool_channel_map(channel_map(labels, self.channels), self.grid_size)
 
     def files_of(self, file: ImageFile) -> list[Path]:
         return self.paths.get(file.image_id, [])
@@ -215,7 +221,11 @@ class ModelSegmentations:
 
 
 def open_annotations(
-    panoptic: Sequence[Path] | None, instances: Sequence[Path] | None, label_maps: Path | None, label_order: str
+    panoptic: Sequence[Path] | None,
+    instances: Sequence[Path] | None,
+    label_maps: Path | None,
+    label_order: str,
+    grid_size: int = 7,
 ) -> SegmentationSource | None:
     """The source of segmentations that needs no network; `None` without any.
 
@@ -224,15 +234,16 @@ def open_annotations(
         instances: COCO's `instances_*.json`.
         label_maps: folder of label maps.
         label_order: how these number the classes, a key of `LABEL_ORDERS`.
+        grid_size: cells along a side of the feature.
 
     Raises:
         ValueError: a file is not what it should be; the text names it.
     """
     if instances:
-        return InstanceSegmentations([read_instances(path) for path in instances])
+        return InstanceSegmentations([read_instances(path) for path in instances], grid_size)
     if panoptic:
-        return PanopticSegmentations([read_panoptic(path) for path in panoptic])
-    return LabelMaps(label_maps, label_order) if label_maps is not None else None
+        return PanopticSegmentations([read_panoptic(path) for path in panoptic], grid_size)
+    return LabelMaps(label_maps, label_order, grid_size) if label_maps is not None else None
 
 
 @contextlib.contextmanager

@@ -7,9 +7,10 @@ printed commands do not do; this module knows their order and their settings for
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +19,12 @@ from processing_difnet import DifnetTokenizer
 from ..child_process import run_difnet
 from ..command_line import LeftOut
 from ..data.captions import read_annotations
+from ..data.feature_files import GridFiles
 from ..data.image_files import find_images, match_images
 from ..data.packed_dataset import load_packed_split
 from ..files import atomic_output, atomic_write, check_regular_file, printable, read_file, read_json
 from ..model_card import METRICS, check_license
+from ..options import option_name
 from ..presets import SMALL_NETWORK
 from ..reports.pages import SheetImage, Table, html_sheet
 
@@ -50,11 +53,12 @@ class FeatureSources:
     """Where the features come from. Of the three sources of segmentation at most one is given.
 
     Args:
-        grid_backbone: folder that `difnet convert grid-backbone` made; `None` for a small random network.
+        grid_backbone: as `difnet extract` takes it; `None` for a small random network.
         segmentation_model: a COCO panoptic model of Transformers.
         instances: COCO's instances_*.json of the images.
         panoptic: COCO's panoptic_*.json of the images.
         seed: of the random network.
+        backbone_options: further options of `difnet extract` that have a value, by the names of their fields.
     """
 
     grid_backbone: str | None = None
@@ -62,6 +66,7 @@ class FeatureSources:
     instances: Sequence[Path] = ()
     panoptic: Sequence[Path] = ()
     seed: int = 0
+    backbone_options: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def has_segmentation(self) -> bool:
@@ -72,6 +77,8 @@ class FeatureSources:
         """The options of `difnet extract`."""
         words: list[object] = ["--untrained", "--seed", self.seed] if self.grid_backbone is None else []
         words += ["--grid-backbone", self.grid_backbone] if self.grid_backbone is not None else []
+        for name, value in self.backbone_options.items():
+            words += [option_name(name), value] if value is not None else []
         words += ["--segmentation-model", self.segmentation_model] if self.segmentation_model else []
         words += ["--instance-annotations", *self.instances] if self.instances else []
         words += ["--panoptic-annotations", *self.panoptic] if self.panoptic else []
@@ -191,7 +198,10 @@ def extract_features(
 
 def pack(annotations: Path, output: Path, skip_missing: bool) -> None:
     """Features and captions as one dataset, in `output`/packed."""
-    words = [*_feature_arguments(output), "--annotations", annotations]
+    words: list[object] = [*_feature_arguments(output), "--annotations", annotations]
+    cells, channels = _grid_shape(output)
+    words += ["--grid-size", math.isqrt(cells)] if cells != 49 else []
+    words += ["--grid-feature-size", channels] if channels != 2048 else []
     words += ["--skip-missing"] if skip_missing or most_have_features(annotations, output) else []
     run_difnet("pack", [*words, "--output", output / "packed"])
 
@@ -201,6 +211,14 @@ def _feature_arguments(output: Path) -> list[object]:
     segmentations = output / "features" / "segmentations"
     grids = ["--features", output / "features" / "grid_features.hdf5"]
     return [*grids, *(["--segmentation", segmentations] if segmentations.is_dir() else [])]
+
+
+def _grid_shape(output: Path) -> tuple[int, int]:
+    """Cells of an image's grid, and the channels of a cell."""
+    files = GridFiles((str(output / "features" / "grid_features.hdf5"),))
+    image_id, path = next(iter(files.index().items()))
+    cells, channels = files.read(path, image_id).shape
+    return cells, channels
 
 
 def most_have_features(annotations: Path, output: Path) -> bool:
