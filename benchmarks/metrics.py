@@ -10,6 +10,7 @@ benchmarks/results/.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import gzip
 import io
@@ -160,7 +161,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--images", type=int, default=5_000, help="images of the evaluation (default: 5,000)")
     add_output_option(parser)
+    parser.add_argument("--results", type=Path, help=argparse.SUPPRESS)  # the table's folder, before --output
     options = parser.parse_args(argv)
+    output = options.output
+    if output is None:
+        output = results_path("metrics") if options.results is None else options.results / results_path("metrics").name
     images = corpus(options.captions, options.number)
     rows = evaluation_rows(images, options.images) + reward_rows(images)
     source = "synthetic, from the golden captions" if options.captions is None else options.captions.name
@@ -168,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
         *header("Captioning metrics", "metrics.py", notes=[f"one core; corpus: {source}"]),
         *markdown_table(["what", "measured"], rows),
     ]
-    write_report(lines, options.output or results_path("metrics"))
+    write_report(lines, output)
 
 
 if __name__ == "__main__":

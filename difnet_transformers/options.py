@@ -440,14 +440,16 @@ def _with_present_names(words: Sequence[str], names: Collection[str], renamed: M
         renamed: earlier names of options with their names of today.
     """
     options = list(words[: words.index("--")] if "--" in words else words)
-    earlier = [*(name for name in names if name not in renamed.values()), *renamed]
+    earlier = [name for name in names if name not in renamed.values()]
     present = []
     for word in options:
         name, equals, value = word.partition("=")
         if name.startswith("--") and name not in names and name not in renamed:
-            candidates = [known for known in earlier if known.startswith(name)]
-            candidates = candidates or [known for known in names if known.startswith(name)]
-            name = candidates[0] if len(candidates) == 1 else name
+            for known in (renamed, earlier, names):
+                candidates = [each for each in known if each.startswith(name)]
+                if len(candidates) == 1:
+                    name = candidates[0]
+                    break
         present.append(renamed.get(name, name) + equals + value)
     return present + list(words[len(options) :])
 

@@ -110,7 +110,7 @@ class TestCommandLine:
         ("words", "name", "value"),
         [
             ("--images 3", "num_images", 3),
-            ("--image 3", "num_images", 3),  # not the new --image-folder
+            ("--image 3", "num_images", 3),  # not the new --image-folder or --image-size
             ("--im=3", "num_images", 3),
             ("--num 3", "num_beams", 3),  # not the new --num-images
             ("--num-i 3", "num_images", 3),
@@ -127,6 +127,7 @@ class TestCommandLine:
             num_beams: int = 1
             num_images: int = 1
             image_folder: str | None = None
+            image_size: int = 1
             cpu: bool = False
 
         renamed = {"--images": "--num-images", "--pictures-of-split": "--image-folder"}
