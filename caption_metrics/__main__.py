@@ -309,7 +309,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m caption_metri
             traceback.print_exc()
         said = _printable(" ".join(str(error).split()), 2000)
         known = isinstance(error, UserError)
-        print(f"error: {said if known else f'{type(error).__name__}: {said} (--debug shows where)'}", file=sys.stderr)
+        said = said if known else f"{type(error).__name__}: {said} (--debug shows where)"
+        print(f"{prog}: error: {said}", file=sys.stderr)
         return 2
     finally:
         warnings.showwarning = show_warning

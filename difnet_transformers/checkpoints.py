@@ -94,6 +94,19 @@ def load_ensemble(
     return models[0] if len(models) == 1 else DifnetEnsemble(models).eval(), processor
 
 
+def check_device(name: str | None) -> None:
+    """Refuses a device that this machine or this build of PyTorch does not have; `None` is none in particular.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):  # an unknown name; a PyTorch without CUDA
+        found = ", ".join(["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))])
+        raise ValueError(f"--device {printable(name)}: no such device for this PyTorch; it has {found}") from None
+
+
 def checkpoint_folder(name: str | os.PathLike, revision: str | None = None) -> Path:
     """The folder that `name` is, or the copy of the Hub's repository of this name.
 

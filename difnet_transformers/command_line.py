@@ -34,6 +34,7 @@ EXTRA_OF = {
     "shtab": "completion",
     "tensorboard": "train",
 }
+DISTRIBUTIONS = {"PIL": "pillow"}  # packages that are installed under another name than they are imported
 
 
 OWN_PACKAGES = ("caption_metrics", "difnet_transformers", "modeling_difnet")
@@ -92,7 +93,7 @@ def describe(error: BaseException) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name is not None:
         package = error.name.split(".")[0]
         if package in EXTRA_OF:
-            return f'the package {package} is missing: pip install "difnet-transformers[{EXTRA_OF[package]}]"'
+            return _missing(package, EXTRA_OF[package])
     if isinstance(error, MemoryError):
         return "out of memory" + (f" ({_lines_of(error)})" if str(error) else "")
     if isinstance(error, RecursionError):
@@ -106,6 +107,10 @@ def describe(error: BaseException) -> str:
         return text
     # No error that the program foresaw: its type says more than its text.
     return f"{type(error).__name__}: {text} (--debug shows where)"
+
+
+def _missing(package: str, extra: str) -> str:
+    return f'the package {DISTRIBUTIONS.get(package, package)} is missing: pip install "difnet-transformers[{extra}]"'
 
 
 def reason_of(error: BaseException) -> str:
@@ -200,6 +205,4 @@ def requires(extra: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in OWN_PACKAGES:
             raise
-        raise ImportError(
-            f'the package {error.name} is missing: pip install "difnet-transformers[{extra}]"', name=error.name
-        ) from error
+        raise ImportError(_missing(error.name or "", extra), name=error.name) from error

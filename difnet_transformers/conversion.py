@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -270,6 +270,7 @@ def convert(
     fusion_iterations: int = 2,
     overwrite: bool = False,
     license: str | None = None,
+    save_recipe: Callable[[Path], object] | None = None,
 ) -> Conversion[DifnetForConditionalGeneration]:
     """Makes a folder for `from_pretrained` of an original checkpoint: model, generation, processor, code, card.
 
@@ -280,6 +281,7 @@ def convert(
         num_heads, fusion_layers, fusion_iterations: as in `convert_state_dict`.
         overwrite: whether a folder that exists may be replaced.
         license: of the weights, as the Hub abbreviates it, for the model card; it says nothing by default.
+        save_recipe: writes the options of the run to the path it is given.
 
     Returns:
         What was converted; `key_report` makes a table of it.
@@ -320,6 +322,8 @@ def convert(
             f"Converted from `{printable(Path(checkpoint).name)}`, a checkpoint of the original code.",
             license=license,
         )
+        if save_recipe is not None:
+            save_recipe(unfinished / "recipe.yaml")
     return conversion
 
 
@@ -345,13 +349,17 @@ def set_special_tokens(config: DifnetConfig, tokens: Sequence[str], source: str 
 
 
 def convert_grid_backbone(
-    checkpoint: str | Path, output: str | Path, depths: Sequence[int] | None = None, overwrite: bool = False
+    checkpoint: str | Path,
+    output: str | Path,
+    depths: Sequence[int] | None = None,
+    overwrite: bool = False,
+    save_recipe: Callable[[Path], object] | None = None,
 ) -> Conversion[GridFeatureBackbone]:
     """Makes a folder for `GridFeatureBackbone.from_pretrained` of a weights file of grid-feats-vqa.
 
     Args:
         checkpoint: the detector's `.pth`, whose name and SHA-256 the folder's `config.json` records.
-        output, overwrite: as in `convert`.
+        output, overwrite, save_recipe: as in `convert`.
         depths: as in `convert_detectron2_state_dict`.
 
     Returns:
@@ -368,6 +376,8 @@ def convert_grid_backbone(
     conversion.config.weights_sha256 = sha256_of(checkpoint)
     with atomic_output(output, overwrite) as unfinished:
         conversion.model().save_pretrained(unfinished)
+        if save_recipe is not None:
+            save_recipe(unfinished / "recipe.yaml")
     return conversion
 
 

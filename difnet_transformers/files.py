@@ -311,6 +311,22 @@ def name_file_in_errors(path: str | os.PathLike) -> Iterator[None]:
         raise OSError(int(number[1]), os.strerror(int(number[1])), os.fspath(path)) from error
 
 
+def make_folder(folder: str | os.PathLike) -> None:
+    """Makes an output folder, which may exist.
+
+    Raises:
+        ValueError: the folder, or one that it lies in, is a file.
+        OSError: it cannot be made; the error names it.
+    """
+    try:
+        with name_file_in_errors(folder):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(
+            f"{printable(error.filename, 300)}: a file, where a folder is expected; choose another output"
+        ) from None
+
+
 @contextmanager
 def folder_lock(folder: str | os.PathLike, purpose: str) -> Iterator[None]:
     """Keeps other processes from writing a folder. The system drops the lock when the process ends, even by SIGKILL.

@@ -41,7 +41,7 @@ from dataclasses import MISSING, dataclass
 from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 import yaml
 from simple_parsing import ArgumentParser, field
@@ -183,7 +183,7 @@ def parse_options(
     positional_recipe: bool = False,
     epilog: str | None = None,
 ) -> Options:
-    """Reads a program's options. A mistake prints the usage and one line, and ends the process with exit code 2.
+    """Reads a program's options. A mistake prints one line and ends the process with exit code 2.
 
     Args:
         options_class: dataclass of the options.
@@ -199,11 +199,11 @@ def parse_options(
     Returns:
         An instance of `options_class`: values of the command line, then of `--recipe`, then defaults.
     """
-    words = _with_present_names(sys.argv[1:] if argv is None else argv, renamed)
+    words = _with_present_names(sys.argv[1:] if argv is None else argv, _option_names(options_class), renamed)
     if positional_recipe and words and words[0].endswith(RECIPE_SUFFIXES) and not words[0].startswith("-"):
         words = ["--recipe", *words]
 
-    def make_parser(provided: Collection[str] = ()) -> ArgumentParser:
+    def make_parser(provided: Collection[str] = ()) -> _Parser:
         return _make_parser(options_class, provided, prog=prog, description=description, epilog=epilog)
 
     if _only_parser.get():
@@ -214,14 +214,14 @@ def parse_options(
         try:
             recipe = read_recipe(options_class, name)
         except (OSError, ValueError) as error:
-            make_parser().error(describe(error))
+            make_parser().fail(describe(error))
     parser = make_parser(provided=recipe)
     given = getattr(parser.parse_args(words), "options", {})
     given = {name: value for name, value in given.items() if not _is_missing_positional(options_class, name, value)}
     try:
         return options_class(**{**recipe, **given})
     except ValueError as error:
-        parser.error(describe(error))
+        parser.fail(describe(error))
 
 
 def save_options(options: Any, path: str | os.PathLike) -> None:
@@ -419,12 +419,35 @@ class _Kind:
 # The command line
 
 
-def _with_present_names(words: Sequence[str], renamed: Mapping[str, str]) -> list[str]:
-    """The words of a command line with options of earlier names under those of today."""
+def _option_names(options_class: type) -> list[str]:
+    """The options that the help of a program shows."""
+    fields = [entry for entry in dataclasses.fields(options_class) if not entry.metadata.get("positional")]
+    return [
+        *(option_name(_opposite(entry.name) if entry.default is True else entry.name) for entry in fields),
+        "--recipe",
+        "--help",
+    ]
+
+
+def _with_present_names(words: Sequence[str], names: Collection[str], renamed: Mapping[str, str]) -> list[str]:
+    """The words of a command line with the full names that options have today.
+
+    An abbreviation means what it meant before options were renamed, and never an option that the help does not show.
+
+    Args:
+        words: the command line.
+        names: options that the help shows.
+        renamed: earlier names of options with their names of today.
+    """
     options = list(words[: words.index("--")] if "--" in words else words)
+    earlier = [*(name for name in names if name not in renamed.values()), *renamed]
     present = []
     for word in options:
         name, equals, value = word.partition("=")
+        if name.startswith("--") and name not in names and name not in renamed:
+            candidates = [known for known in earlier if known.startswith(name)]
+            candidates = candidates or [known for known in names if known.startswith(name)]
+            name = candidates[0] if len(candidates) == 1 else name
         present.append(renamed.get(name, name) + equals + value)
     return present + list(words[len(options) :])
 
@@ -436,9 +459,20 @@ def _recipe_of(words: Sequence[str]) -> str | None:
     return parser.parse_known_args(list(words))[0].recipe
 
 
-def _make_parser(options_class: type, provided: Collection[str], **texts: Any) -> ArgumentParser:
+class _Parser(ArgumentParser):
+    """A mistake is one line: the usage of some programs fills a screen."""
+
+    def error(self, message: str) -> NoReturn:
+        """For what argparse finds, which says what is wrong but not what is right."""
+        self.fail(f"{printable(message, 300)}; {self.prog} --help lists the options")
+
+    def fail(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _make_parser(options_class: type, provided: Collection[str], **texts: Any) -> _Parser:
     """The parser of a dataclass; fields in `provided` are not required."""
-    parser = ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, **texts)
+    parser = _Parser(formatter_class=argparse.RawDescriptionHelpFormatter, **texts)
     # Without defaults the result holds what the command line gives and nothing else.
     wrapper = parser.add_arguments(
         options_class, "options", default=cast(Any, argparse.SUPPRESS), dataclass_wrapper_class=_OptionsWrapper

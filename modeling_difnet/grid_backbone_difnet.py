@@ -234,7 +234,7 @@ class GridFeatureBackbone(PreTrainedModel):
     >>> from PIL import Image
     >>> from modeling_difnet import GridFeatureBackbone
 
-    >>> backbone = GridFeatureBackbone.from_pretrained("x101/")  # made by `convert_checkpoint.py grid-backbone`
+    >>> backbone = GridFeatureBackbone.from_pretrained("x101/")  # made by `difnet convert grid-backbone`
     >>> grid_features = backbone.grid_features(Image.open("image.jpg"))  # (49, 2048)
     ```
 

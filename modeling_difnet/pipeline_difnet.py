@@ -57,7 +57,7 @@ def load_grid_backbone(
     """The grid backbone of a folder, a repository or a function.
 
     Args:
-        name: a folder that `convert_checkpoint.py grid-backbone` made of X-101.pth; a vision model of Transformers,
+        name: a folder that `difnet convert grid-backbone` made of X-101.pth; a vision model of Transformers,
             by folder or repository; or `package.module:function`, see `VisionBackbone.from_pretrained`.
         device: where the network goes.
         untrained: for checks without weights: a folder of X-101 with random weights passes, and without a name a small
@@ -79,7 +79,7 @@ def load_grid_backbone(
     """
     if name is None and not untrained:
         raise ValueError(
-            "no grid backbone: give the folder that `convert_checkpoint.py grid-backbone` made of X-101.pth, or "
+            "no grid backbone: give the folder that `difnet convert grid-backbone` made of X-101.pth, or "
             "another vision model"
         )
     backbone: GridBackbone
@@ -126,7 +126,7 @@ def _load_x101(name: str | None, untrained: bool, seed: int, revision: str | Non
     if backbone.config.weights_sha256 is None and not untrained:
         raise ValueError(
             f"{name}: its config.json has no `weights_sha256`, so its weights are random. Convert X-101.pth with "
-            "`convert_checkpoint.py grid-backbone`, or ask for a check without weights by untrained (--untrained)."
+            "`difnet convert grid-backbone`, or ask for a check without weights by untrained (--untrained)."
         )
     return backbone
 

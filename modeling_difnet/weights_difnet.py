@@ -26,9 +26,15 @@ def load_complete(model_class: Any, name: str, revision: str | None = None) -> A
         revision: branch, tag or commit of the repository.
 
     Raises:
-        ValueError: a weight is missing, has another shape, or is not finite.
+        ValueError: there is no such model, or it is of another class; a weight is missing, has another shape, or is
+            not finite.
     """
-    model, report = model_class.from_pretrained(name, revision=revision, output_loading_info=True)
+    try:
+        model, report = model_class.from_pretrained(name, revision=revision, output_loading_info=True)
+    except (OSError, ValueError) as error:  # Transformers' texts have several lines
+        is_folder = os.path.isdir(name)
+        problem = "the network cannot be loaded" if is_folder else "no such folder, and not available from the Hub"
+        raise ValueError(f"{one_line(name)}: {problem} ({one_line(' '.join(str(error).split()), 300)})") from error
     random = random_weights(report)
     if random:
         raise ValueError(

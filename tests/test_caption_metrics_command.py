@@ -140,7 +140,10 @@ def test_a_pipe_is_not_waited_for(tmp_path, capsys):
 def test_an_error_that_nobody_foresaw_is_one_line(tmp_path, capsys):
     arguments = [*write(tmp_path, *FORMATS["COCO"]), "--output", str(tmp_path / "a\0b")]
     assert main(arguments) == 2
-    assert capsys.readouterr().err == "error: ValueError: embedded null byte (--debug shows where)\n"
+    assert (
+        capsys.readouterr().err
+        == "python -m caption_metrics: error: ValueError: embedded null byte (--debug shows where)\n"
+    )
     assert main([*arguments, "--debug"]) == 2
     assert "Traceback" in capsys.readouterr().err
 

@@ -11,7 +11,7 @@ import torch
 from conftest import random_model
 from safetensors.torch import load_file, save_file
 
-from difnet_transformers.checkpoints import load_captioner, load_model
+from difnet_transformers.checkpoints import check_device, load_captioner, load_model
 from modeling_difnet import DifnetConfig, DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer
 
 
@@ -236,3 +236,11 @@ def test_generation_settings_without_special_tokens_take_those_of_the_model(fold
     model, _ = load_captioner(folder)
     assert model.generation_config.decoder_start_token_id == model.config.decoder_start_token_id
     assert model.generation_config.eos_token_id == model.config.eos_token_id
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused_by_name(device):
+    check_device(None)
+    check_device("cpu")
+    with pytest.raises(ValueError, match=f"--device {device}: no such device for this PyTorch; it has cpu"):
+        check_device(device)

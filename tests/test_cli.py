@@ -51,7 +51,9 @@ class TestCommands:
         with pytest.raises(SystemExit) as ended:
             main([command, "--help"])
         assert ended.value.code == 0
-        assert capsys.readouterr().out.startswith(f"usage: difnet {command} ")
+        help_text = capsys.readouterr().out
+        assert help_text.startswith(f"usage: difnet {command} ")
+        assert "OPTIONS." not in help_text, "an option lacks its metavar"
         with pytest.raises(SystemExit) as ended:
             main([command, "--no-such-option"])
         assert ended.value.code == 2

@@ -15,6 +15,7 @@ from difnet_transformers.files import (
     atomic_write,
     exchange,
     folder_lock,
+    make_folder,
     path_inside,
     printable,
     read_file,
@@ -192,3 +193,13 @@ def test_a_folder_is_written_by_one_process_and_freed_by_its_death(tmp_path):
     time.sleep(0.05)
     with folder_lock(tmp_path, "run"):
         pass
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "notes.txt/run"])
+def test_a_file_where_an_output_folder_goes_is_named(tmp_path, name):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"notes\.txt.*: a file, where a folder is expected; choose another output"):
+        make_folder(tmp_path / name)
+    make_folder(tmp_path / "runs" / "first")
+    make_folder(tmp_path / "runs" / "first")  # may exist
+    assert (tmp_path / "notes.txt").read_text() == "mine"

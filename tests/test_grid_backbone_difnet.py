@@ -21,6 +21,7 @@ from convert_checkpoint import convert_grid_backbone, main
 from difnet_transformers.grid_feats_vqa import convert_detectron2_state_dict
 from modeling_difnet import GridFeatureBackbone, GridFeatureBackboneConfig, grid_backbone_difnet
 from modeling_difnet.grid_backbone_difnet import resized_shape
+from modeling_difnet.pipeline_difnet import load_grid_backbone
 
 X101 = {"depths": (3, 4, 23, 3), "groups": 32, "width_per_group": 8, "stem": 64, "res2": 256}
 X152 = {**X101, "depths": (3, 8, 36, 3)}
@@ -619,3 +620,16 @@ def test_a_folder_brings_its_code(folder: Path, tmp_path: Path) -> None:
         )
         features = torch.load(tmp_path / "features.pt", weights_only=True)
         torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_another_networks_folder_is_not_taken_for_a_backbone(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "difnet"}')
+    with pytest.raises(ValueError, match="no vision model with an image processor"):
+        load_grid_backbone(str(tmp_path))
+
+
+def test_a_folder_without_a_network_is_one_line(tmp_path):
+    with pytest.raises(ValueError, match="the network cannot be loaded") as raised:
+        load_grid_backbone(str(tmp_path))
+    assert str(raised.value).startswith(str(tmp_path))
+    assert "\n" not in str(raised.value)

@@ -59,13 +59,13 @@ def parse(*words: str | Path, **arguments: object) -> ScaleOptions:
 
 
 def error(capsys: pytest.CaptureFixture, *words: str | Path, **arguments: object) -> str:
-    """The line of a mistake, after the usage."""
+    """The line of a mistake, without the hint to --help."""
     with pytest.raises(SystemExit) as ended:
         parse(*words, **arguments)
     assert ended.value.code == 2
-    usage, _, line = capsys.readouterr().err.rpartition("scale.py: error: ")
-    assert usage.startswith("usage: scale.py [-h] --output FOLDER")
-    return line.rstrip("\n")
+    before, _, line = capsys.readouterr().err.rpartition("scale.py: error: ")
+    assert before == "", "the usage may fill a screen: it is left to --help"
+    return line.removesuffix("\n").removesuffix("; scale.py --help lists the options")
 
 
 def write(path: Path, text: str) -> Path:
@@ -105,6 +105,33 @@ class TestCommandLine:
     @pytest.mark.parametrize("words", [["--cells", "3"], ["--cells=3"], ["--size", "3"], ["--si", "3"]])
     def test_earlier_names_and_abbreviations(self, words):
         assert parse("--output", "o", *words).size == 3
+
+    @pytest.mark.parametrize(
+        ("words", "name", "value"),
+        [
+            ("--images 3", "num_images", 3),
+            ("--image 3", "num_images", 3),  # not the new --image-folder
+            ("--im=3", "num_images", 3),
+            ("--num 3", "num_beams", 3),  # not the new --num-images
+            ("--num-i 3", "num_images", 3),
+            ("--n 3", "num_beams", 3),  # not --no-cpu, which the help does not show
+            ("--pictures f", "image_folder", "f"),
+            ("--image-f f", "image_folder", "f"),
+            ("--cp", "cpu", True),
+            ("--no-cpu", "cpu", False),
+        ],
+    )
+    def test_abbreviations_mean_what_they_meant_before_options_were_renamed(self, words, name, value):
+        @dataclass
+        class ExplainOptions:
+            num_beams: int = 1
+            num_images: int = 1
+            image_folder: str | None = None
+            cpu: bool = False
+
+        renamed = {"--images": "--num-images", "--pictures-of-split": "--image-folder"}
+        options = parse_options(ExplainOptions, words.split(), prog="explain.py", description="", renamed=renamed)
+        assert options == ExplainOptions(**{name: value})
 
     def test_words_after_two_dashes_are_no_options(self):
         assert parse("--output", "o", "--", "--cells", "3").images == [Path("--cells"), Path("3")]

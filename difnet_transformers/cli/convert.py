@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from simple_parsing import field
@@ -87,8 +88,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "convert_checkpoint.py")
             options.fusion_iterations,
             options.overwrite,
             options.license,
+            save_recipe=partial(save_options, options),
         )
-        save_options(options, options.output / "recipe.yaml")
         config = conversion.config
         print(key_report(conversion))
         print(
@@ -118,8 +119,9 @@ def grid_backbone_main(argv: Sequence[str], prog: str = "convert_checkpoint.py")
         from ..conversion import convert_grid_backbone
         from ..state_dicts import key_report
 
-        conversion = convert_grid_backbone(options.checkpoint, options.output, options.depth, options.overwrite)
-        save_options(options, options.output / "recipe.yaml")
+        conversion = convert_grid_backbone(
+            options.checkpoint, options.output, options.depth, options.overwrite, partial(save_options, options)
+        )
         config = conversion.config
         print(key_report(conversion))
         print(f"Grid feature backbone, {config.depths} blocks, {config.groups} groups, deviation {config.image_std}")

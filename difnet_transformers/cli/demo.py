@@ -10,7 +10,7 @@ from pathlib import Path
 from simple_parsing import field
 
 from ..command_line import run_command
-from ..files import folder_lock, name_file_in_errors
+from ..files import folder_lock, make_folder
 from ..options import debug_option, parse_options, save_options
 
 DESCRIPTION = """\
@@ -37,8 +37,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "demo.py") -> int:
     def run() -> int:
         from ..demo.run import run_demo
 
-        with name_file_in_errors(options.output):
-            options.output.mkdir(parents=True, exist_ok=True)
+        make_folder(options.output)
         with folder_lock(options.output, prog):
             run_demo(options.output, options.seed)
             save_options(options, options.output / "recipe.yaml")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..command_line import EXTRA_OF, run_command
+from ..command_line import DISTRIBUTIONS, EXTRA_OF, run_command
 from ..options import debug_option, parse_options
 
 DESCRIPTION = """\
@@ -48,9 +48,8 @@ def report() -> dict[str, str]:
         "operating system": platform.platform(),
     }
     lines |= {name: version_of(name) or "missing" for name in REQUIRED}
-    distributions = {"PIL": "pillow"}
     for module, extra in sorted(EXTRA_OF.items(), key=lambda item: item[0].lower()):
-        name = distributions.get(module, module)
+        name = DISTRIBUTIONS.get(module, module)
         lines[name] = version_of(name) or f'missing: pip install "difnet-transformers[{extra}]"'
     cuda = torch.version.cuda or torch.version.hip
     lines["CUDA of torch"] = cuda or "none, CPU alone"

@@ -10,6 +10,7 @@ from pathlib import Path
 from simple_parsing import field
 
 from ..command_line import LeftOut, quiet_transformers, run_command
+from ..files import make_folder
 from ..options import (
     check_at_least,
     debug_option,
@@ -105,7 +106,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "explain.py") -> int:
         warnings = warn_of_untrained(options.untrained)
         generation_options = {} if options.num_beams is None else {"num_beams": options.num_beams}
         left_out = LeftOut()
-        options.output.mkdir(parents=True, exist_ok=True)
+        make_folder(options.output)
         if options.dataset is not None:
             num_done = explain_split(
                 options.model,

@@ -99,7 +99,9 @@ class ExtractOptions:
     skip_missing: bool = field(
         default=False, help="of --packed: do without images that were left out", group="packing"
     )
-    device: str | None = field(default=None, help="for example cuda:1 (default: a GPU if there is one)")
+    device: str | None = field(
+        default=None, metavar="DEVICE", help="for example cuda:1 (default: a GPU if there is one)"
+    )
     untrained: bool = field(
         default=False,
         help="check without weights: a network that is not named is a small random one; the features mean nothing",

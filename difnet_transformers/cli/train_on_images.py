@@ -10,7 +10,7 @@ from pathlib import Path
 from simple_parsing import field
 
 from ..command_line import run_command
-from ..files import folder_lock, name_file_in_errors
+from ..files import folder_lock, make_folder
 from ..model_card import license_option
 from ..options import (
     debug_option,
@@ -91,7 +91,7 @@ class TrainOnImagesOptions:
         group="training",
         choices=["validation", "train"],
         help="split whose CIDEr-D says which checkpoint is best (default: validation); train shows whether everything "
-        "works: the images are learnt by heart",
+        "works: the images are memorized",
     )
     min_word_count: int = field(
         default=1, group="training", metavar="N", help="how often the captions must have a word"
@@ -122,8 +122,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "train_on_pictures.py") 
     def run() -> int:
         from ..workflows.train_on_images import FeatureSources, train_on_images
 
-        with name_file_in_errors(options.output):
-            options.output.mkdir(parents=True, exist_ok=True)
+        make_folder(options.output)
         with folder_lock(options.output, prog):
             save_options(options, options.output / "recipe.yaml")
             return train_on_images(

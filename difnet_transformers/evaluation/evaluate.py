@@ -23,7 +23,7 @@ from processing_difnet import DifnetProcessor
 
 from ..checkpoints import load_ensemble
 from ..command_line import LeftOut
-from ..files import atomic_write, folder_lock, name_file_in_errors, printable
+from ..files import atomic_write, folder_lock, make_folder, printable
 from ..model_card import update_results
 from ..training.data_checks import check_data, open_split
 from ..training.processes import all_or_none
@@ -97,8 +97,7 @@ def evaluate_split(
 
         def lock_output() -> None:
             if accelerator.is_main_process:
-                with name_file_in_errors(output):
-                    output.mkdir(parents=True, exist_ok=True)
+                make_folder(output)
                 held.enter_context(folder_lock(output, program))
 
         all_or_none(accelerator, lock_output)

@@ -20,7 +20,7 @@ from modeling_difnet import original_beam_search
 from modeling_difnet.images_difnet import open_image, unusual_size
 from modeling_difnet.pipeline_difnet import TASK, UNTRAINED_WARNING, DifnetImageCaptioningPipeline
 
-from ..checkpoints import load_captioner
+from ..checkpoints import check_device, load_captioner
 from ..command_line import LeftOut, describe, requires
 from ..files import printable
 
@@ -87,6 +87,7 @@ def load_pipeline(
     Raises:
         ValueError: a network cannot be loaded or does not fit the captioner.
     """
+    check_device(device)
     captioner, processor = load_captioner(model)
     recorded = (processor.feature_extractor.grid_backbone or {}).get("name")
     if needs_images and grid_backbone is None and recorded is None and not untrained:

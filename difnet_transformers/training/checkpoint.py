@@ -297,6 +297,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     try:
         content = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
+        if not folder.exists():
+            raise ValueError(f"{folder}: no such checkpoint. To start a run, leave --resume out.") from None
         raise ValueError(
             f"{folder} is no checkpoint of a training run: it has no {PROGRESS}. To start a new run "
             f"from its weights, give --model {folder} instead of --resume."

@@ -21,7 +21,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, gather_object
 from tqdm import tqdm
 
-from ..command_line import describe
+from ..command_line import EXTRA_OF, describe
 
 SECONDS_TO_FREE = 0.2
 
@@ -46,9 +46,10 @@ def make_accelerator(
     available = {tracker.value for tracker in get_available_trackers()}
     for name in trackers:
         if name not in available:
+            package = f'"difnet-transformers[{EXTRA_OF[name]}]"' if name in EXTRA_OF else name
             raise ValueError(
                 f"--report-to {name}: the package is not installed, or Accelerate does not know it. `pip install "
-                f"{name}`, or choose one of: {', '.join(sorted(available | {'none'}))}."
+                f"{package}`, or choose one of: {', '.join(sorted(available | {'none'}))}."
             )
     return Accelerator(
         mixed_precision=mixed_precision,

@@ -33,7 +33,7 @@ from processing_difnet import DifnetProcessor, DifnetTokenizer
 
 from ..data import CaptionPairBatches, ImageCaptionBatches, ReferenceBatches
 from ..data.packed_dataset import split_fingerprint
-from ..files import folder_lock, name_file_in_errors
+from ..files import folder_lock, make_folder, name_file_in_errors
 from ..model_card import describe_backbone, write_model_card
 from ..options import save_options
 from .checkpoint import (
@@ -170,8 +170,7 @@ class DifnetTrainer:
         if not self.accelerator.is_main_process:
             return
         output = self.args.output
-        with name_file_in_errors(output):
-            output.mkdir(parents=True, exist_ok=True)
+        make_folder(output)
         self.held.enter_context(folder_lock(output, "train.py"))
         prepare_output(output, resumed)
 

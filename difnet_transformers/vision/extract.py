@@ -36,6 +36,7 @@ from modeling_difnet.pipeline_difnet import (
 )
 from modeling_difnet.vision_backbone_difnet import as_pair
 
+from ..checkpoints import check_device
 from ..command_line import describe, requires
 from ..files import atomic_write, folder_lock, name_file_in_errors, printable, read_json
 from .segmentation_sources import (
@@ -286,6 +287,7 @@ def extract_features(
         ValueError: a mistake in the arguments, or no image could be used.
         FailedElsewhere: another process has failed.
     """
+    check_device(device)
     state = PartialState(cpu=device == "cpu")
     if untrained and state.is_main_process:
         print(UNTRAINED_WARNING, file=sys.stderr)
