@@ -404,6 +404,8 @@ class DifnetFeatureExtractor(FeatureExtractionMixin):
             original attends to padded cells: `False`.
         cut_large_grids: whether a grid with more than `grid_size**2` cells is cut to its first ones, which are the top
             rows of the image, as in the original. By default it is a ValueError.
+        grid_backbone: what made the grid features of the training data, where that is known: `name`,
+            `parameters_sha256` and what else `provenance_of` of the pipeline says.
     """
 
     model_input_names = ["grid_features", "segmentation_features", "grid_attention_mask"]
@@ -415,6 +417,7 @@ class DifnetFeatureExtractor(FeatureExtractionMixin):
         num_segmentation_classes: int = 133,
         mask_padded_cells: bool = True,
         cut_large_grids: bool = False,
+        grid_backbone: Mapping[str, Any] | None = None,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -430,6 +433,16 @@ class DifnetFeatureExtractor(FeatureExtractionMixin):
         self.num_segmentation_classes = num_segmentation_classes
         self.mask_padded_cells = mask_padded_cells
         self.cut_large_grids = cut_large_grids
+        if grid_backbone is not None and not isinstance(grid_backbone, Mapping):
+            raise ValueError(f"grid_backbone must be a dictionary, not {_brief(grid_backbone)}.")
+        self.grid_backbone = None if grid_backbone is None else dict(grid_backbone)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings; `grid_backbone` only where it is known."""
+        settings = super().to_dict()
+        if self.grid_backbone is None:
+            settings.pop("grid_backbone", None)
+        return settings
 
     def __call__(
         self,

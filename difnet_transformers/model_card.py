@@ -90,6 +90,16 @@ def write_model_card(
     atomic_write(folder / "README.md", card)
 
 
+def describe_backbone(said: Mapping[str, Any] | None) -> str | None:
+    """A recorded grid backbone in the words of the card; `None` where there is no record."""
+    if not said:
+        return None
+    name = printable(said.get("name") or "an untrained network", 200)
+    details = [f"`{key}` {printable(said[key], 80)}" for key in ("revision", "layer", "image_size") if said.get(key)]
+    details.append(f"SHA-256 of the parameters {printable(said.get('parameters_sha256'), 80)}")
+    return f"`{name}` ({printable(said.get('model_type'), 80)}; {', '.join(details)})"
+
+
 def license_option(**settings: Any) -> Any:
     """The field `license: str | None = license_option()` of programs that write model cards.
 

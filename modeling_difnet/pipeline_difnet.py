@@ -273,6 +273,28 @@ def provenance_of(model: Any, name: str | None) -> dict[str, Any]:
     return said
 
 
+def check_same_backbone(said: Mapping[str, Any], backbone: GridBackbone) -> None:
+    """Refuses a grid backbone that is not the one that a captioner was trained with.
+
+    Args:
+        said: what the captioner says of it, in the form of `provenance_of`; nothing is compared where it is empty.
+        backbone: the loaded network, under whatever name.
+
+    Raises:
+        ValueError: weights, layer or image size differ.
+    """
+    if not said:
+        return
+    given = provenance_of(backbone, None)
+    for key, what in (("parameters_sha256", "weights"), ("layer", "layer"), ("image_size", "image size")):
+        if said.get(key) != given.get(key):
+            values = "" if key == "parameters_sha256" else f" {said.get(key)}, not {given.get(key)}"
+            raise ValueError(
+                f"this captioner was trained with another grid backbone, {said.get('name')}: other {what}{values}; "
+                "force=True (--force) takes it all the same"
+            )
+
+
 # The pipeline
 
 
@@ -295,11 +317,13 @@ class DifnetImageCaptioningPipeline(Pipeline):
 
     Args:
         grid_backbone: folder, repository or function (see `load_grid_backbone`), or the loaded network. Without it
-            only features can be captioned.
+            the one that the checkpoint names is loaded with the first image; if it names none, only features can be
+            captioned.
         grid_backbone_options: further arguments of `load_grid_backbone`: `layer`, `image_size`, `precision`,
             `revision`. The grid's size is the captioner's.
         segmentation_model: folder, repository or `PanopticSegmenter`; not for the paper's baseline, which has no
             segmentation flow.
+        force: takes a grid backbone that is not the one that the checkpoint names.
         untrained: for checks without weights, see `load_grid_backbone`: a network that is not named is a small one
             with random weights, drawn from `seed`.
         allow_private_hosts: whether URLs of images may lead to this machine or a private network.
@@ -328,17 +352,21 @@ class DifnetImageCaptioningPipeline(Pipeline):
         grid_backbone: str | GridBackbone | None = None,
         segmentation_model: str | PanopticSegmenter | None = None,
         grid_backbone_options: Mapping[str, Any] | None = None,
+        force: bool = False,
         untrained: bool = False,
         seed: int = 0,
         allow_private_hosts: bool = False,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
+        self.grid_backbone_options = dict(grid_backbone_options or {})
         self.allow_private_hosts = allow_private_hosts
         extractor = self.processor.feature_extractor
         if isinstance(grid_backbone, str) or (untrained and grid_backbone is None):
-            options = {"grid_size": extractor.grid_size, **(grid_backbone_options or {})}
+            options = {"grid_size": extractor.grid_size, **self.grid_backbone_options}
             grid_backbone = load_grid_backbone(grid_backbone, self.device, untrained, seed, **options)
+        if grid_backbone is not None and not (force or untrained):
+            check_same_backbone(self.recorded_backbone, grid_backbone)
         if self.model.config.use_segmentation:
             if isinstance(segmentation_model, str) or (untrained and segmentation_model is None):
                 segmentation_model = load_segmenter(
@@ -349,6 +377,41 @@ class DifnetImageCaptioningPipeline(Pipeline):
                 "this captioner has no segmentation flow (use_segmentation=False): drop segmentation_model"
             )
         self.grid_backbone, self.segmenter = grid_backbone, segmentation_model
+        self._check_sizes()
+
+    @property
+    def recorded_backbone(self) -> dict[str, Any]:
+        """What made the grid features that the captioner was trained on; empty where its checkpoint does not say."""
+        return getattr(self.processor.feature_extractor, "grid_backbone", None) or {}
+
+    def load_recorded_backbone(self) -> None:
+        """Loads the grid backbone that the captioner was trained with, unless one was given.
+
+        Raises:
+            ValueError: the checkpoint does not name it, names code, or the network is another one by now.
+        """
+        if self.grid_backbone is not None:
+            return
+        said = self.recorded_backbone
+        name = said.get("name")
+        if not isinstance(name, str):
+            raise ValueError("an image needs `grid_backbone=` (X-101 or another vision model)")
+        if FACTORY.fullmatch(name):
+            raise ValueError(f"this captioner was trained with {name}, which is code: name it, `grid_backbone={name}`")
+        kinds = {"layer": int, "image_size": list, "precision": str, "revision": str}
+        options = {key: said[key] for key, kind in kinds.items() if isinstance(said.get(key), kind)}
+        options |= {key: value for key, value in self.grid_backbone_options.items() if value is not None}
+        try:
+            backbone = load_grid_backbone(
+                name, self.device, grid_size=self.processor.feature_extractor.grid_size, **options
+            )
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(
+                f"this captioner was trained with {name}, which cannot be loaded; give `grid_backbone=` ({reason})"
+            ) from error
+        check_same_backbone(said, backbone)
+        self.grid_backbone = backbone
         self._check_sizes()
 
     def _check_sizes(self) -> None:
@@ -381,8 +444,8 @@ class DifnetImageCaptioningPipeline(Pipeline):
 
     def features_of(self, image: Image.Image) -> dict[str, Any]:
         """Both features of an RGB image, as the processor takes them."""
-        if self.grid_backbone is None:
-            raise ValueError("an image needs `grid_backbone=` (X-101 or another vision model)")
+        self.load_recorded_backbone()
+        assert self.grid_backbone is not None
         features: dict[str, Any] = {"grid_features": self.grid_backbone.grid_features(image)}
         if self.model.config.use_segmentation:
             if self.segmenter is None:

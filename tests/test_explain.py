@@ -297,7 +297,6 @@ def test_mistakes_are_one_line(model, tmp_path, capsys, arguments, message):
     ("arguments", "message"),
     [
         (["--model", "m", "--output", "o"], "give images, or --dataset"),
-        (["a.png", "--model", "m", "--output", "o"], "images need --grid-backbone"),
         (["a.png", "--model", "m", "n", "--untrained", "--output", "o"], "one --model"),
         (["--dataset", "d", "--model", "m", "--untrained", "--output", "o"], "--dataset needs no"),
         (["a.png", "--model", "m", "--untrained", "--faithfulness", "--output", "o"], "belong to --dataset"),
@@ -310,6 +309,12 @@ def test_options_that_do_not_fit(capsys, arguments, message):
         explain_command.main(arguments)
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_images_need_a_grid_backbone_that_is_given_or_recorded(model, tmp_path, capsys):
+    noise(1).save(tmp_path / "a.png")
+    assert explain_command.main([str(tmp_path / "a.png"), "--model", str(model), "--output", str(tmp_path / "o")]) == 2
+    assert "images need --grid-backbone" in capsys.readouterr().err
 
 
 def save_tiny(folder: Path, use_segmentation: bool) -> Path:

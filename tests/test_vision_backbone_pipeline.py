@@ -14,7 +14,7 @@ from test_images import WORDS, noise
 from transformers import AutoModel
 
 from configuration_difnet import DifnetConfig
-from difnet_transformers.cli import caption, extract
+from difnet_transformers.cli import caption, extract, train
 from difnet_transformers.options import sides_of
 from modeling_difnet import DifnetForConditionalGeneration, GridFeatureBackbone, VisionBackbone
 from modeling_difnet.pipeline_difnet import has_native_bf16, load_grid_backbone, provenance_of
@@ -240,6 +240,78 @@ def test_a_fast_form_of_x101_is_recorded_with_the_parameters_of_the_plain_one() 
     image = noise(0)
     expected = plain.fast_form(torch.bfloat16).grid_features(image)
     assert torch.equal(fast.grid_features(image), expected)
+
+
+@pytest.fixture
+def trained(dinov2: str, images: Path, tmp_path: Path) -> Path:
+    """A captioner of DINOv2's features, by way of extract, pack and train."""
+    captions = tmp_path / "captions"
+    captions.mkdir()
+    listed = [{"id": number, "file_name": f"{number:012d}.png"} for number in range(1, 6)]
+    said = [{"id": number, "image_id": number, "caption": "a dog"} for number in range(1, 6)]
+    for split in ("train", "val"):
+        half = slice(0, 3) if split == "train" else slice(3, 5)
+        content = {"images": listed[half], "annotations": said[half]}
+        (captions / f"captions_{split}.json").write_text(json.dumps(content))
+    options = ["--grid-backbone", dinov2, "--output", tmp_path / "features"]
+    assert run_extract(images, *options, "--packed", tmp_path / "packed", "--captions", captions) == 0
+    assert json.loads((tmp_path / "packed" / "provenance.json").read_text())["grid_backbone"]["name"] == dinov2
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "head_dim": 4, "encoder_ffn_dim": 32}
+    (tmp_path / "network.json").write_text(json.dumps({**sizes, "decoder_ffn_dim": 32}))
+    words = ["--dataset", tmp_path / "packed", "--output", tmp_path / "run", "--config", tmp_path / "network.json"]
+    words += ["--min-word-count", 1, "--cpu", "--max-steps", 1, "--xe-epochs", 1, "--stage", "xe"]
+    assert train.main([*map(str, words), "--xe-batch-size", "2", "--report-to", "none"]) == 0
+    return tmp_path / "run" / "last"
+
+
+def test_a_captioner_knows_its_grid_backbone(dinov2: str, images: Path, trained: Path, tmp_path: Path, capsys) -> None:
+    record = json.loads((trained / "processor_config.json").read_text())["feature_extractor"]["grid_backbone"]
+    assert record == provenance_of(load_grid_backbone(dinov2), dinov2)
+    assert f"made by `{dinov2}` (dinov2; " in (trained / "README.md").read_text()
+    capsys.readouterr()
+
+    assert run_caption(images, "--model", trained) == 0
+    captions = capsys.readouterr().out
+    assert run_caption(images, "--model", trained, "--grid-backbone", dinov2) == 0
+    assert capsys.readouterr().out == captions
+    captioner = transformers.pipeline("image-captioning", model=str(trained))
+    assert captioner(str(images / f"{1:012d}.png"))[0]["generated_text"] in captions
+
+    other = ["--grid-backbone", dinov2, "--layer", 1]
+    assert run_caption(images, "--model", trained, *other) == 2
+    assert "was trained with another grid backbone" in (error := capsys.readouterr().err)
+    assert "other layer -1, not 1" in error
+    assert run_caption(images, "--model", trained, *other, "--force") == 0
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"name": "shutil:rmtree"}, "was trained with shutil:rmtree, which is code"),
+        ({"name": "/nowhere/dinov2"}, "was trained with /nowhere/dinov2, which cannot be loaded"),
+        ({"name": None}, "images need --grid-backbone"),
+        ({"name": 3}, "an image needs `grid_backbone=`"),
+        ("dinov2", "grid_backbone must be a dictionary"),
+    ],
+)
+def test_a_record_that_cannot_be_followed_is_one_line(images: Path, tmp_path: Path, capsys, record, message) -> None:
+    model = save_captioner(tmp_path / "model")
+    settings = json.loads((model / "processor_config.json").read_text())
+    assert "grid_backbone" not in settings["feature_extractor"]
+    settings["feature_extractor"]["grid_backbone"] = record
+    (model / "processor_config.json").write_text(json.dumps(settings))
+    assert run_caption(images, "--model", model) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_other_weights_of_the_same_name_are_refused(dinov2: str, images: Path, tmp_path: Path, capsys) -> None:
+    model = save_captioner(tmp_path / "model")
+    processor = DifnetProcessor.from_pretrained(model)
+    said = provenance_of(load_grid_backbone(dinov2), dinov2)
+    processor.feature_extractor.grid_backbone = {**said, "parameters_sha256": "0" * 64}
+    processor.save_pretrained(model)
+    assert run_caption(images, "--model", model) == 2
+    assert "other weights" in capsys.readouterr().err
 
 
 def test_sides_of_a_size() -> None:

@@ -55,6 +55,7 @@ class CaptionOptions:
     layer: int | None = layer_option()
     image_size: str | None = image_size_option()
     precision: str | None = precision_option()
+    force: bool = field(default=False, help="take another --grid-backbone than the model was trained with")
     segmentation_model: str | None = field(default=None, metavar="NAME", help="folder or repository")
     features: list[str] | None = field(default=None, metavar="HDF5", help="grid features, instead of images")
     segmentation: str | None = field(default=None, metavar="PATH", help="folder of <image id>.npy, or HDF5 file")
@@ -95,8 +96,6 @@ class CaptionOptions:
             raise ValueError(
                 "--explain takes one image, and a file that ends with .html or .png (difnet explain takes many)"
             )
-        if self.images and self.grid_backbone is None and not self.untrained:
-            raise ValueError("images need --grid-backbone (or --untrained for a check without weights)")
         check_at_least(self, 1, "num_captions", "num_beams", "batch_size")
 
 
@@ -123,6 +122,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "caption.py") -> int:
             layer=options.layer,
             image_size=None if options.image_size is None else sides_of(options.image_size),
             precision=options.precision,
+            force=options.force,
+            needs_images=bool(options.images),
             segmentation_model=options.segmentation_model,
             untrained=options.untrained,
             seed=options.seed,

@@ -68,6 +68,7 @@ class ExplanationOptions:
     layer: int | None = layer_option()
     image_size: str | None = image_size_option()
     precision: str | None = precision_option()
+    force: bool = field(default=False, help="take another --grid-backbone than the model was trained with")
     segmentation_model: str | None = field(default=None, metavar="NAME", help="folder or repository")
     untrained: bool = field(default=False, help="check without weights: the maps mean nothing")
     caption: str | None = field(default=None, metavar="TEXT", help="explain these words, not the model's own")
@@ -87,8 +88,6 @@ class ExplanationOptions:
         if self.images:
             if len(self.model) > 1:
                 raise ValueError("images are explained by one --model")
-            if self.grid_backbone is None and not self.untrained:
-                raise ValueError("images need --grid-backbone (or --untrained for a check without weights)")
             if self.faithfulness or self.image_folder:
                 raise ValueError("--faithfulness and --image-folder belong to --dataset")
         elif self.caption or self.grid_backbone or self.segmentation_model or self.untrained:
@@ -132,6 +131,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "explain.py") -> int:
                 layer=options.layer,
                 image_size=None if options.image_size is None else sides_of(options.image_size),
                 precision=options.precision,
+                force=options.force,
+                needs_images=bool(options.images),
                 segmentation_model=options.segmentation_model,
                 untrained=options.untrained,
                 seed=options.seed,

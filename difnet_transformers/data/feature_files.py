@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import math
 import os
 import re
@@ -89,6 +90,26 @@ class GridFiles:
             raise DataError(f"{printable(path)}: duplicate image ids: {join_ids(repeated)}")
         self._keys[path] = result
         return result
+
+    def grid_backbone(self) -> dict[str, Any] | None:
+        """What `difnet extract` wrote into the files about the network that made them; `None` where one says nothing.
+
+        Raises:
+            DataError: two files were made by different networks.
+        """
+        found: list[dict[str, Any]] = []
+        for path in self.paths:
+            try:
+                said = json.loads(self._file(path).attrs["grid_backbone"])
+            except (KeyError, TypeError, ValueError):
+                return None
+            if not isinstance(said, dict):
+                return None
+            hashes = [each.get("parameters_sha256") for each in (*found[:1], said)]
+            if hashes[0] != hashes[-1]:
+                raise DataError(f"{printable(self.paths[0])} and {printable(path)} were made by different networks")
+            found.append(said)
+        return found[0] if found else None
 
     def read(self, path: str, image_id: int) -> np.ndarray:
         """The features of an image.

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from ..command_line import describe
 from ..files import atomic_write, printable, read_json, sha256_of
 from .errors import DataError, Problem
+from .feature_files import GridFiles
 from .packing_plan import PackingConfig, Plan
 from .shards import FITTED, Shard, ShardReport
 
@@ -48,6 +49,7 @@ def make_provenance(
         counts["images"] += report.rows
         counts["captions"] += sum(len(row.captions) for row in rows)
         counts["restval_images"] += sum(row.restval for row in rows)
+    grid_backbone = GridFiles(config.features).grid_backbone()
     left_out = [*plan.left_out, *(problem for report in reports for problem in report.problems)]
     return {
         "command": command,
@@ -57,6 +59,7 @@ def make_provenance(
         "num_segmentation_classes": config.num_segmentation_classes if config.segmentation is not None else None,
         "grid_fit": config.grid_fit,
         "grids_of_another_size": {name: sum(report.fitted.get(name, 0) for report in reports) for name in FITTED},
+        **({} if grid_backbone is None else {"grid_backbone": grid_backbone}),
         "splits": splits,
         "skip_missing": config.skip_missing,
         "left_out": [problem._asdict() for problem in left_out],

@@ -64,6 +64,8 @@ def load_pipeline(
     layer: int | None = None,
     image_size: tuple[int, int] | None = None,
     precision: str | None = None,
+    force: bool = False,
+    needs_images: bool = False,
     segmentation_model: str | None = None,
     untrained: bool = False,
     seed: int = 0,
@@ -75,6 +77,8 @@ def load_pipeline(
         model: folder or repository of the captioner.
         grid_backbone: folder, repository or function; not needed for features.
         layer, image_size, precision: of the grid backbone, see `load_grid_backbone`.
+        force: whether another grid backbone than the captioner was trained with is taken.
+        needs_images: whether images are to be captioned, so that a grid backbone must be given or recorded.
         segmentation_model: folder or repository; not needed for features.
         untrained: lets small random networks stand in for those that are not named.
         seed: of these.
@@ -85,7 +89,10 @@ def load_pipeline(
     """
     check_device(device)
     captioner, processor = load_captioner(model)
-    return DifnetImageCaptioningPipeline(
+    recorded = (processor.feature_extractor.grid_backbone or {}).get("name")
+    if needs_images and grid_backbone is None and recorded is None and not untrained:
+        raise ValueError("images need --grid-backbone (or --untrained for a check without weights)")
+    loaded = DifnetImageCaptioningPipeline(
         model=captioner,
         processor=processor,
         task=TASK,
@@ -93,9 +100,13 @@ def load_pipeline(
         grid_backbone=grid_backbone,
         grid_backbone_options={"layer": layer, "image_size": image_size, "precision": precision},
         segmentation_model=segmentation_model,
+        force=force,
         untrained=untrained,
         seed=seed,
     )
+    if needs_images:
+        loaded.load_recorded_backbone()
+    return loaded
 
 
 def warn_of_untrained(untrained: bool) -> list[str]:

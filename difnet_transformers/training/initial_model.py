@@ -56,15 +56,31 @@ def make_model(
     Raises:
         ValueError: the options contradict the data, the weights, or one another.
     """
+    recorded = grid_backbone_of(args.dataset)
     if args.model is not None:
-        return load_given_model(args, args.model, train, validation)
+        model, processor = load_given_model(args, args.model, train, validation)
+        # Of features that nobody knows the origin of, the model's own record may be wrong.
+        processor.feature_extractor.grid_backbone = recorded
+        return model, processor
     tokenizer = make_tokenizer(args, train, validation)
     config, cells = make_config(args, tokenizer, train)
     tokenizer.model_max_length = config.max_position_embeddings
-    extractor = DifnetFeatureExtractor(math.isqrt(cells), config.grid_feature_size, config.num_segmentation_classes)
+    extractor = DifnetFeatureExtractor(
+        math.isqrt(cells), config.grid_feature_size, config.num_segmentation_classes, grid_backbone=recorded
+    )
     model = DifnetForConditionalGeneration(config)
     model.generation_config = default_generation_config(config)
     return model, DifnetProcessor(extractor, tokenizer)
+
+
+def grid_backbone_of(dataset: str | os.PathLike) -> dict[str, Any] | None:
+    """What made the grid features of a packed dataset, where its `provenance.json` says so."""
+    try:
+        provenance = read_json(Path(dataset, "provenance.json"))
+    except (OSError, ValueError):
+        return None
+    said = provenance.get("grid_backbone") if isinstance(provenance, dict) else None
+    return said if isinstance(said, dict) else None
 
 
 def load_given_model(
