@@ -448,6 +448,9 @@ class TestMistakes:
 
     def test_resuming_what_is_no_checkpoint(self, data, tmp_path, capsys):
         error = self.said(capsys, *arguments(data, tmp_path / "run"), "--resume", "last")
+        assert f"{tmp_path / 'run' / 'last'}: no such checkpoint. To start a run, leave --resume out." in error
+        (tmp_path / "empty").mkdir()
+        error = self.said(capsys, *arguments(data, tmp_path / "run"), "--resume", str(tmp_path / "empty"))
         assert "has no training_state/progress.json" in error
 
     def test_a_damaged_checkpoint(self, data, finished_run, tmp_path, capsys):
