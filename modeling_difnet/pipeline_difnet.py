@@ -6,16 +6,18 @@ original (mrwu-mac/DIFNet, CVPR 2022) has nothing like it: it captions feature f
 
     image --> open_image --> RGB --> grid backbone (49, C) --------------+
                               |                                          +--> DIFNet --> caption
-                              +----> PanopticSegmenter (133, 7, 7) ------+
+                              +----> segmenter (classes, 7, 7) ----------+
 
-The grid backbone is the original's X-101 (`GridFeatureBackbone`) or any other vision model (`VisionBackbone`).
+The grid backbone is the original's X-101 (`GridFeatureBackbone`) or any other vision model (`VisionBackbone`); the
+segmenter a COCO panoptic model, whose classes are the original's (`PanopticSegmenter`), or any other segmentation
+model or object detector (`SegmentationModel`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -24,9 +26,10 @@ from transformers import Pipeline, PreTrainedConfig
 
 from .grid_backbone_difnet import GridFeatureBackbone, GridFeatureBackboneConfig
 from .images_difnet import Image, open_image
-from .segmentation_difnet import CLASS_NAMES, LABEL_ORDERS, PanopticSegmenter
+from .segmentation_difnet import CLASS_NAMES, LABEL_ORDERS, PanopticSegmenter, channels_of_labels, normal_name
+from .segmentation_models_difnet import SegmentationModel, class_names_of, kind_of
 from .vision_backbone_difnet import FACTORY, VisionBackbone, as_pair
-from .weights_difnet import check_finite_weights, load_complete
+from .weights_difnet import check_finite_weights, load_complete, load_config
 
 TASK = "image-captioning"
 UNTRAINED_WARNING = (
@@ -37,6 +40,10 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GridBackbone: TypeAlias = GridFeatureBackbone | VisionBackbone
 """A source of grid features: `config.grid_feature_size`, `config.grid_size` (rows and columns, or one number for
 both) and `grid_features(image or list of images)`."""
+
+Segmenter: TypeAlias = PanopticSegmenter | SegmentationModel
+"""A source of segmentation features: `class_names`, `grid_size`, `model`, `kind`. Called with an RGB image it gives
+the feature `(classes, grid_size, grid_size)`; its `label_map(image)` has the index of each pixel's class."""
 
 
 # The two feature networks
@@ -166,33 +173,73 @@ def load_segmenter(
     untrained: bool = False,
     seed: int = 0,
     grid_size: int = 7,
-) -> PanopticSegmenter:
-    """The panoptic model of a folder or a repository.
+    *,
+    class_names: Sequence[str] | None = None,
+    score_threshold: float | None = None,
+    revision: str | None = None,
+) -> Segmenter:
+    """The segmentation model or object detector of a folder or a repository.
 
     Args:
-        name: the folder or repository.
+        name: the folder or repository. A panoptic model with COCO's 133 classes gives the original's channels.
         device: where the network goes.
         untrained: for checks without weights: without a name a small network with random weights is made.
         seed: of these weights.
         grid_size: cells along a side of the feature.
+        class_names: classes of the feature, of a captioner that was trained with them; those of the model are matched
+            by name. By default the model's own.
+        score_threshold: of an object detector, boxes with lower scores are dropped; by default 0.5.
+        revision: branch, tag or commit of the repository.
 
     Returns:
         The segmenter, its model in eval mode.
 
     Raises:
-        ValueError: the weights are incomplete, or the model does not know COCO's 133 panoptic classes.
+        ValueError: it is no such model, its weights are incomplete, its classes have no names, or they are others
+            than `class_names`; the text names the first that differs.
     """
     if name is None and not untrained:
         raise ValueError(
-            "no segmentation model: give a COCO panoptic model of Transformers, for example "
+            "no segmentation model: give a segmentation model of Transformers, for example "
             "facebook/mask2former-swin-large-coco-panoptic"
         )
+    segmenter: Segmenter
     if name is None:
         segmenter = _drawn_from(seed, lambda: _small_segmenter(grid_size))
+    elif _is_coco_panoptic(name, class_names, revision):
+        if score_threshold is not None:
+            raise ValueError(f"{name}: a score threshold is of object detectors; leave it out")
+        segmenter = PanopticSegmenter.from_pretrained(name, grid_size, revision)
     else:
-        segmenter = PanopticSegmenter.from_pretrained(name, grid_size)
+        threshold = 0.5 if score_threshold is None else score_threshold
+        segmenter = SegmentationModel.from_pretrained(name, grid_size, class_names, threshold, revision)
+        if score_threshold is not None and segmenter.kind != "boxes":
+            raise ValueError(f"{name}: a score threshold is of object detectors; leave it out")
     segmenter.model.to(device)
     return segmenter
+
+
+def _is_coco_panoptic(name: str, class_names: Sequence[str] | None, revision: str | None) -> bool:
+    """Whether a model gives the original's channels, and these are the ones that are wanted.
+
+    Raises:
+        ValueError: there is no such model, or it is neither a segmentation model nor an object detector.
+    """
+    config = load_config(name, revision)
+    if config.architectures and kind_of(config.architectures, name) != "panoptic":
+        return False
+    if class_names is not None and [*map(normal_name, class_names)] != [*map(normal_name, CLASS_NAMES)]:
+        return False
+    labels = config.id2label or {}
+    try:
+        channels_of_labels(labels)
+    except ValueError:
+        try:
+            class_names_of(labels)
+        except ValueError:
+            return True  # whose error says what the labels lack
+        return False
+    return True
 
 
 def _drawn_from(seed: int, build: Callable[[], Any]) -> Any:
@@ -271,6 +318,31 @@ def provenance_of(model: Any, name: str | None) -> dict[str, Any]:
     if getattr(model, "parameters_sha256", None):
         said["precision"] = next(key for key, dtype in PRECISIONS.items() if dtype == model.dtype)
     return said
+
+
+def segmentation_provenance_of(segmenter: Segmenter, name: str | None) -> dict[str, Any]:
+    """What features should say about the model that made the segmentation features.
+
+    Args:
+        segmenter: the loaded model.
+        name: folder or repository that it came from.
+
+    Returns:
+        `name`, `source` ("panoptic", "semantic" or "boxes"), `model_type`, `revision` (the commit),
+        `parameters_sha256` as in `provenance_of`, `class_names` in the order of the feature, of an object detector
+        `score_threshold`, and `seen`, the part of an image that it sees.
+    """
+    said: dict[str, Any] = {
+        "name": name,
+        "source": segmenter.kind,
+        "model_type": segmenter.model.config.model_type,
+        "revision": getattr(segmenter.model.config, "_commit_hash", None),
+        "parameters_sha256": hash_of_parameters(segmenter.model),
+        "class_names": list(segmenter.class_names),
+    }
+    if isinstance(segmenter, SegmentationModel) and segmenter.kind == "boxes":
+        said["score_threshold"] = segmenter.score_threshold
+    return said | {"seen": "whole image, no crop"}
 
 
 def check_same_backbone(said: Mapping[str, Any], backbone: GridBackbone) -> None:
@@ -477,8 +549,10 @@ __all__ = [
     "UNTRAINED_WARNING",
     "DifnetImageCaptioningPipeline",
     "GridBackbone",
+    "Segmenter",
     "hash_of_parameters",
     "load_grid_backbone",
     "load_segmenter",
     "provenance_of",
+    "segmentation_provenance_of",
 ]

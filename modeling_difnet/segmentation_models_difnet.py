@@ -20,18 +20,15 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
     AutoModelForObjectDetection,
     AutoModelForSemanticSegmentation,
     AutoModelForUniversalSegmentation,
-    AutoProcessor,
     PreTrainedModel,
 )
 
 from .images_difnet import Image, fitted_size, require_pillow
-from .segmentation_difnet import MAX_LABEL_MAP_SIDE, normal_name
-from .weights_difnet import load_complete
+from .segmentation_difnet import MAX_LABEL_MAP_SIDE, PanopticSegmenter, normal_name
+from .weights_difnet import load_complete, load_config
 
 NO_CLASS = -1
 """In a label map: a pixel of no class."""
@@ -88,19 +85,31 @@ class SegmentationModel:
 
     @classmethod
     def from_pretrained(
-        cls, name: str, grid_size: int = 7, class_names: Sequence[str] | None = None, score_threshold: float = 0.5
+        cls,
+        name: str,
+        grid_size: int = 7,
+        class_names: Sequence[str] | None = None,
+        score_threshold: float = 0.5,
+        revision: str | None = None,
     ) -> SegmentationModel:
         """Loads a folder or a repository of the Hub; what kind of model it is stands in its config.json.
+
+        Args:
+            name: the folder or repository.
+            grid_size, class_names, score_threshold: see `SegmentationModel`.
+            revision: branch, tag or commit of the repository.
 
         Raises:
             ValueError: it is no such model, its weights are incomplete or not finite, or as `SegmentationModel`.
             ImportError: Pillow is not installed.
         """
         require_pillow()
-        config = AutoConfig.from_pretrained(name)
+        config = load_config(name, revision)
         kind = kind_of(config.architectures or [], name)
-        model = load_complete(MODEL_CLASSES[kind], name)
-        processor = (AutoProcessor if config.model_type == "oneformer" else AutoImageProcessor).from_pretrained(name)
+        own = class_names_of(config.id2label or {})
+        match_classes(own, list(own.values()) if class_names is None else class_names)  # before weights are read
+        model = load_complete(MODEL_CLASSES[kind], name, revision)
+        processor = PanopticSegmenter.processor_of(name, config.model_type, revision)
         return cls(model, processor, kind, grid_size, class_names, score_threshold)
 
     @torch.no_grad()
@@ -108,9 +117,10 @@ class SegmentationModel:
         """(H, W) of indices into `class_names`, int64, `NO_CLASS` elsewhere. H and W are the image's, at most 640."""
         height, width = fitted_size(image.size, MAX_LABEL_MAP_SIDE)[::-1]
         is_oneformer = self.model.config.model_type == "oneformer"
-        inputs = self.processor(
-            images=image, return_tensors="pt", **({"task_inputs": ["panoptic"]} if is_oneformer else {})
-        )
+        arguments: dict[str, Any] = {"task_inputs": ["panoptic"]} if is_oneformer else {}
+        if getattr(self.processor, "do_center_crop", None):
+            arguments["do_center_crop"] = False  # both flows see the whole image
+        inputs = self.processor(images=image, return_tensors="pt", **arguments)
         outputs = self.model(**inputs.to(self.model.device))
         if self.kind == "semantic":
             (labels,) = self.processor.post_process_semantic_segmentation(outputs, target_sizes=[(height, width)])
