@@ -206,6 +206,9 @@ class PanopticSegmenter:
         grid_size: cells along a side of the feature (default 7).
     """
 
+    kind = "panoptic"
+    class_names = CLASS_NAMES
+
     def __init__(self, model: PreTrainedModel, processor: Any, grid_size: int = 7) -> None:
         self.model = model.eval()
         self.processor = processor
@@ -213,21 +216,27 @@ class PanopticSegmenter:
         self.channels = channels_of_labels(model.config.id2label or {})
 
     @classmethod
-    def from_pretrained(cls, name: str, grid_size: int = 7) -> PanopticSegmenter:
+    def from_pretrained(cls, name: str, grid_size: int = 7, revision: str | None = None) -> PanopticSegmenter:
         """Load a folder or a repository of the Hub.
+
+        Args:
+            name: the folder or repository.
+            grid_size: cells along a side of the feature.
+            revision: branch, tag or commit of the repository.
 
         Raises:
             ValueError: the weights are incomplete or not finite, or the model was not trained on COCO panoptic.
             ImportError: Pillow is not installed.
         """
         require_pillow()
-        model = load_complete(AutoModelForUniversalSegmentation, name)
-        return cls(model, cls.processor_of(name, model.config.model_type), grid_size)
+        model = load_complete(AutoModelForUniversalSegmentation, name, revision)
+        return cls(model, cls.processor_of(name, model.config.model_type, revision), grid_size)
 
     @staticmethod
-    def processor_of(name: str, model_type: str) -> Any:
+    def processor_of(name: str, model_type: str, revision: str | None = None) -> Any:
         """What prepares images for the model. OneFormer reads its task as text, which takes its full processor."""
-        return (AutoProcessor if model_type == "oneformer" else AutoImageProcessor).from_pretrained(name)
+        auto_class = AutoProcessor if model_type == "oneformer" else AutoImageProcessor
+        return auto_class.from_pretrained(name, revision=revision)
 
     @torch.no_grad()
     def label_map(self, image: Image.Image) -> np.ndarray:

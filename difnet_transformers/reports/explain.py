@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from modeling_difnet import DifnetForConditionalGeneration, RelevanceOutput, faithfulness, relevance
 from modeling_difnet.images_difnet import open_image
-from modeling_difnet.pipeline_difnet import DifnetImageCaptioningPipeline
+from modeling_difnet.pipeline_difnet import DifnetImageCaptioningPipeline, recorded_class_names
 from modeling_difnet.relevance_difnet import check_captions
 from processing_difnet import DifnetProcessor, DifnetTokenizer
 
@@ -192,6 +192,7 @@ def explain_split(
                 open_split_image,
                 method,
                 seed,
+                class_names=recorded_class_names(processor.feature_extractor),
                 num_shown=num_shown if number == 0 else 0,
                 with_faithfulness=with_faithfulness and number == 0,
             )
@@ -266,6 +267,7 @@ class _SplitExplanation:
         open_split_image: gives the image of an id, or `None`.
         method: of the maps.
         seed: of random cells.
+        class_names: of the segmentation features, where they are known.
         num_shown: how many of the first images are explained for the page.
         with_faithfulness: whether cells are removed.
         outputs: of `relevance`, one for each batch.
@@ -278,6 +280,7 @@ class _SplitExplanation:
     open_split_image: Callable[[int], Image.Image | None]
     method: str
     seed: int
+    class_names: Sequence[str] | None
     num_shown: int
     with_faithfulness: bool
     outputs: list[RelevanceOutput] = field(default_factory=list)
@@ -301,6 +304,7 @@ class _SplitExplanation:
                 [str(image_id) for image_id in first.ids],
                 [self.open_split_image(image_id) for image_id in first.ids],
                 method=self.method,
+                class_names=self.class_names,
             )
         removed = {}
         if self.with_faithfulness:
