@@ -71,7 +71,7 @@ class VisionBackbone(nn.Module):
 
     Args:
         model: a model of Transformers, or a module from `(B, 3, H, W)` to `(B, C, h, w)` or `(B, h * w, C)`.
-        preprocess: makes `(3, H, W)` of an RGB image.
+        preprocess: makes `(3, H, W)` of an RGB image; several threads may call it at once.
         image_size (`tuple[int, int]`): H and W, the same for every image.
         grid_size (`int` or `tuple[int, int]`, defaults to 7): rows and columns of the pooled grid.
         layer (`int`, defaults to -1): index of the hidden states to read.
@@ -154,8 +154,9 @@ class VisionBackbone(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
 
-    def preprocess(self, images: Sequence[Any]) -> torch.Tensor:
-        """RGB images as `(B, 3, H, W)`, float32, on the CPU. Every image is shown whole."""
+    def preprocess(self, images: Any) -> torch.Tensor:
+        """RGB images, or one, as `(B, 3, H, W)`, float32, on the CPU. Every image is shown whole."""
+        images = images if isinstance(images, list | tuple) else [images]
         return torch.stack([torch.as_tensor(self.preprocess_image(image), dtype=torch.float32) for image in images])
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -199,18 +200,25 @@ class VisionBackbone(nn.Module):
         Raises:
             ValueError: the network gives NaN or infinity.
         """
-        is_one = not isinstance(images, list | tuple)
-        pixel_values = self.preprocess([images] if is_one else images).to(self.device, self.dtype)
-        feature_map = self(pixel_values).float()  # (B, C, h, w)
+        pixel_values = self.preprocess(images)
+        features = self.pooled_features(pixel_values) if pooled else self._feature_map(pixel_values).contiguous()
+        return features if isinstance(images, list | tuple) else features[0]
+
+    @torch.no_grad()
+    def pooled_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Grid features `(B, rows * columns, C)`, float32, of images `(B, 3, H, W)` that `preprocess` made."""
+        feature_map = pool(self._feature_map(pixel_values), self.config.grid_size)  # (B, C, rows, columns)
+        return feature_map.flatten(2).transpose(1, 2).contiguous()
+
+    def _feature_map(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The feature map `(B, C, h, w)`, float32, of prepared images."""
+        feature_map = self(pixel_values.to(self.device, self.dtype)).float()
         if not feature_map.isfinite().all():
             raise ValueError(
                 f"{self.config.name}: the network gives NaN or infinity for this image; its weights are damaged, or "
                 f"its dtype ({self.dtype}) is too narrow"
             )
-        if pooled:
-            feature_map = pool(feature_map, self.config.grid_size).flatten(2).transpose(1, 2)  # (B, cells, C)
-        feature_map = feature_map.contiguous()
-        return feature_map[0] if is_one else feature_map
+        return feature_map
 
     @torch.no_grad()
     def _number_of_channels(self) -> int:

@@ -15,18 +15,18 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from modeling_difnet import GridFeatureBackbone
-from modeling_difnet.images_difnet import UnreadableImage, open_image, unusual_size
+from modeling_difnet.images_difnet import UnreadableImage, open_image
 from modeling_difnet.pipeline_difnet import (
     UNTRAINED_WARNING,
     GridBackbone,
@@ -39,6 +39,8 @@ from modeling_difnet.vision_backbone_difnet import as_pair
 from ..checkpoints import check_device
 from ..command_line import describe, requires
 from ..files import atomic_write, folder_lock, name_file_in_errors, printable, read_json
+from ..stage_times import StageTimes
+from .image_batches import LoadedImage, grid_features_of, load_image, prefetch
 from .segmentation_sources import (
     CocoSegmentations,
     ImageFile,
@@ -59,8 +61,13 @@ with requires("images"):
 
 GRIDS = "grid_features.hdf5"
 SEGMENTATIONS = "segmentations"
+DECODING = "decoding"  # of files, with the resizing for the grid backbone
 
 Result = TypeVar("Result")
+
+
+Loaded: TypeAlias = tuple[LoadedImage, list[list[int]]] | Exception
+"""An image with the state of its sources, or what is wrong with it."""
 
 
 class ExtractionError(ValueError):
@@ -89,6 +96,7 @@ class Extraction:
         provenance: what the output says about its making.
         left_out: images that are known to be unusable.
         batch_size: images that the backbone sees together.
+        times: of the stages.
     """
 
     images: list[ImageFile]
@@ -97,6 +105,7 @@ class Extraction:
     provenance: dict[str, Any]
     left_out: list[LeftOutImage] = field(default_factory=list)
     batch_size: int = 1
+    times: StageTimes = field(default_factory=StageTimes)
 
     def batches(self) -> list[list[ImageFile]]:
         """The images in groups that never change: how images are grouped has an influence on the last digit."""
@@ -130,30 +139,23 @@ class Extraction:
                 states.append([status.st_size, status.st_mtime_ns])
         return states
 
-    def grids_of(self, opened: Sequence[Image.Image]) -> list[Any]:
-        """The grid features (cells, C) of images, or in their place the error of an image."""
-        if self.backbone is None:
-            return [None] * len(opened)
-        if len(opened) > 1:
-            # Where a batch fails, its images show one by one which of them it is.
-            with contextlib.suppress(Exception):
-                grids: Any = self.backbone.grid_features(list(opened))  # (B, cells, C)
-                return list(grids.cpu().numpy())
-        results: list[Any] = []
-        for image in opened:
-            try:
-                grid: Any = self.backbone.grid_features(image)  # (cells, C)
-                results.append(grid.cpu().numpy())
-            except Exception as error:
-                results.append(error)
-        return results
+    def load(self, image: ImageFile) -> tuple[LoadedImage, list[list[int]]]:
+        """An image ready for the networks, and the state of its sources. Runs in threads; raises what is wrong."""
+        sources = self.sources_of(image)  # before the files are read: a change while they are is noticed
+        with self.times.stage(DECODING, beside=True):
+            return load_image(open_as_annotated(image), self.backbone, self.segmentation is not None), sources
 
-    def features_of(self, image: ImageFile, opened: Image.Image, grid: Any) -> dict[str, np.ndarray]:
+    def loaded_ahead(self, batches: Sequence[Sequence[ImageFile]]) -> Generator[Loaded, None, None]:
+        """What `load` gives, or raises, for each image of batches, in order."""
+        images = [image for batch in batches for image in batch]
+        return prefetch(self.load, images, lambda loaded: loaded[0].num_bytes)
+
+    def features_of(self, image: ImageFile, opened: Image.Image | None, grid: Any) -> dict[str, np.ndarray]:
         """The arrays of one image by name; raises whatever is wrong with it.
 
         Args:
             image: the file.
-            opened: its pixels.
+            opened: its pixels; `None` without a source of segmentation.
             grid: grid features (cells, C), the error that came in their place, or `None` without a backbone.
 
         Returns:
@@ -163,18 +165,27 @@ class Extraction:
             raise grid
         arrays: list[np.ndarray] = [] if grid is None else [grid]
         if self.segmentation is not None:
-            arrays.append(self.segmentation(opened, image))  # (133, 7, 7)
+            assert opened is not None
+            with self.times.stage("segmentation"):
+                arrays.append(self.segmentation(opened, image))  # (133, 7, 7)
         if not all(np.isfinite(array).all() for array in arrays):
             raise UnreadableImage("NaN or infinity among the features")
         return dict(zip(self.arrays_of(image), arrays, strict=True))
 
-    def extract(self, images: Sequence[ImageFile], work: WorkFolder, wanted: Collection[int] | None = None) -> None:
+    def extract(
+        self,
+        images: Sequence[ImageFile],
+        work: WorkFolder,
+        wanted: Collection[int] | None = None,
+        loaded: Generator[Loaded, None, None] | None = None,
+    ) -> None:
         """Writes the features of a batch of images, or what is wrong with one.
 
         Args:
             images: one of `batches`.
             work: where the features go.
             wanted: ids of those that are to be written; by default all.
+            loaded: from `loaded_ahead`, at this batch.
         """
 
         def note(image: ImageFile, kind: str, what: str) -> None:
@@ -183,27 +194,33 @@ class Extraction:
             tqdm.write(f"{kind}: {what}", file=sys.stderr)
             work.write_problem(image.image_id, kind, what)
 
-        opened: list[tuple[ImageFile, Image.Image, list[list[int]]]] = []
-        for image in images:
-            sources = self.sources_of(image)  # before the files are read: a change while they are is noticed
-            try:
-                opened.append((image, open_as_annotated(image), sources))
-            except Exception as error:
-                if wanted is None or image.image_id in wanted:
-                    note(image, LEFT_OUT, describe(error))
-        grids = self.grids_of([pixels for _, pixels, _ in opened])
-        for (image, pixels, sources), grid in zip(opened, grids, strict=True):
+        opened: list[tuple[ImageFile, LoadedImage, list[list[int]]]] = []
+        with contextlib.ExitStack() as stack:
+            if loaded is None:
+                loaded = stack.enter_context(contextlib.closing(self.loaded_ahead([images])))
+            for image in images:
+                with self.times.stage(DECODING):  # as far as the threads are not ahead
+                    result = next(loaded)
+                if not isinstance(result, Exception):
+                    opened.append((image, *result))
+                elif wanted is None or image.image_id in wanted:
+                    note(image, LEFT_OUT, describe(result))
+        grids: list[Any] = [None] * len(opened)
+        if self.backbone is not None:
+            with self.times.stage("grid backbone"):
+                grids = grid_features_of(self.backbone, [each for _, each, _ in opened])
+        for (image, each, sources), grid in zip(opened, grids, strict=True):
             if wanted is not None and image.image_id not in wanted:
                 continue
             try:
-                arrays = self.features_of(image, pixels, grid)
+                arrays = self.features_of(image, each.image, grid)
             except Exception as error:
                 note(image, LEFT_OUT, describe(error))
                 continue
-            remark = unusual_size(pixels)
-            if remark is not None:
-                note(image, UNUSUAL, remark)
-            work.write_arrays(image.image_id, arrays, sources)
+            with self.times.stage("writing"):
+                if each.remark is not None:
+                    note(image, UNUSUAL, each.remark)
+                work.write_arrays(image.image_id, arrays, sources)
 
     def problems(self, work: WorkFolder) -> list[dict[str, Any]]:
         """All that is known to be wrong with images: `{"image_id": .., "kind": .., "what": ..}`."""
@@ -352,8 +369,14 @@ def extract_features(
                 work.prepare(extraction.identity(), folders)
 
         on_all_processes(begin, state)
-        on_all_processes(lambda: extract_missing(extraction, work, state), state)
-        return finish(extraction, work, output, command, save_recipe) if state.is_main_process else None
+        num_images = on_all_processes(lambda: extract_missing(extraction, work, state), state)
+        if not state.is_main_process:
+            return None
+        with extraction.times.stage("writing"):
+            manifest = finish(extraction, work, output, command, save_recipe)
+        if num_images:
+            extraction.times.print_summary(num_images)
+        return manifest
 
 
 def list_images(places: Sequence[str], coco_files: Sequence[CocoFile]) -> tuple[list[ImageFile], list[LeftOutImage]]:
@@ -395,8 +418,12 @@ def list_images(places: Sequence[str], coco_files: Sequence[CocoFile]) -> tuple[
 # The work
 
 
-def extract_missing(extraction: Extraction, work: WorkFolder, state: PartialState) -> None:
-    """Makes the features of all images that have none, shared among the processes."""
+def extract_missing(extraction: Extraction, work: WorkFolder, state: PartialState) -> int:
+    """Makes the features of all images that have none, shared among the processes.
+
+    Returns:
+        The number of images that were this process's.
+    """
     pending = {
         image.image_id
         for image in extraction.images
@@ -411,10 +438,14 @@ def extract_missing(extraction: Extraction, work: WorkFolder, state: PartialStat
         print(f"{done} images are done already")
     name = "extracting" if state.num_processes == 1 else f"extracting (1 of {state.num_processes} processes)"
     total = sum(image.image_id in pending for batch in share for image in batch)
-    with tqdm(total=total, unit=" images", desc=name, disable=not state.is_main_process) as bar:
+    with (
+        tqdm(total=total, unit=" images", desc=name, disable=not state.is_main_process) as bar,
+        contextlib.closing(extraction.loaded_ahead(share)) as loaded,
+    ):
         for batch in share:
-            extraction.extract(batch, work, pending)
+            extraction.extract(batch, work, pending, loaded)
             bar.update(sum(image.image_id in pending for image in batch))
+    return total
 
 
 def finish(
