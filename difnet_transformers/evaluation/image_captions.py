@@ -6,27 +6,42 @@ The original (mrwu-mac/DIFNet, CVPR 2022) captions the splits of its feature fil
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from modeling_difnet import original_beam_search
-from modeling_difnet.images_difnet import open_image, unusual_size
+from modeling_difnet.images_difnet import open_image
 from modeling_difnet.pipeline_difnet import TASK, UNTRAINED_WARNING, DifnetImageCaptioningPipeline
 
 from ..checkpoints import check_device, load_captioner
 from ..command_line import LeftOut, describe, requires
 from ..files import printable
+from ..stage_times import StageTimes
+from ..vision.image_batches import (
+    DECODING,
+    MAX_BYTES_AHEAD,
+    LoadedImage,
+    grid_features_of,
+    load_image,
+    prefetch,
+)
 
 with requires("images"):
     from ..data.feature_files import GridFiles, SegmentationFiles
     from ..data.image_files import find_images, image_ids_from_names
+
+
+Loaded: TypeAlias = LoadedImage | Mapping[str, Any]
+"""An image ready for the networks, or features that were made before."""
 
 
 class ImageCaptions(NamedTuple):
@@ -48,13 +63,13 @@ class CaptionItem(NamedTuple):
         image_id: from COCO's file name, or a number.
         path: `None` for features.
         name: in messages.
-        features: reads or computes the features of the image; may raise anything.
+        read: opens the image, or reads its features, in a thread beside the networks; may raise anything.
     """
 
     image_id: int
     path: Path | None
     name: object
-    features: Callable[[], Mapping[str, Any]]
+    read: Callable[[], Loaded]
 
 
 def load_pipeline(
@@ -152,20 +167,15 @@ def image_items(
         ValueError: there is no such file or folder, a folder has no image, or the captioner lacks a network.
     """
     captioner.load_recorded_networks()
+
+    def read(path: Path) -> LoadedImage:
+        return load_image(open_image(path), captioner.grid_backbone, captioner.model.config.use_segmentation)
+
     paths = find_images(images, leave_out=left_out.add)
     return [
-        CaptionItem(image_id, path, path, partial(_features_of_image, captioner, path))
+        CaptionItem(image_id, path, path, partial(read, path))
         for image_id, path in zip(image_ids_from_names(paths), paths, strict=True)
     ]
-
-
-def _features_of_image(captioner: DifnetImageCaptioningPipeline, path: Path) -> Mapping[str, Any]:
-    image = open_image(path)
-    features = captioner.features_of(image)
-    remark = unusual_size(image)
-    if remark is not None:
-        tqdm.write(f"unusual: {printable(path, 300)}: {remark}", file=sys.stderr)
-    return features
 
 
 def feature_items(
@@ -223,6 +233,7 @@ def caption_items(
     batch_size: int,
     options: Mapping[str, Any],
     left_out: LeftOut,
+    times: StageTimes | None = None,
 ) -> Iterator[ImageCaptions]:
     """Captions items, `batch_size` together. One that fails is left out.
 
@@ -232,20 +243,37 @@ def caption_items(
         batch_size: of items.
         options: of `generate`, from `decoding_options`.
         left_out: gets the items that fail.
+        times: gets the times of the stages.
 
     Raises:
         Exception: that of the first batch, where all of its items fail in the same way.
     """
+    times = times or StageTimes()
+
+    def read(item: CaptionItem) -> Loaded:
+        with times.stage(DECODING, beside=True):
+            return item.read()
+
+    def num_bytes(each: Loaded | Exception) -> int:
+        return each.num_bytes if isinstance(each, LoadedImage) else 0
+
+    loaded: list[tuple[CaptionItem, Loaded | Exception]] = []
     prepared: list[tuple[CaptionItem, Mapping[str, torch.Tensor]]] = []
     succeeded = False
-    for number, item in enumerate(items, start=1):
-        try:
-            prepared.append((item, captioner.preprocess(item.features())))
-        except Exception as error:
-            # The processor counts the images of a batch; here is one.
-            left_out.add(item.name, describe(error).replace(" of image 0", ""))
-        if prepared and (number == len(items) or len(prepared) == batch_size):
-            results, problems = caption_batch(captioner, prepared, options)
+    with contextlib.closing(prefetch(read, items, num_bytes)) as ahead:
+        for number, item in enumerate(items, start=1):
+            with times.stage(DECODING):  # as far as the threads are not ahead
+                loaded.append((item, next(ahead)))
+            num_read = sum(not isinstance(each, Exception) for _, each in loaded)
+            is_full = number == len(items) or len(prepared) + num_read == batch_size
+            if is_full or num_read == 0 or sum(num_bytes(each) for _, each in loaded) > MAX_BYTES_AHEAD:
+                prepared += prepare_batch(captioner, loaded, left_out, times)
+                loaded = []
+            if not prepared or not is_full:
+                continue
+            with times.stage("captioning"):
+                results, problems = caption_batch(captioner, prepared, options)
+            prepared = []
             reasons = {describe(problem) for _, problem in problems}
             if not succeeded and not results and len(problems) > 1 and len(reasons) == 1:
                 raise problems[0][1]  # not the images are wrong, but what was asked for
@@ -253,7 +281,63 @@ def caption_items(
                 left_out.add(failed.name, problem)
             succeeded = succeeded or bool(results)
             yield from results
-            prepared = []
+
+
+def prepare_batch(
+    captioner: DifnetImageCaptioningPipeline,
+    loaded: Sequence[tuple[CaptionItem, Loaded | Exception]],
+    left_out: LeftOut,
+    times: StageTimes,
+) -> list[tuple[CaptionItem, Mapping[str, torch.Tensor]]]:
+    """The captioner's inputs for items whose images or features are read.
+
+    Args:
+        captioner: the pipeline, of images with both networks.
+        loaded: the items, or what is wrong with one. Images of one size run through the grid backbone together.
+        left_out: gets the items that fail.
+        times: gets the times of the networks.
+    """
+    images = [each for _, each in loaded if isinstance(each, LoadedImage)]
+    grids: Iterator[np.ndarray | Exception] = iter(())
+    if images:
+        assert captioner.grid_backbone is not None
+        with times.stage("grid backbone"):
+            grids = iter(grid_features_of(captioner.grid_backbone, images))
+    prepared: list[tuple[CaptionItem, Mapping[str, torch.Tensor]]] = []
+    for item, each in loaded:
+        try:
+            if isinstance(each, Exception):
+                raise each
+            features = features_of(captioner, each, next(grids), times) if isinstance(each, LoadedImage) else each
+            prepared.append((item, captioner.preprocess(features)))
+        except Exception as error:
+            # The processor counts the images of a batch; here is one.
+            left_out.add(item.name, describe(error).replace(" of image 0", ""))
+            continue
+        if isinstance(each, LoadedImage) and each.remark is not None:
+            tqdm.write(f"unusual: {printable(item.path, 300)}: {each.remark}", file=sys.stderr)
+    return prepared
+
+
+def features_of(
+    captioner: DifnetImageCaptioningPipeline, image: LoadedImage, grid: np.ndarray | Exception, times: StageTimes
+) -> dict[str, np.ndarray]:
+    """Both features of an image.
+
+    Args:
+        captioner: the pipeline.
+        image: with its pixels, if the captioner has a segmentation flow.
+        grid: grid features (cells, C), or the error that came in their place.
+        times: gets the time of the segmentation.
+    """
+    if isinstance(grid, Exception):
+        raise grid
+    if not captioner.model.config.use_segmentation:
+        return {"grid_features": grid}
+    assert captioner.segmenter is not None
+    assert image.image is not None
+    with times.stage("segmentation"):
+        return {"grid_features": grid, "segmentation_features": captioner.segmenter(image.image)}
 
 
 def caption_batch(

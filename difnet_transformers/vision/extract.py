@@ -40,7 +40,7 @@ from ..checkpoints import check_device
 from ..command_line import describe, requires
 from ..files import atomic_write, folder_lock, name_file_in_errors, printable, read_json
 from ..stage_times import StageTimes
-from .image_batches import LoadedImage, grid_features_of, load_image, prefetch
+from .image_batches import DECODING, LoadedImage, grid_features_of, load_image, prefetch
 from .segmentation_sources import (
     CocoSegmentations,
     ImageFile,
@@ -61,7 +61,6 @@ with requires("images"):
 
 GRIDS = "grid_features.hdf5"
 SEGMENTATIONS = "segmentations"
-DECODING = "decoding"  # of files, with the resizing for the grid backbone
 
 Result = TypeVar("Result")
 

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ with requires("images"):
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+DECODING = "decoding"
+"""Name of the stage of files, with the resizing for the grid backbone."""
 
 # The network gets the other half of the cores.
 NUM_THREADS = max(1, min(4, (os.cpu_count() or 1) // 2))
@@ -70,7 +73,7 @@ def load_image(image: Image.Image, backbone: GridBackbone | None, keep: bool = T
 def prefetch(
     function: Callable[[Item], Result],
     items: Sequence[Item],
-    num_bytes: Callable[[Result], int] = lambda result: 0,
+    num_bytes: Callable[[Any], int] = lambda result: 0,
     num_threads: int = NUM_THREADS,
 ) -> Generator[Result | Exception, None, None]:
     """`function` of every item in order, computed in threads a few items ahead of the consumer.
@@ -78,7 +81,7 @@ def prefetch(
     Args:
         function: runs in threads; may raise anything.
         items: its arguments.
-        num_bytes: of a result. While more than `MAX_BYTES_AHEAD` wait, nothing further is begun.
+        num_bytes: of a result. While about `MAX_BYTES_AHEAD` wait, nothing further is begun.
         num_threads: that run beside the consumer's.
 
     Yields:
@@ -87,23 +90,29 @@ def prefetch(
     executor = ThreadPoolExecutor(num_threads, thread_name_prefix="prefetch")
     waiting: deque[Future[Result]] = deque()
     position = 0
+    expected = MAX_BYTES_AHEAD / num_threads  # of a result that is not there yet: as much as the one before
 
-    def bytes_waiting() -> int:
-        done = (future for future in waiting if future.done() and future.exception() is None)
-        return sum(num_bytes(future.result()) for future in done)
+    def bytes_of(future: Future[Result]) -> float:
+        if not future.done():
+            return expected
+        return 0 if future.exception() is not None else num_bytes(future.result())
 
     try:
         while position < len(items) or waiting:
             while position < len(items) and len(waiting) < NUM_AHEAD:
-                if waiting and bytes_waiting() > MAX_BYTES_AHEAD:
+                if waiting and sum(map(bytes_of, waiting)) > MAX_BYTES_AHEAD:
                     break
                 waiting.append(executor.submit(function, items[position]))
                 position += 1
             future = waiting.popleft()
             error = future.exception()  # waits
-            if error is not None and not isinstance(error, Exception):
+            if error is None:
+                expected = num_bytes(future.result())
+                yield future.result()
+            elif isinstance(error, Exception):
+                yield error
+            else:
                 raise error
-            yield future.result() if error is None else error
             del future, error  # or the image would live until the next one is taken
     finally:
         # After an interruption the threads end with the images that they have begun.
