@@ -12,7 +12,6 @@ higher scores over those of lower ones: a coarse second flow, but one that knows
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,7 +26,7 @@ from transformers import (
 )
 
 from .images_difnet import Image, fitted_size, require_pillow
-from .segmentation_difnet import MAX_LABEL_MAP_SIDE, PanopticSegmenter, normal_name
+from .segmentation_difnet import MAX_LABEL_MAP_SIDE, PanopticSegmenter, normal_name, pool_channel_map
 from .weights_difnet import load_complete, load_config
 
 NO_CLASS = -1
@@ -235,9 +234,7 @@ def index_map(label_map: np.ndarray, indices: Mapping[int, int]) -> np.ndarray:
 
 
 def class_shares(label_map: np.ndarray, num_classes: int, grid_size: int = 7) -> np.ndarray:
-    """The share of each class in each cell.
-
-    Equals `adaptive_avg_pool2d(one_hot(label_map), grid_size)` without building the bit maps.
+    """The share of each class in each cell, as `pool_channel_map` has it.
 
     Args:
         label_map: (H, W) indices below `num_classes`; negative ones are no class.
@@ -247,15 +244,7 @@ def class_shares(label_map: np.ndarray, num_classes: int, grid_size: int = 7) ->
     Returns:
         float32 (num_classes, grid_size, grid_size); the classes of a cell sum to at most 1.
     """
-    height, width = label_map.shape
-    shares = np.zeros((num_classes, grid_size, grid_size), dtype=np.float32)
-    for row, column in itertools.product(range(grid_size), repeat=2):
-        rows = slice(row * height // grid_size, -(-(row + 1) * height // grid_size))
-        columns = slice(column * width // grid_size, -(-(column + 1) * width // grid_size))
-        cell = label_map[rows, columns]
-        counts = np.bincount(cell[cell >= 0].reshape(-1), minlength=num_classes)
-        shares[:, row, column] = counts / np.float32(cell.size)
-    return shares
+    return pool_channel_map(label_map, grid_size, num_classes)
 
 
 __all__ = ["NO_CLASS", "SegmentationModel", "class_shares"]
