@@ -46,9 +46,9 @@ Where the features come from:
                           vision model of Transformers, by folder or repository, such as facebook/dinov2-base; or
                           PACKAGE.MODULE:FUNCTION of your own (docs/caption.md)
   --segmentation-model    any panoptic, instance or semantic segmentation model of Transformers, by folder or
-                          repository (Mask2Former, EoMT, SegFormer, BEiT, UperNet ..), with the classes that it knows;
-                          COCO panoptic models give the paper's 133. Or an object detector (DETR, YOLOS ..), whose boxes
-                          are filled, the surest on top; those below --score-threshold are dropped
+                          repository (Mask2Former, EoMT, SegFormer, BEiT, UperNet ..), with the classes that it
+                          knows; COCO panoptic models give the paper's 133. Or an object detector (DETR, YOLOS ..),
+                          whose boxes are filled, the surest on top; those below --score-threshold are dropped
   --panoptic-annotations  COCO's panoptic_*.json; the PNGs lie in the folder of the same name beside each
   --instance-annotations  COCO's instances_*.json: things alone; of overlapping instances the smaller one wins.
                           Files of either kind with categories of their own give features of these

@@ -10,9 +10,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..files import printable, read_json
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 NUM_COCO_CLASSES = 133
 
@@ -46,6 +49,24 @@ def records_of_dataset(folder: str | os.PathLike) -> FeatureRecords:
         return FeatureRecords()
 
 
+def records_of_split(split: Dataset, folder: str | os.PathLike) -> FeatureRecords:
+    """The records of the packed dataset that a split lies in; of `folder` where the split lies in none."""
+    for file in split.cache_files[:1]:
+        packed = Path(file["filename"]).parent.parent
+        if (packed / "provenance.json").exists():
+            return records_of_dataset(packed)
+    return records_of_dataset(folder)
+
+
+def records_of_checkpoint(folder: str | os.PathLike) -> FeatureRecords:
+    """The records in the processor of a checkpoint; empty where it has none."""
+    try:
+        settings = read_json(Path(folder, "processor_config.json"))
+    except (OSError, ValueError):
+        return FeatureRecords()
+    return records_in(settings.get("feature_extractor") if isinstance(settings, Mapping) else None)
+
+
 def recorded_classes(record: Mapping[str, Any] | None, num_classes: int | None = None) -> tuple[str, ...] | None:
     """Names of the classes of segmentation features in their order; `None` where they are not known.
 
@@ -72,13 +93,10 @@ def difference_of_classes(expected: Sequence[str], found: Sequence[str]) -> str 
     known, given = ({normal_name(name) for name in names} for names in (expected, found))
     missing = next((name for name in expected if normal_name(name) not in given), None)
     other = next((name for name in found if normal_name(name) not in known), None)
-    if missing is None and other is None and len(expected) == len(found):
-        return None
-    if missing is None and other is None:
-        return f"{len(found)} classes, not {len(expected)}"
-    parts = [f"{printable(missing)} is missing"] if missing is not None else []
+    parts = [f"{len(found)} classes, not {len(expected)}"] if len(found) != len(expected) else []
+    parts += [f"{printable(missing)} is missing"] if missing is not None else []
     parts += [f"{printable(other)} is new"] if other is not None else []
-    return f"{len(found)} classes, not {len(expected)}: {', '.join(parts)}"
+    return ", ".join(parts) or None
 
 
 def order_of_classes(expected: Sequence[str], found: Sequence[str]) -> tuple[int, ...] | None:
@@ -96,8 +114,13 @@ def difference_of_backbones(expected: Mapping[str, Any] | None, found: Mapping[s
         return None
     for key, what in BACKBONE_KEYS.items():
         if expected.get(key) != found.get(key):
-            values = "" if key == "parameters_sha256" else f" {printable(found.get(key))}, not {expected.get(key)}"
-            return f"features of {printable(found.get('name'))}, not {printable(expected.get('name'))}: other {what}{values}"
+            values = (
+                ""
+                if key == "parameters_sha256"
+                else f" {printable(found.get(key))}, not {printable(expected.get(key))}"
+            )
+            names = (printable(record.get("name")) for record in (found, expected))
+            return f"features of {', not '.join(names)}: other {what}{values}"
     return None
 
 

@@ -56,12 +56,12 @@ with requires("images"):
     from PIL import Image
 
     from ..data.coco import CocoFile, merge_images, read_images
+    from ..data.feature_files import SEGMENTATIONS
     from ..data.feature_records import recorded_classes
     from ..data.image_files import find_images, image_ids_from_names, match_images
 
 GRIDS = "grid_features.hdf5"
 NUM_LISTED = 3  # class names in a line
-SEGMENTATIONS = "segmentations"
 LARGEST_ATTRIBUTE = 2**16 - 1024  # bytes; HDF5 has no larger ones, and thousands of class names are
 
 Result = TypeVar("Result")
