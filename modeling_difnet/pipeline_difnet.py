@@ -25,9 +25,9 @@ from torch import nn
 from transformers import Pipeline, PreTrainedConfig
 
 from .grid_backbone_difnet import GridFeatureBackbone, GridFeatureBackboneConfig
-from .images_difnet import Image, open_image
+from .images_difnet import Image, one_line, open_image
 from .segmentation_difnet import CLASS_NAMES, LABEL_ORDERS, PanopticSegmenter, channels_of_labels, normal_name
-from .segmentation_models_difnet import SegmentationModel, class_names_of, kind_of
+from .segmentation_models_difnet import SegmentationModel, class_names_of, kind_of, match_classes
 from .vision_backbone_difnet import FACTORY, VisionBackbone, as_pair
 from .weights_difnet import check_finite_weights, load_complete, load_config
 
@@ -35,6 +35,8 @@ TASK = "image-captioning"
 UNTRAINED_WARNING = (
     "UNTRAINED: random numbers stand in for trained weights; the features and all that is made of them mean nothing"
 )
+ANNOTATIONS = "coco "
+"""How the recorded `source` of segmentation features begins that were made of annotation files."""
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 GridBackbone: TypeAlias = GridFeatureBackbone | VisionBackbone
@@ -205,7 +207,7 @@ def load_segmenter(
         )
     segmenter: Segmenter
     if name is None:
-        segmenter = _drawn_from(seed, lambda: _small_segmenter(grid_size))
+        segmenter = _drawn_from(seed, lambda: _small_segmenter(grid_size, class_names))
     elif _is_coco_panoptic(name, class_names, revision):
         if score_threshold is not None:
             raise ValueError(f"{name}: a score threshold is of object detectors; leave it out")
@@ -248,8 +250,8 @@ def _drawn_from(seed: int, build: Callable[[], Any]) -> Any:
         return build()
 
 
-def _small_segmenter(grid_size: int) -> PanopticSegmenter:
-    """A small Mask2Former with random weights."""
+def _small_segmenter(grid_size: int, class_names: Sequence[str] | None = None) -> Segmenter:
+    """A small Mask2Former with random weights, of COCO's classes or others."""
     from transformers import (
         Mask2FormerConfig,
         Mask2FormerForUniversalSegmentation,
@@ -257,6 +259,7 @@ def _small_segmenter(grid_size: int) -> PanopticSegmenter:
         SwinConfig,
     )
 
+    is_coco = class_names is None or tuple(class_names) == CLASS_NAMES
     stages = ["stage1", "stage2", "stage3", "stage4"]
     sizes: dict[str, Any] = {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 2]}
     backbone = SwinConfig(**sizes, out_features=stages)  # type: ignore[call-arg]
@@ -271,14 +274,16 @@ def _small_segmenter(grid_size: int) -> PanopticSegmenter:
         num_attention_heads=2,
         dim_feedforward=32,
         num_queries=20,
-        id2label=LABEL_ORDERS["things-first"],
+        id2label=LABEL_ORDERS["things-first"] if is_coco else dict(enumerate(class_names or ())),
     )
     model = Mask2FormerForUniversalSegmentation(config)
     with torch.no_grad():
         # Fresh weights are undecided about every query, and the processor would drop them all.
         model.class_predictor.weight *= 100
     processor = Mask2FormerImageProcessor(size={"shortest_edge": 128, "longest_edge": 224}, ignore_index=255)
-    return PanopticSegmenter(model, processor, grid_size)
+    if is_coco:
+        return PanopticSegmenter(model, processor, grid_size)
+    return SegmentationModel(model, processor, "panoptic", grid_size, class_names)
 
 
 def hash_of_parameters(model: nn.Module) -> str:
@@ -349,7 +354,8 @@ def check_same_backbone(said: Mapping[str, Any], backbone: GridBackbone) -> None
     """Refuses a grid backbone that is not the one that a captioner was trained with.
 
     Args:
-        said: what the captioner says of it, in the form of `provenance_of`; nothing is compared where it is empty.
+        said: what the captioner says of it, in the form of `provenance_of`; nothing is compared where it is empty, and
+            the kind of network alone where it says no hash.
         backbone: the loaded network, under whatever name.
 
     Raises:
@@ -358,13 +364,75 @@ def check_same_backbone(said: Mapping[str, Any], backbone: GridBackbone) -> None
     if not said:
         return
     given = provenance_of(backbone, None)
-    for key, what in (("parameters_sha256", "weights"), ("layer", "layer"), ("image_size", "image size")):
+    compared = {"parameters_sha256": "weights", "layer": "layer", "image_size": "image size"}
+    if said.get("parameters_sha256") is None and said.get("substitute"):
+        compared = {"model_type": "kind of network"}
+    for key, what in compared.items():
         if said.get(key) != given.get(key):
             values = "" if key == "parameters_sha256" else f" {said.get(key)}, not {given.get(key)}"
             raise ValueError(
                 f"this captioner was trained with another grid backbone, {said.get('name')}: other {what}{values}; "
                 "force=True (--force) takes it all the same"
             )
+
+
+def check_same_segmentation(said: Mapping[str, Any], segmenter: Segmenter) -> None:
+    """Refuses a segmentation model that is not the one that a captioner was trained with.
+
+    Args:
+        said: what the captioner says of it, in the form of `segmentation_provenance_of`; nothing is compared where it
+            is empty, and the classes alone where it says no hash, as of features from annotation files.
+        segmenter: the loaded model, under whatever name.
+
+    Raises:
+        ValueError: classes, their order, weights or the threshold of scores differ.
+    """
+    names = said.get("class_names")
+    if names:
+        match_classes(dict(enumerate(segmenter.class_names)), names)
+        for place, (given, wanted) in enumerate(zip(segmenter.class_names, names, strict=True)):
+            if normal_name(given) != normal_name(wanted):
+                raise ValueError(f"class {place} of the captioner is {wanted!r}, that of the segmentation {given!r}")
+    if said.get("parameters_sha256") is None:
+        return
+    name = said.get("name")
+    if said["parameters_sha256"] != hash_of_parameters(segmenter.model):
+        problem = "other weights"
+    elif segmenter.kind == "boxes" and said.get("score_threshold") != segmenter.score_threshold:
+        problem = f"other threshold of scores {said.get('score_threshold')}, not {segmenter.score_threshold}"
+    else:
+        return
+    raise ValueError(
+        f"this captioner was trained with another segmentation model, {name}: {problem}; force=True (--force) takes "
+        "it all the same"
+    )
+
+
+def recorded_class_names(extractor: Any) -> tuple[str, ...] | None:
+    """Names of the classes of a captioner's segmentation features, in their order.
+
+    Args:
+        extractor: the captioner's `DifnetFeatureExtractor`.
+
+    Returns:
+        The recorded names. Checkpoints of version 0.1 record none: COCO's where there are 133 classes, else `None`.
+    """
+    names = (getattr(extractor, "segmentation_model", None) or {}).get("class_names")
+    if names:
+        return tuple(names)
+    return CLASS_NAMES if extractor.num_segmentation_classes == len(CLASS_NAMES) else None
+
+
+def is_loadable(said: Mapping[str, Any]) -> bool:
+    """Whether a record names a network that may be loaded by itself: a folder or repository, not a function.
+
+    Args:
+        said: in the form of `provenance_of` or `segmentation_provenance_of`.
+    """
+    name = said.get("name")
+    return isinstance(name, str) and not (
+        said.get("substitute") or str(said.get("source")).startswith(ANNOTATIONS) or FACTORY.fullmatch(name)
+    )
 
 
 # The pipeline
@@ -385,6 +453,7 @@ class DifnetImageCaptioningPipeline(Pipeline):
     ... )
     >>> captioner("image.jpg")
     [{'generated_text': 'a man riding a horse on the beach'}]
+    >>> captioner = pipeline("image-captioning", model="mine")  # whose checkpoint names both networks
     ```
 
     Args:
@@ -393,9 +462,12 @@ class DifnetImageCaptioningPipeline(Pipeline):
             captioned.
         grid_backbone_options: further arguments of `load_grid_backbone`: `layer`, `image_size`, `precision`,
             `revision`. The grid's size is the captioner's.
-        segmentation_model: folder, repository or `PanopticSegmenter`; not for the paper's baseline, which has no
-            segmentation flow.
-        force: takes a grid backbone that is not the one that the checkpoint names.
+        segmentation_model: folder or repository (see `load_segmenter`), or the loaded model. Without it the one that
+            the checkpoint names is loaded with the first image. Its classes are matched by name to the captioner's.
+            Not for the paper's baseline, which has no segmentation flow.
+        segmentation_options: further arguments of `load_segmenter`: `score_threshold`, by default the recorded one,
+            and `revision`.
+        force: takes networks that are not those that the checkpoint names; never other classes than the captioner's.
         untrained: for checks without weights, see `load_grid_backbone`: a network that is not named is a small one
             with random weights, drawn from `seed`.
         allow_private_hosts: whether URLs of images may lead to this machine or a private network.
@@ -407,7 +479,8 @@ class DifnetImageCaptioningPipeline(Pipeline):
 
     Raises:
         UnreadableImage: an image cannot be opened.
-        ValueError: a network that is needed was not given, or its features do not fit the captioner.
+        ValueError: a network that is needed was neither given nor recorded, is another one than was recorded, or its
+            features do not fit the captioner.
     """
 
     _load_processor = True  # type: ignore[assignment]
@@ -422,8 +495,9 @@ class DifnetImageCaptioningPipeline(Pipeline):
         self,
         *args: Any,
         grid_backbone: str | GridBackbone | None = None,
-        segmentation_model: str | PanopticSegmenter | None = None,
+        segmentation_model: str | Segmenter | None = None,
         grid_backbone_options: Mapping[str, Any] | None = None,
+        segmentation_options: Mapping[str, Any] | None = None,
         force: bool = False,
         untrained: bool = False,
         seed: int = 0,
@@ -432,6 +506,9 @@ class DifnetImageCaptioningPipeline(Pipeline):
     ):
         super().__init__(*args, **kwargs)
         self.grid_backbone_options = dict(grid_backbone_options or {})
+        self.segmentation_options = {
+            key: value for key, value in (segmentation_options or {}).items() if value is not None
+        }
         self.allow_private_hosts = allow_private_hosts
         extractor = self.processor.feature_extractor
         if isinstance(grid_backbone, str) or (untrained and grid_backbone is None):
@@ -441,9 +518,13 @@ class DifnetImageCaptioningPipeline(Pipeline):
             check_same_backbone(self.recorded_backbone, grid_backbone)
         if self.model.config.use_segmentation:
             if isinstance(segmentation_model, str) or (untrained and segmentation_model is None):
-                segmentation_model = load_segmenter(
-                    segmentation_model, self.device, untrained, seed, extractor.grid_size
+                segmentation_model = self._load_segmenter(
+                    segmentation_model, self.segmentation_options, untrained=untrained, seed=seed
                 )
+            if segmentation_model is not None:
+                segmentation_model = _with_classes(segmentation_model, self.class_names)
+                if not (force or untrained):
+                    check_same_segmentation(self.recorded_segmentation, segmentation_model)
         elif segmentation_model is not None:
             raise ValueError(
                 "this captioner has no segmentation flow (use_segmentation=False): drop segmentation_model"
@@ -451,10 +532,34 @@ class DifnetImageCaptioningPipeline(Pipeline):
         self.grid_backbone, self.segmenter = grid_backbone, segmentation_model
         self._check_sizes()
 
+    # The networks that the checkpoint names
+
     @property
     def recorded_backbone(self) -> dict[str, Any]:
         """What made the grid features that the captioner was trained on; empty where its checkpoint does not say."""
         return getattr(self.processor.feature_extractor, "grid_backbone", None) or {}
+
+    @property
+    def recorded_segmentation(self) -> dict[str, Any]:
+        """What made the segmentation features; empty where the checkpoint does not say."""
+        return getattr(self.processor.feature_extractor, "segmentation_model", None) or {}
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the classes of the segmentation features, see `recorded_class_names`."""
+        return recorded_class_names(self.processor.feature_extractor)
+
+    def load_recorded_networks(self) -> None:
+        """Loads the networks that the captioner was trained with, but for those that were given.
+
+        Raises:
+            ValueError: a network has no record, or none that it can be loaded by, or is another one by now.
+        """
+        missing = [text for text in (self._missing_backbone(), self._missing_segmenter()) if text]
+        if missing:
+            raise ValueError("; ".join(missing))
+        self.load_recorded_backbone()
+        self.load_recorded_segmenter()
 
     def load_recorded_backbone(self) -> None:
         """Loads the grid backbone that the captioner was trained with, unless one was given.
@@ -464,12 +569,11 @@ class DifnetImageCaptioningPipeline(Pipeline):
         """
         if self.grid_backbone is not None:
             return
+        missing = self._missing_backbone()
+        if missing:
+            raise ValueError(missing)
         said = self.recorded_backbone
-        name = said.get("name")
-        if not isinstance(name, str):
-            raise ValueError("an image needs `grid_backbone=` (X-101 or another vision model)")
-        if FACTORY.fullmatch(name):
-            raise ValueError(f"this captioner was trained with {name}, which is code: name it, `grid_backbone={name}`")
+        name = said["name"]
         kinds = {"layer": int, "image_size": list, "precision": str, "revision": str}
         options = {key: said[key] for key, kind in kinds.items() if isinstance(said.get(key), kind)}
         options |= {key: value for key, value in self.grid_backbone_options.items() if value is not None}
@@ -478,13 +582,73 @@ class DifnetImageCaptioningPipeline(Pipeline):
                 name, self.device, grid_size=self.processor.feature_extractor.grid_size, **options
             )
         except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(
-                f"this captioner was trained with {name}, which cannot be loaded; give `grid_backbone=` ({reason})"
-            ) from error
+            raise ValueError(_cannot_be_loaded(name, "grid_backbone", error)) from error
         check_same_backbone(said, backbone)
         self.grid_backbone = backbone
         self._check_sizes()
+
+    def load_recorded_segmenter(self) -> None:
+        """Loads the segmentation model that the captioner was trained with, unless one was given or none is needed.
+
+        Raises:
+            ValueError: the checkpoint does not name it, or the model is another one by now.
+        """
+        if self.segmenter is not None or not self.model.config.use_segmentation:
+            return
+        missing = self._missing_segmenter()
+        if missing:
+            raise ValueError(missing)
+        said = self.recorded_segmentation
+        revision = {"revision": said["revision"]} if isinstance(said.get("revision"), str) else {}
+        try:
+            segmenter = self._load_segmenter(said["name"], {**revision, **self.segmentation_options})
+        except (OSError, ValueError) as error:
+            raise ValueError(_cannot_be_loaded(said["name"], "segmentation_model", error)) from error
+        check_same_segmentation(said, segmenter)
+        self.segmenter = segmenter
+        self._check_sizes()
+
+    def _load_segmenter(
+        self, name: str | None, options: Mapping[str, Any], *, untrained: bool = False, seed: int = 0
+    ) -> Segmenter:
+        """A segmentation model with the captioner's grid, classes and, unless `options` say another, threshold."""
+        grid_size = self.processor.feature_extractor.grid_size
+        segmenter = load_segmenter(
+            name, self.device, untrained, seed, grid_size, class_names=self.class_names, **options
+        )
+        threshold = self.recorded_segmentation.get("score_threshold")
+        if segmenter.kind == "boxes" and isinstance(threshold, (int, float)) and "score_threshold" not in options:
+            segmenter.score_threshold = threshold
+        return segmenter
+
+    def _missing_backbone(self) -> str | None:
+        """What must be given because no grid backbone was, and none can be loaded; `None` where nothing is missing."""
+        said = self.recorded_backbone
+        if self.grid_backbone is not None or is_loadable(said):
+            return None
+        name = said.get("name")
+        if said.get("substitute"):
+            return _takes_substitute(said, "grid_backbone")
+        if isinstance(name, str):
+            return f"this captioner was trained with {name}, which is code: name it, `grid_backbone={name}`"
+        return "an image needs `grid_backbone=` (X-101 or another vision model)"
+
+    def _missing_segmenter(self) -> str | None:
+        """As `_missing_backbone`, of the segmentation model."""
+        said = self.recorded_segmentation
+        if self.segmenter is not None or not self.model.config.use_segmentation or is_loadable(said):
+            return None
+        if said.get("substitute"):
+            return _takes_substitute(said, "segmentation_model")
+        fitting = _fitting_models(self.class_names, self.processor.feature_extractor.num_segmentation_classes)
+        source = str(said.get("source"))
+        if source.startswith(ANNOTATIONS):
+            kind = source.removeprefix(ANNOTATIONS)
+            return (
+                f"this captioner was trained on COCO's annotations of {kind}, not on a model's segmentation: give "
+                f"`segmentation_model=` (--segmentation-model), {fitting}"
+            )
+        return f"an image needs `segmentation_model=` (--segmentation-model), {fitting}"
 
     def _check_sizes(self) -> None:
         """Raises `ValueError` where the networks give features of other sizes than the captioner's."""
@@ -496,12 +660,15 @@ class DifnetImageCaptioningPipeline(Pipeline):
             fits.append(("grid_size", as_pair(config.grid_size), as_pair(extractor.grid_size)))
         if self.segmenter is not None:
             fits.append(("grid_size", self.segmenter.grid_size, extractor.grid_size))
-            fits.append(("num_segmentation_classes", len(CLASS_NAMES), extractor.num_segmentation_classes))
+            classes = len(self.segmenter.class_names)
+            fits.append(("num_segmentation_classes", classes, extractor.num_segmentation_classes))
         for name, given, wanted in fits:
             if given != wanted:
                 if isinstance(given, tuple):
                     given, wanted = (" x ".join(map(str, each)) for each in (given, wanted))
                 raise ValueError(f"the captioner wants features with {name}={wanted}, these networks give {given}")
+
+    # From an image to captions
 
     def _sanitize_parameters(self, **generate_kwargs: Any) -> tuple[dict, dict, dict]:
         return {}, generate_kwargs, {}
@@ -516,12 +683,11 @@ class DifnetImageCaptioningPipeline(Pipeline):
 
     def features_of(self, image: Image.Image) -> dict[str, Any]:
         """Both features of an RGB image, as the processor takes them."""
-        self.load_recorded_backbone()
+        self.load_recorded_networks()
         assert self.grid_backbone is not None
         features: dict[str, Any] = {"grid_features": self.grid_backbone.grid_features(image)}
         if self.model.config.use_segmentation:
-            if self.segmenter is None:
-                raise ValueError("an image needs `segmentation_model=` (a COCO panoptic model of Transformers)")
+            assert self.segmenter is not None
             features["segmentation_features"] = self.segmenter(image)
         return features
 
@@ -544,15 +710,51 @@ class DifnetImageCaptioningPipeline(Pipeline):
         self.processor.save_pretrained(save_directory, **kwargs)
 
 
+def _with_classes(segmenter: Segmenter, class_names: Sequence[str] | None) -> Segmenter:
+    """The segmenter with the captioner's classes in their order, matched by name; itself where it has them already."""
+    if class_names is None or [*map(normal_name, segmenter.class_names)] == [*map(normal_name, class_names)]:
+        return segmenter
+    threshold = segmenter.score_threshold if isinstance(segmenter, SegmentationModel) else 0.5
+    return SegmentationModel(
+        segmenter.model, segmenter.processor, segmenter.kind, segmenter.grid_size, class_names, threshold
+    )
+
+
+def _takes_substitute(said: Mapping[str, Any], option: str) -> str:
+    return (
+        f"this captioner was trained with {said.get('name')}: give `{option}=` (--{option.replace('_', '-')}), "
+        f"{said['substitute']}"
+    )
+
+
+def _cannot_be_loaded(name: str, option: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:300]
+    return f"this captioner was trained with {name}, which cannot be loaded; give `{option}=` ({reason})"
+
+
+def _fitting_models(class_names: Sequence[str] | None, num_classes: int) -> str:
+    """Which models fit a captioner, in words."""
+    if class_names is None:
+        return f"a segmentation model of Transformers with {num_classes} classes"
+    if tuple(class_names) == CLASS_NAMES:
+        return "a COCO panoptic model of Transformers, such as facebook/mask2former-swin-large-coco-panoptic"
+    first = one_line(", ".join(class_names[:3]))
+    return f"a segmentation model or object detector of Transformers with the same {num_classes} classes ({first}, ..)"
+
+
 __all__ = [
     "TASK",
     "UNTRAINED_WARNING",
     "DifnetImageCaptioningPipeline",
     "GridBackbone",
     "Segmenter",
+    "check_same_backbone",
+    "check_same_segmentation",
     "hash_of_parameters",
+    "is_loadable",
     "load_grid_backbone",
     "load_segmenter",
     "provenance_of",
+    "recorded_class_names",
     "segmentation_provenance_of",
 ]

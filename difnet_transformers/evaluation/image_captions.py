@@ -77,8 +77,8 @@ def load_pipeline(
         model: folder or repository of the captioner.
         grid_backbone: folder, repository or function; not needed for features.
         layer, image_size, precision: of the grid backbone, see `load_grid_backbone`.
-        force: whether another grid backbone than the captioner was trained with is taken.
-        needs_images: whether images are to be captioned, so that a grid backbone must be given or recorded.
+        force: whether other networks than the captioner was trained with are taken.
+        needs_images: whether images are to be captioned, so that their networks must be given or recorded.
         segmentation_model: folder or repository; not needed for features.
         untrained: lets small random networks stand in for those that are not named.
         seed: of these.
@@ -105,7 +105,7 @@ def load_pipeline(
         seed=seed,
     )
     if needs_images:
-        loaded.load_recorded_backbone()
+        loaded.load_recorded_networks()
     return loaded
 
 
@@ -151,8 +151,7 @@ def image_items(
     Raises:
         ValueError: there is no such file or folder, a folder has no image, or the captioner lacks a network.
     """
-    if captioner.model.config.use_segmentation and captioner.segmenter is None:
-        raise ValueError("this captioner needs --segmentation-model")
+    captioner.load_recorded_networks()
     paths = find_images(images, leave_out=left_out.add)
     return [
         CaptionItem(image_id, path, path, partial(_features_of_image, captioner, path))
