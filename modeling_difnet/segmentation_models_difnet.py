@@ -12,7 +12,6 @@ higher scores over those of lower ones: a coarse second flow, but one that knows
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,7 +26,7 @@ from transformers import (
 )
 
 from .images_difnet import Image, fitted_size, require_pillow
-from .segmentation_difnet import MAX_LABEL_MAP_SIDE, PanopticSegmenter, normal_name
+from .segmentation_difnet import MAX_LABEL_MAP_SIDE, PanopticSegmenter, normal_name, pool_channel_map
 from .weights_difnet import load_complete, load_config
 
 NO_CLASS = -1
@@ -117,12 +116,16 @@ class SegmentationModel:
         """(H, W) of indices into `class_names`, int64, `NO_CLASS` elsewhere. H and W are the image's, at most 640."""
         height, width = fitted_size(image.size, MAX_LABEL_MAP_SIDE)[::-1]
         is_oneformer = self.model.config.model_type == "oneformer"
+        # EoMT's semantic checkpoints look at an image in several parts, which their processor puts together again.
+        in_parts = getattr(self.processor, "do_split_image", False)
+        if in_parts:
+            image = image.resize((width, height))  # the scores of all classes at a photograph's size take gigabytes
         arguments: dict[str, Any] = {"task_inputs": ["panoptic"]} if is_oneformer else {}
         if getattr(self.processor, "do_center_crop", None):
             arguments["do_center_crop"] = False  # both flows see the whole image
         inputs = self.processor(images=image, return_tensors="pt", **arguments)
         outputs = self.model(**inputs.to(self.model.device))
-        if self.kind == "semantic":
+        if self.kind == "semantic" or in_parts:
             (labels,) = self.processor.post_process_semantic_segmentation(outputs, target_sizes=[(height, width)])
             return index_map(labels.cpu().numpy(), self.channels)
         if self.kind == "boxes":
@@ -235,9 +238,7 @@ def index_map(label_map: np.ndarray, indices: Mapping[int, int]) -> np.ndarray:
 
 
 def class_shares(label_map: np.ndarray, num_classes: int, grid_size: int = 7) -> np.ndarray:
-    """The share of each class in each cell.
-
-    Equals `adaptive_avg_pool2d(one_hot(label_map), grid_size)` without building the bit maps.
+    """The share of each class in each cell, as `pool_channel_map` has it.
 
     Args:
         label_map: (H, W) indices below `num_classes`; negative ones are no class.
@@ -247,15 +248,7 @@ def class_shares(label_map: np.ndarray, num_classes: int, grid_size: int = 7) ->
     Returns:
         float32 (num_classes, grid_size, grid_size); the classes of a cell sum to at most 1.
     """
-    height, width = label_map.shape
-    shares = np.zeros((num_classes, grid_size, grid_size), dtype=np.float32)
-    for row, column in itertools.product(range(grid_size), repeat=2):
-        rows = slice(row * height // grid_size, -(-(row + 1) * height // grid_size))
-        columns = slice(column * width // grid_size, -(-(column + 1) * width // grid_size))
-        cell = label_map[rows, columns]
-        counts = np.bincount(cell[cell >= 0].reshape(-1), minlength=num_classes)
-        shares[:, row, column] = counts / np.float32(cell.size)
-    return shares
+    return pool_channel_map(label_map, grid_size, num_classes)
 
 
 __all__ = ["NO_CLASS", "SegmentationModel", "class_shares"]

@@ -25,9 +25,14 @@ from convert_checkpoint import convert, to_original_state_dict
 from difnet_transformers.demo.corpus import write_corpus
 from difnet_transformers.demo.scenes import make_scenes
 from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration
-from modeling_difnet.pipeline_difnet import load_grid_backbone
+from modeling_difnet.pipeline_difnet import (
+    load_grid_backbone,
+    load_segmenter,
+    provenance_of,
+    segmentation_provenance_of,
+)
 from modeling_difnet.segmentation_difnet import CLASS_NAMES
-from processing_difnet import DifnetTokenizer
+from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer
 
 SCENES = {"train": 24, "restval": 2, "validation": 3, "test": 4}
 SIZES = {
@@ -57,6 +62,7 @@ def make_world(folder: Path) -> Path:
     make_checkpoint(folder, DifnetTokenizer.from_captions(captions, min_count=1))
     make_images(folder)
     make_feature_networks(folder)
+    make_captioner_with_records(folder)
     (folder / "network.json").write_text(json.dumps(SIZES))
     return folder
 
@@ -72,6 +78,22 @@ def make_checkpoint(folder: Path, tokenizer: DifnetTokenizer) -> None:
     convert(folder / "DIFNet_lrp.pth", folder / "difnet", vocab=folder / "vocab.json")
     for name in ("seed1", "seed2"):
         shutil.copytree(folder / "difnet", folder / "runs" / name)
+
+
+def make_captioner_with_records(folder: Path) -> None:
+    """`my_captioner/`, whose checkpoint names the feature networks of `make_feature_networks`."""
+    backbone, segmenter = "facebook/dinov2-base", "facebook/mask2former-swin-large-coco-panoptic"
+    words = json.loads((folder / "vocab.json").read_text())
+    loaded = load_grid_backbone(str(folder / backbone))
+    config = DifnetConfig(vocab_size=len(words), grid_feature_size=loaded.config.grid_feature_size, **SIZES)
+    torch.manual_seed(0)
+    DifnetForConditionalGeneration(config).save_pretrained(folder / "my_captioner")
+    extractor = DifnetFeatureExtractor(
+        grid_feature_size=config.grid_feature_size,
+        grid_backbone=provenance_of(loaded, backbone),
+        segmentation_model=segmentation_provenance_of(load_segmenter(str(folder / segmenter)), segmenter),
+    )
+    DifnetProcessor(extractor, DifnetTokenizer(vocab=words)).save_pretrained(folder / "my_captioner")
 
 
 def make_images(folder: Path) -> None:

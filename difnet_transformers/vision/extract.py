@@ -34,6 +34,7 @@ from modeling_difnet.pipeline_difnet import (
     load_segmenter,
     provenance_of,
 )
+from modeling_difnet.segmentation_difnet import CLASS_NAMES
 from modeling_difnet.vision_backbone_difnet import as_pair
 
 from ..checkpoints import check_device
@@ -57,10 +58,13 @@ with requires("images"):
     from PIL import Image
 
     from ..data.coco import CocoFile, merge_images, read_images
+    from ..data.feature_files import SEGMENTATIONS
+    from ..data.feature_records import recorded_classes
     from ..data.image_files import find_images, image_ids_from_names, match_images
 
 GRIDS = "grid_features.hdf5"
-SEGMENTATIONS = "segmentations"
+NUM_LISTED = 3  # class names in a line
+LARGEST_ATTRIBUTE = 2**16 - 1024  # bytes; HDF5 has no larger ones, and thousands of class names are
 
 Result = TypeVar("Result")
 
@@ -113,14 +117,17 @@ class Extraction:
 
     def identity(self) -> str:
         """A hash of all that decides about the features: a killed run is resumed only if it is the same."""
-        digest = hashlib.sha256(json.dumps(self.provenance, sort_keys=True).encode())
+        said = dict(self.provenance)
+        if recorded_classes(said.get("segmentation_model")) == CLASS_NAMES:
+            del said["segmentation_model"]  # of the classes that version 0.1 knew, and did not record
+        digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
         for image in self.images:
             # The form that version 0.1 hashed, whose work folders and outputs are still recognised.
-            said = (
+            entry = (
                 f"Picture(image_id={image.image_id!r}, path={Path(image.path).name!r}, split={image.split!r}, "
                 f"size={image.size!r})"
             )
-            digest.update(said.encode("ascii", "backslashreplace"))
+            digest.update(entry.encode("ascii", "backslashreplace"))
         return digest.hexdigest()
 
     def arrays_of(self, image: ImageFile) -> list[str]:
@@ -158,7 +165,7 @@ class Extraction:
             grid: grid features (cells, C), the error that came in their place, or `None` without a backbone.
 
         Returns:
-            Grid features (49, C) and segmentation features (133, 7, 7).
+            Grid features (49, C) and segmentation features (classes, 7, 7).
         """
         if isinstance(grid, Exception):
             raise grid
@@ -166,7 +173,7 @@ class Extraction:
         if self.segmentation is not None:
             assert opened is not None
             with self.times.stage("segmentation"):
-                arrays.append(self.segmentation(opened, image))  # (133, 7, 7)
+                arrays.append(self.segmentation(opened, image))  # (classes, 7, 7)
         if not all(np.isfinite(array).all() for array in arrays):
             raise UnreadableImage("NaN or infinity among the features")
         return dict(zip(self.arrays_of(image), arrays, strict=True))
@@ -260,6 +267,7 @@ def extract_features(
     precision: str | None = None,
     batch_size: int | None = None,
     segmentation_model: str | None = None,
+    score_threshold: float | None = None,
     panoptic_annotations: Sequence[Path] | None = None,
     instance_annotations: Sequence[Path] | None = None,
     label_maps: Path | None = None,
@@ -284,7 +292,8 @@ def extract_features(
         layer, image_size, precision: of the backbone, see `load_grid_backbone`.
         grid_size: cells along a side; by default 7, or what the configuration of X-101 says.
         batch_size: images that the backbone sees together; by default 8, and 1 for X-101, whose images differ in size.
-        segmentation_model: folder or repository of a COCO panoptic model of Transformers.
+        segmentation_model: folder or repository of a segmentation model or object detector of Transformers.
+        score_threshold: of an object detector, see `load_segmenter`.
         panoptic_annotations: COCO's `panoptic_*.json`; the PNGs lie in folders of the same names beside them.
         instance_annotations: COCO's `instances_*.json`.
         label_maps: folder of `<image id>.npy` or `.png`.
@@ -329,14 +338,18 @@ def extract_features(
             panoptic_annotations, instance_annotations, label_maps, label_order, cells
         )
         if segmentation is None and (segmentation_model is not None or untrained):
-            segmenter = load_segmenter(segmentation_model, network_device, untrained, seed, cells)
+            segmenter = load_segmenter(
+                segmentation_model, network_device, untrained, seed, cells, score_threshold=score_threshold
+            )
             segmentation = ModelSegmentations(segmenter, segmentation_model)
+        elif score_threshold is not None:
+            raise ExtractionError("--score-threshold belongs to --segmentation-model")
         provenance: dict[str, Any] = {"made_by": "DIFNet for Transformers, scripts/extract_features.py"}
         if untrained:
             provenance["warning"] = UNTRAINED_WARNING
         provenance["versions"] = {name: version(name) for name in ("torch", "transformers", "pillow")}
         if segmentation is not None:
-            provenance["segmentation"] = segmentation.provenance
+            provenance |= {"segmentation": segmentation.provenance, "segmentation_model": segmentation.record}
             if backbone is None and cells != 7:
                 provenance["grid_size"] = cells
         if backbone is not None:
@@ -469,7 +482,9 @@ def finish(
         if extraction.backbone is not None:
             hdf5 = stack.enter_context(h5py.File(unfinished, "w"))
             for key, value in extraction.provenance.items():
-                hdf5.attrs[key] = value if isinstance(value, str) else json.dumps(value)
+                text = value if isinstance(value, str) else json.dumps(value)
+                if len(text) < LARGEST_ATTRIBUTE:
+                    hdf5.attrs[key] = text
         left_out = {problem["image_id"] for problem in extraction.problems(work) if problem["kind"] == LEFT_OUT}
         made = [(batch, image) for batch in extraction.batches() for image in batch if image.image_id not in left_out]
         for batch, image in tqdm(made, unit=" images", desc="collecting the features"):
@@ -593,6 +608,7 @@ def pack_features(features: Path, packed: Path, captions: str, skip_missing: boo
         annotations=captions,
         grid_size=math.isqrt(cells),
         grid_feature_size=grid_feature_size,
+        num_segmentation_classes=None,
         skip_missing=skip_missing,
     )
     disable_progress_bars()
@@ -607,6 +623,10 @@ def print_summary(manifest: dict[str, Any], output: Path) -> int:
     """Prints what was made and what was left out. Returns the number of images that were left out."""
     names = " and ".join(name for name in ("grid_backbone", "segmentation") if name in manifest)
     print(f"{manifest['pictures']:,} images ({names}) in {printable(output, 300)}; see its manifest.json")
+    classes = recorded_classes(manifest.get("segmentation_model")) or CLASS_NAMES
+    if classes != CLASS_NAMES:
+        more = f", .., {printable(classes[-1])}" if len(classes) > NUM_LISTED else ""
+        print(f"{len(classes)} segmentation classes: {', '.join(map(printable, classes[:NUM_LISTED]))}{more}")
     for problem in manifest["problems"]:
         print(f"{problem['kind']}: {problem['what']}")
     num_left_out = sum(problem["kind"] == LEFT_OUT for problem in manifest["problems"])
