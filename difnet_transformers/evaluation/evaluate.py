@@ -99,7 +99,7 @@ def evaluate_split(
         images = open_split(dataset, split)
         model, processor = load_ensemble(models, getattr(torch, dtype))
         records = records_of_dataset(dataset)
-        members = model.members if isinstance(model, DifnetEnsemble) else [model]
+        members: Any = model.members if isinstance(model, DifnetEnsemble) else [model]
         for name, member in zip(models, members, strict=True):
             match_features(member, name, records, dataset, force)
         check_data(model.config, images, dataset, max_new_tokens)

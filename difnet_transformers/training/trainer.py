@@ -11,6 +11,7 @@ Read on from `train`: a run is set up, then `train_epoch` and `finish_epoch` alt
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import shutil
@@ -34,7 +35,7 @@ from processing_difnet import DifnetProcessor, DifnetTokenizer
 from ..data import CaptionPairBatches, ImageCaptionBatches, ReferenceBatches
 from ..data.feature_records import FeatureRecords, records_of_split
 from ..data.packed_dataset import split_fingerprint
-from ..files import folder_lock, make_folder, name_file_in_errors
+from ..files import folder_lock, make_folder, name_file_in_errors, printable
 from ..model_card import describe_backbone, write_model_card
 from ..options import save_options
 from .checkpoint import (
