@@ -423,6 +423,52 @@ def test_other_networks_than_those_of_the_training_are_refused(world: World, tmp
     assert run(caption.main, *words, "--segmentation-model", world.reordered, "--force") == 0
 
 
+def test_stored_features_are_matched_by_the_names_of_their_classes(
+    world: World, packed_in_another_order: Path, tmp_path: Path, capsys
+) -> None:
+    def captions_of(features: Path, *more: object) -> str:
+        grids, shares = features / "grid_features.hdf5", features / "segmentations"
+        words = ["--features", grids, "--segmentation", shares, "--model", world.model, "--device", "cpu"]
+        code = run(caption.main, *words, *more)
+        printed = capsys.readouterr()
+        return printed.out if code == 0 else printed.err.strip().splitlines()[-1]
+
+    assert captions_of(world.folder / "features_reordered") == captions_of(world.features)
+    renamed = renamed_features(world, tmp_path / "renamed", class_003="zeppelin")
+    for force in ([], ["--force"]):
+        assert "other segmentation classes than the captioner's: class 003 is missing" in captions_of(renamed, *force)
+    shutil.copytree(world.features, tmp_path / "layer")
+    with h5py.File(tmp_path / "layer" / "grid_features.hdf5", "r+") as grids:
+        grids.attrs["grid_backbone"] = json.dumps(json.loads(grids.attrs["grid_backbone"]) | {"layer": 1})
+    assert "trained on other grid features: " in (message := captions_of(tmp_path / "layer"))
+    assert "other layer 1, not -1; --force takes them" in message
+    assert captions_of(tmp_path / "layer", "--force") == captions_of(world.features)
+
+
+def test_a_split_in_another_order_is_explained_by_name(
+    world: World, packed_in_another_order: Path, tmp_path: Path, capsys
+) -> None:
+    arrays = []
+    for dataset in (world.packed, packed_in_another_order):
+        why = tmp_path / dataset.name
+        words = ["--dataset", dataset, "--split", "train", "--model", world.model, "--device", "cpu", "--output", why]
+        assert run(explain.main, *words) == 0
+        arrays.append(np.load(why / "relevance.npz", allow_pickle=False))
+    plain, reordered = arrays
+    assert plain.files
+    for name in plain.files:
+        if name.endswith("/class_names"):
+            assert plain[name].tolist() == CLASSES
+            assert reordered[name].tolist() == [CLASSES[place] for place in ORDER]
+        elif name.endswith("/classes"):
+            np.testing.assert_allclose(reordered[name], plain[name][:, ORDER], atol=1e-9)
+    other = world.packed_with(tmp_path / "other", grid_backbone__layer=1)
+    words = ["--dataset", other, "--model", world.model, "--device", "cpu", "--output", tmp_path / "why"]
+    assert run(explain.main, *words) == 2
+    assert "other layer 1, not -1" in error_line(capsys)
+    assert run(explain.main, *words, "--force") == 0
+
+
 def test_explanations_name_the_classes(world: World, tmp_path: Path) -> None:
     words = ["--caption", "a dog", "--device", "cpu"]
     assert run(explain.main, world.folder / "test", "--model", world.model, *words, "--output", tmp_path / "why") == 0
