@@ -42,13 +42,18 @@ class StageTimes:
                 table = self.seconds_beside if beside else self.seconds
                 table[name] = table.get(name, 0.0) + seconds
 
+    @property
+    def total(self) -> float:
+        """Seconds since the beginning."""
+        return time.perf_counter() - self.start
+
     def summary(self, num_images: int) -> str:
         """One line: all images, and the stages that took time.
 
         Args:
             num_images: that went through the stages.
         """
-        total = time.perf_counter() - self.start
+        total = self.total
         stages = []
         for name in {**self.seconds, **self.seconds_beside}:
             seconds, beside = self.seconds.get(name, 0.0), self.seconds_beside.get(name, 0.0)
