@@ -22,6 +22,7 @@ from modeling_difnet import original_beam_search
 from modeling_difnet.images_difnet import open_image
 from modeling_difnet.pipeline_difnet import TASK, UNTRAINED_WARNING, DifnetImageCaptioningPipeline
 
+from ..allocation import keep_freed_memory
 from ..checkpoints import check_device, load_captioner
 from ..command_line import LeftOut, describe, requires
 from ..files import printable
@@ -109,6 +110,7 @@ def load_pipeline(
         ValueError: a network cannot be loaded or does not fit the captioner.
     """
     check_device(device)
+    keep_freed_memory()
     captioner, processor = load_captioner(model)
     recorded = (processor.feature_extractor.grid_backbone or {}).get("name")
     if needs_images and grid_backbone is None and recorded is None and not untrained:

@@ -37,6 +37,7 @@ from modeling_difnet.pipeline_difnet import (
 from modeling_difnet.segmentation_difnet import CLASS_NAMES
 from modeling_difnet.vision_backbone_difnet import as_pair
 
+from ..allocation import keep_freed_memory
 from ..checkpoints import check_device
 from ..command_line import describe, requires
 from ..files import atomic_write, folder_lock, name_file_in_errors, printable, read_json
@@ -313,6 +314,7 @@ def extract_features(
         FailedElsewhere: another process has failed.
     """
     check_device(device)
+    keep_freed_memory()
     state = PartialState(cpu=device == "cpu")
     if untrained and state.is_main_process:
         print(UNTRAINED_WARNING, file=sys.stderr)
