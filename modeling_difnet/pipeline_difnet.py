@@ -401,7 +401,11 @@ def check_same_segmentation(said: Mapping[str, Any], segmenter: Segmenter) -> No
     name = said.get("name")
     if said["parameters_sha256"] != hash_of_parameters(segmenter.model):
         problem = "other weights"
-    elif segmenter.kind == "boxes" and said.get("score_threshold") != segmenter.score_threshold:
+    elif (
+        isinstance(segmenter, SegmentationModel)
+        and segmenter.kind == "boxes"
+        and said.get("score_threshold") != segmenter.score_threshold
+    ):
         problem = f"other threshold of scores {said.get('score_threshold')}, not {segmenter.score_threshold}"
     else:
         return
@@ -619,8 +623,8 @@ class DifnetImageCaptioningPipeline(Pipeline):
             name, self.device, untrained, seed, grid_size, class_names=self.class_names, **options
         )
         threshold = self.recorded_segmentation.get("score_threshold")
-        if segmenter.kind == "boxes" and isinstance(threshold, (int, float)) and "score_threshold" not in options:
-            segmenter.score_threshold = threshold
+        if isinstance(segmenter, SegmentationModel) and segmenter.kind == "boxes" and "score_threshold" not in options:
+            segmenter.score_threshold = threshold if isinstance(threshold, float) else segmenter.score_threshold
         return segmenter
 
     def _missing_backbone(self) -> str | None:
