@@ -116,12 +116,16 @@ class SegmentationModel:
         """(H, W) of indices into `class_names`, int64, `NO_CLASS` elsewhere. H and W are the image's, at most 640."""
         height, width = fitted_size(image.size, MAX_LABEL_MAP_SIDE)[::-1]
         is_oneformer = self.model.config.model_type == "oneformer"
+        # EoMT's semantic checkpoints look at an image in several parts, which their processor puts together again.
+        in_parts = getattr(self.processor, "do_split_image", False)
+        if in_parts:
+            image = image.resize((width, height))  # the scores of all classes at a photograph's size take gigabytes
         arguments: dict[str, Any] = {"task_inputs": ["panoptic"]} if is_oneformer else {}
         if getattr(self.processor, "do_center_crop", None):
             arguments["do_center_crop"] = False  # both flows see the whole image
         inputs = self.processor(images=image, return_tensors="pt", **arguments)
         outputs = self.model(**inputs.to(self.model.device))
-        if self.kind == "semantic":
+        if self.kind == "semantic" or in_parts:
             (labels,) = self.processor.post_process_semantic_segmentation(outputs, target_sizes=[(height, width)])
             return index_map(labels.cpu().numpy(), self.channels)
         if self.kind == "boxes":

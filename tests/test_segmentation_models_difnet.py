@@ -1,4 +1,4 @@
-"""Class shares from any segmentation model or detector: eleven families, any classes, names in place."""
+"""Class shares from any segmentation model or detector: twelve families, any classes, names in place."""
 
 from pathlib import Path
 
@@ -9,6 +9,13 @@ import transformers
 from PIL import Image
 from torch.nn.functional import adaptive_avg_pool2d, one_hot
 
+from modeling_difnet.pipeline_difnet import (
+    hash_of_parameters,
+    load_grid_backbone,
+    load_segmenter,
+    segmentation_provenance_of,
+)
+from modeling_difnet.segmentation_difnet import CLASS_NAMES, PanopticSegmenter
 from modeling_difnet.segmentation_models_difnet import SegmentationModel, class_shares, kind_of, match_classes
 
 SIZE = {"height": 64, "width": 64}
@@ -82,6 +89,15 @@ def eomt() -> tuple:
     return transformers.EomtForUniversalSegmentation(config), processor
 
 
+def eomt_in_parts() -> tuple:
+    """A semantic checkpoint."""
+    model, _ = eomt()
+    processor = transformers.EomtImageProcessor(
+        size={"shortest_edge": 64, "longest_edge": None}, do_pad=False, do_split_image=True
+    )
+    return model, processor
+
+
 def detr_masks() -> tuple:
     config = transformers.DetrConfig(
         use_timm_backbone=False, backbone_config=resnet(), use_pretrained_backbone=False, id2label=CLASSES, **DETR
@@ -125,6 +141,13 @@ def mobilenet_v2() -> tuple:
     return transformers.MobileNetV2ForSemanticSegmentation(config), processor
 
 
+def mobilevit() -> tuple:
+    sizes = {"hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 16, 16, 24, 24, 32], "num_attention_heads": 2}
+    config = transformers.MobileViTConfig(**sizes, id2label=CLASSES)
+    processor = transformers.MobileViTImageProcessor(size={"shortest_edge": 80}, crop_size=SIZE, do_center_crop=True)
+    return transformers.MobileViTForSemanticSegmentation(config), processor
+
+
 def upernet() -> tuple:
     config = transformers.UperNetConfig(
         backbone_config=swin(), hidden_size=16, auxiliary_in_channels=64, auxiliary_channels=8, id2label=CLASSES
@@ -143,7 +166,10 @@ def dpt() -> tuple:
     return transformers.DPTForSemanticSegmentation(config), transformers.DPTImageProcessor(size=SIZE)
 
 
-FAMILIES = [maskformer, mask2former, eomt, detr_masks, detr_boxes, yolos, segformer, beit, mobilenet_v2, upernet, dpt]
+FAMILIES = [
+    maskformer, mask2former, eomt, eomt_in_parts, detr_masks, detr_boxes, yolos, segformer, beit, mobilenet_v2,
+    mobilevit, upernet, dpt,
+]  # fmt: skip
 
 
 @pytest.fixture(params=FAMILIES, ids=lambda make: make.__name__)
@@ -196,6 +222,28 @@ def test_semantic_labels_are_the_models_own() -> None:
     np.testing.assert_array_equal(segmenter.label_map(noise()), labels.numpy())
 
 
+def test_the_whole_image_is_seen() -> None:
+    """What changes at the left edge alone changes there, though the processor would crop it away."""
+    torch.manual_seed(0)
+    model, processor = mobilevit()
+    seen = []
+
+    def show(module: torch.nn.Module, arguments: tuple, keywords: dict) -> None:
+        seen.append(keywords["pixel_values"])
+
+    model.register_forward_pre_hook(show, with_kwargs=True)
+    segmenter = SegmentationModel(model, processor, "semantic")
+    image = noise(120, 60)
+    segmenter(image)
+    edge = np.asarray(image).copy()
+    edge[:, :15] = 0
+    segmenter(Image.fromarray(edge))
+    assert seen[0].shape == (1, 3, 80, 160)
+    changed = (seen[0] != seen[1]).any(dim=(0, 1, 2))
+    assert changed[:15].all()
+    assert not changed[40:].any()
+
+
 def test_the_surest_box_is_on_top() -> None:
     segmenter = SegmentationModel(*detr_boxes(), "boxes")
     found = {
@@ -240,3 +288,70 @@ def test_classes_without_names_of_their_own_are_refused(names: dict[int, str], m
     model.config.id2label = names
     with pytest.raises(ValueError, match=message):
         SegmentationModel(model, processor, "semantic")
+
+
+# Which of the two kinds of segmenter a name gives
+
+
+def save(parts: tuple, folder: Path) -> str:
+    for part in parts:
+        part.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_coco_panoptic_model_gives_the_originals_channels(tmp_path: Path) -> None:
+    """As before, unless a captioner has the classes in another order."""
+    untrained = load_segmenter(None, untrained=True)
+    name = save((untrained.model, untrained.processor), tmp_path)
+    expected = untrained(noise())
+    assert expected.any()
+    for class_names in (None, CLASS_NAMES, [name.title() for name in CLASS_NAMES]):
+        segmenter = load_segmenter(name, class_names=class_names)
+        assert isinstance(segmenter, PanopticSegmenter)
+        assert segmenter.class_names == CLASS_NAMES
+        np.testing.assert_array_equal(segmenter(noise()), expected)
+    reordered = load_segmenter(name, class_names=CLASS_NAMES[::-1])
+    assert isinstance(reordered, SegmentationModel)
+    np.testing.assert_array_equal(reordered(noise()), expected[::-1])
+
+
+def test_any_other_model_gives_its_own_classes(folder: Path) -> None:
+    segmenter = load_segmenter(str(folder), grid_size=2)
+    assert isinstance(segmenter, SegmentationModel)
+    assert segmenter(noise()).shape == (5, 2, 2)
+    record = segmentation_provenance_of(segmenter, str(folder))
+    assert record["name"] == str(folder)
+    assert record["source"] == segmenter.kind
+    assert record["parameters_sha256"] == hash_of_parameters(segmenter.model)
+    assert record["class_names"] == list(CLASSES.values())
+    assert ("score_threshold" in record) == (segmenter.kind == "boxes")
+    assert record["seen"] == "whole image, no crop"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"score_threshold": 0.3}, "a score threshold is of object detectors"),
+        ({"class_names": CLASS_NAMES}, "has 5 classes, the captioner 133: it lacks 'banner'"),
+    ],
+)
+def test_what_a_model_cannot_do_is_one_line(tmp_path: Path, options: dict, message: str) -> None:
+    name = save(segformer(), tmp_path)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_segmenter(name, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_segmentation_model_is_one_line(tmp_path: Path) -> None:
+    load_grid_backbone(None, untrained=True).save_pretrained(tmp_path / "grids")
+    transformers.BertConfig(num_hidden_layers=1, architectures=["BertModel"]).save_pretrained(tmp_path / "bert")
+    (tmp_path / "empty").mkdir()
+    for name, message in [
+        ("grids", "GridFeatureBackbone: neither a segmentation model"),
+        ("bert", "BertModel: neither a segmentation model"),
+        ("empty", "the network cannot be loaded"),
+        ("missing", "no such folder, and not available from the Hub"),
+    ]:
+        with pytest.raises(ValueError, match=message) as caught:
+            load_segmenter(str(tmp_path / name))
+        assert "\n" not in str(caught.value)
