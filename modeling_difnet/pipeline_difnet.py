@@ -622,9 +622,10 @@ class DifnetImageCaptioningPipeline(Pipeline):
         segmenter = load_segmenter(
             name, self.device, untrained, seed, grid_size, class_names=self.class_names, **options
         )
-        threshold = self.recorded_segmentation.get("score_threshold")
-        if isinstance(segmenter, SegmentationModel) and segmenter.kind == "boxes" and "score_threshold" not in options:
-            segmenter.score_threshold = threshold if isinstance(threshold, float) else segmenter.score_threshold
+        threshold: Any = self.recorded_segmentation.get("score_threshold")
+        if isinstance(segmenter, SegmentationModel) and isinstance(threshold, (int, float)):
+            # Other kinds of models, which `force` may bring, have no use for it.
+            segmenter.score_threshold = options.get("score_threshold", threshold)
         return segmenter
 
     def _missing_backbone(self) -> str | None:
