@@ -35,13 +35,11 @@ METRICS = {
 # model is registered for `AutoModelForImageTextToText`.
 TASK = "image-text-to-text"
 
-# Sources of recorded segmentation features in the words of the card.
-SEGMENTATION_SOURCES = {
+# Kinds of segmentation models in the words of the card.
+SEGMENTATION_KINDS = {
     "panoptic": "panoptic segmentation",
     "semantic": "semantic segmentation",
     "boxes": "boxes of an object detector",
-    "coco instances": "COCO's instance annotations",
-    "coco panoptic": "COCO's panoptic annotations",
 }
 NUM_NAMED_CLASSES = 5  # in the card; processor_config.json has them all
 
@@ -125,19 +123,25 @@ def describe_segmentation(said: Mapping[str, Any] | None) -> str | None:
     """What made the recorded segmentation features, in the words of the card; `None` where there is no record."""
     if not said:
         return None
-    source = SEGMENTATION_SOURCES.get(str(said.get("source")), printable(said.get("source"), 80))
-    if str(said.get("source")).startswith("coco "):
-        return source
-    return _describe_network(said, [source], ("revision", *(["score_threshold"] if said["source"] == "boxes" else [])))
+    from modeling_difnet.pipeline_difnet import ANNOTATION_SOURCES
+
+    source = said.get("source")
+    if source is not None and source not in SEGMENTATION_KINDS:
+        return ANNOTATION_SOURCES.get(source, printable(source, 80))
+    kinds = [SEGMENTATION_KINDS[source]] if source is not None else []
+    return _describe_network(said, kinds, ("revision", *(["score_threshold"] if source == "boxes" else [])))
 
 
 def _describe_network(said: Mapping[str, Any], kinds: Sequence[str], keys: Sequence[str]) -> str:
     if said.get("substitute"):  # the name says which network it was, and loads none
         return printable(said.get("name"), 200)
+    kind = ", ".join([*([printable(said["model_type"], 80)] if said.get("model_type") else []), *kinds])
+    if said.get("name") is None and said.get("parameters_sha256") is None:  # what several have in common
+        return "several networks" + (f" ({kind})" if kind else "")
     name = printable(said.get("name") or "an untrained network", 200)
     details = [f"`{key}` {printable(said[key], 80)}" for key in keys if said.get(key)]
     details.append(f"SHA-256 of the parameters {printable(said.get('parameters_sha256'), 80)}")
-    return f"`{name}` ({', '.join([printable(said.get('model_type'), 80), *kinds])}; {', '.join(details)})"
+    return f"`{name}` ({kind}; {', '.join(details)})"
 
 
 def _describe_classes(names: Sequence[str] | None, num_classes: int) -> str:

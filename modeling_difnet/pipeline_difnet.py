@@ -27,7 +27,7 @@ from transformers import Pipeline, PreTrainedConfig
 from .grid_backbone_difnet import GridFeatureBackbone, GridFeatureBackboneConfig
 from .images_difnet import Image, one_line, open_image
 from .segmentation_difnet import CLASS_NAMES, LABEL_ORDERS, PanopticSegmenter, channels_of_labels, normal_name
-from .segmentation_models_difnet import SegmentationModel, class_names_of, kind_of, match_classes
+from .segmentation_models_difnet import MODEL_CLASSES, SegmentationModel, class_names_of, kind_of, match_classes
 from .vision_backbone_difnet import FACTORY, VisionBackbone, as_pair
 from .weights_difnet import check_finite_weights, load_complete, load_config
 
@@ -35,8 +35,11 @@ TASK = "image-captioning"
 UNTRAINED_WARNING = (
     "UNTRAINED: random numbers stand in for trained weights; the features and all that is made of them mean nothing"
 )
-ANNOTATIONS = "coco "
-"""How the recorded `source` of segmentation features begins that were made of annotation files."""
+ANNOTATION_SOURCES = {
+    "coco instances": "COCO's instance annotations",
+    "coco panoptic": "COCO's panoptic annotations",
+}
+"""Recorded sources of segmentation features that no model made, in words."""
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 GridBackbone: TypeAlias = GridFeatureBackbone | VisionBackbone
@@ -398,7 +401,11 @@ def check_same_segmentation(said: Mapping[str, Any], segmenter: Segmenter) -> No
     name = said.get("name")
     if said["parameters_sha256"] != hash_of_parameters(segmenter.model):
         problem = "other weights"
-    elif segmenter.kind == "boxes" and said.get("score_threshold") != segmenter.score_threshold:
+    elif (
+        isinstance(segmenter, SegmentationModel)
+        and segmenter.kind == "boxes"
+        and said.get("score_threshold") != segmenter.score_threshold
+    ):
         problem = f"other threshold of scores {said.get('score_threshold')}, not {segmenter.score_threshold}"
     else:
         return
@@ -429,10 +436,9 @@ def is_loadable(said: Mapping[str, Any]) -> bool:
     Args:
         said: in the form of `provenance_of` or `segmentation_provenance_of`.
     """
-    name = said.get("name")
-    return isinstance(name, str) and not (
-        said.get("substitute") or str(said.get("source")).startswith(ANNOTATIONS) or FACTORY.fullmatch(name)
-    )
+    name, source = said.get("name"), said.get("source")
+    is_of_a_model = source is None or source in MODEL_CLASSES  # grid backbones have no source
+    return isinstance(name, str) and is_of_a_model and not (said.get("substitute") or FACTORY.fullmatch(name))
 
 
 # The pipeline
@@ -617,8 +623,8 @@ class DifnetImageCaptioningPipeline(Pipeline):
             name, self.device, untrained, seed, grid_size, class_names=self.class_names, **options
         )
         threshold = self.recorded_segmentation.get("score_threshold")
-        if segmenter.kind == "boxes" and isinstance(threshold, (int, float)) and "score_threshold" not in options:
-            segmenter.score_threshold = threshold
+        if isinstance(segmenter, SegmentationModel) and segmenter.kind == "boxes" and "score_threshold" not in options:
+            segmenter.score_threshold = threshold if isinstance(threshold, float) else segmenter.score_threshold
         return segmenter
 
     def _missing_backbone(self) -> str | None:
@@ -641,12 +647,11 @@ class DifnetImageCaptioningPipeline(Pipeline):
         if said.get("substitute"):
             return _takes_substitute(said, "segmentation_model")
         fitting = _fitting_models(self.class_names, self.processor.feature_extractor.num_segmentation_classes)
-        source = str(said.get("source"))
-        if source.startswith(ANNOTATIONS):
-            kind = source.removeprefix(ANNOTATIONS)
+        source = said.get("source")
+        if source is not None and source not in MODEL_CLASSES:
             return (
-                f"this captioner was trained on COCO's annotations of {kind}, not on a model's segmentation: give "
-                f"`segmentation_model=` (--segmentation-model), {fitting}"
+                f"this captioner was trained on {ANNOTATION_SOURCES.get(source, one_line(source))}, not on a model's "
+                f"segmentation: give `segmentation_model=` (--segmentation-model), {fitting}"
             )
         return f"an image needs `segmentation_model=` (--segmentation-model), {fitting}"
 

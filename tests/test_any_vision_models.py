@@ -12,8 +12,9 @@ import torch
 from datasets import load_from_disk
 from test_images import noise
 from test_recorded_networks import CLASSES, save_dinov2, save_segformer
+from transformers import pipeline
 
-from difnet_transformers.cli import evaluate, extract, pack, train
+from difnet_transformers.cli import caption, evaluate, explain, extract, pack, train
 from difnet_transformers.data import PackedImages
 from difnet_transformers.data.feature_records import (
     difference_of_classes,
@@ -394,6 +395,101 @@ def test_features_of_another_grid_backbone_are_evaluated_by_force_alone(
     assert run(evaluate.main, *arguments) == 2
     assert message in error_line(capsys)
     assert run(evaluate.main, *arguments, "--force") == 0
+
+
+# Captions of images by one name
+
+
+def test_captions_of_images_by_one_name_are_those_of_the_features(world: World, tmp_path: Path) -> None:
+    results = [tmp_path / "of_images.json", tmp_path / "of_features.json"]
+    words = ["--model", world.model, "--device", "cpu", "--json"]
+    assert run(caption.main, world.folder / "test", *words, results[0]) == 0
+    stored = ["--features", world.features / "grid_features.hdf5", "--segmentation", world.features / "segmentations"]
+    assert run(caption.main, *stored, "--ids", *SPLITS["test"], *words, results[1]) == 0
+    of_images, of_features = (
+        [(each["image_id"], each["caption"]) for each in json.loads(path.read_text())] for path in results
+    )
+    assert of_images == of_features
+    image = world.folder / "test" / f"{SPLITS['test'][0]:012d}.png"
+    (answer,) = pipeline("image-captioning", model=str(world.model))(str(image))
+    assert answer["generated_text"] == of_images[0][1]
+
+
+def test_other_networks_than_those_of_the_training_are_refused(world: World, tmp_path: Path, capsys) -> None:
+    words = [world.folder / "test", "--model", world.model, "--device", "cpu"]
+    other_weights = save_segformer(tmp_path / "weights", seed=1)
+    other_classes = save_segformer(tmp_path / "classes", [*CLASSES[:149], "zeppelin"])
+    assert run(caption.main, *words, "--segmentation-model", other_weights) == 2
+    assert "trained with another segmentation model" in error_line(capsys)
+    assert run(caption.main, *words, "--segmentation-model", other_weights, "--force") == 0
+    for force in ([], ["--force"]):
+        assert run(caption.main, *words, "--segmentation-model", other_classes, *force) == 2
+        assert f"it lacks {CLASSES[149]!r}" in error_line(capsys)
+    assert run(caption.main, *words, "--segmentation-model", world.reordered, "--force") == 0
+
+
+def test_stored_features_are_matched_by_the_names_of_their_classes(
+    world: World, packed_in_another_order: Path, tmp_path: Path, capsys
+) -> None:
+    def captions_of(features: Path, *more: object) -> str:
+        grids, shares = features / "grid_features.hdf5", features / "segmentations"
+        words = ["--features", grids, "--segmentation", shares, "--model", world.model, "--device", "cpu"]
+        code = run(caption.main, *words, *more)
+        printed = capsys.readouterr()
+        return printed.out if code == 0 else printed.err.strip().splitlines()[-1]
+
+    assert captions_of(world.folder / "features_reordered") == captions_of(world.features)
+    renamed = renamed_features(world, tmp_path / "renamed", class_003="zeppelin")
+    for force in ([], ["--force"]):
+        assert "other segmentation classes than the captioner's: class 003 is missing" in captions_of(renamed, *force)
+    shutil.copytree(world.features, tmp_path / "layer")
+    with h5py.File(tmp_path / "layer" / "grid_features.hdf5", "r+") as grids:
+        grids.attrs["grid_backbone"] = json.dumps(json.loads(grids.attrs["grid_backbone"]) | {"layer": 1})
+    assert "trained on other grid features: " in (message := captions_of(tmp_path / "layer"))
+    assert "other layer 1, not -1; --force takes them" in message
+    assert captions_of(tmp_path / "layer", "--force") == captions_of(world.features)
+
+
+def test_a_split_in_another_order_is_explained_by_name(
+    world: World, packed_in_another_order: Path, tmp_path: Path, capsys
+) -> None:
+    arrays = []
+    for dataset in (world.packed, packed_in_another_order):
+        why = tmp_path / dataset.name
+        words = ["--dataset", dataset, "--split", "train", "--model", world.model, "--device", "cpu", "--output", why]
+        assert run(explain.main, *words) == 0
+        arrays.append(np.load(why / "relevance.npz", allow_pickle=False))
+    plain, reordered = arrays
+    assert plain.files
+    for name in plain.files:
+        if name.endswith("/class_names"):
+            assert plain[name].tolist() == CLASSES
+            assert reordered[name].tolist() == [CLASSES[place] for place in ORDER]
+        elif name.endswith("/classes"):
+            np.testing.assert_allclose(reordered[name], plain[name][:, ORDER], atol=1e-9)
+    other = world.packed_with(tmp_path / "other", grid_backbone__layer=1)
+    words = ["--dataset", other, "--model", world.model, "--device", "cpu", "--output", tmp_path / "why"]
+    assert run(explain.main, *words) == 2
+    assert "other layer 1, not -1" in error_line(capsys)
+    assert run(explain.main, *words, "--force") == 0
+
+
+def test_explanations_name_the_classes(world: World, tmp_path: Path) -> None:
+    words = ["--caption", "a dog", "--device", "cpu"]
+    assert run(explain.main, world.folder / "test", "--model", world.model, *words, "--output", tmp_path / "why") == 0
+    of_split = ["--dataset", world.packed, "--split", "test", "--model", world.model, "--device", "cpu"]
+    assert run(explain.main, *of_split, "--output", tmp_path / "split") == 0
+    with np.load(tmp_path / "why" / "relevance.npz", allow_pickle=False) as arrays:
+        assert arrays[f"{SPLITS['test'][0]:012d}/class_names"].tolist() == CLASSES
+    assert any(name in (tmp_path / "why" / "index.html").read_text() for name in CLASSES)
+
+
+def test_the_card_names_both_networks(world: World) -> None:
+    card = " ".join((world.model / "README.md").read_text().split())
+    assert f"made by `{world.dinov2}` (dinov2; " in card
+    assert "share of each of 150 classes (class 000, class 001, class 002, class 003, class 004, ..)" in card
+    assert f"made by `{world.segformer}` (segformer, semantic segmentation; " in card
+    assert "it loads both networks by the recorded name" in card
 
 
 # Names of classes

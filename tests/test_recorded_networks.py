@@ -186,6 +186,7 @@ def test_names_of_classes(record: Any, num_classes: int, expected: Any) -> None:
         ({"name": "nvidia/segformer", "source": "semantic"}, True),
         ({"name": "package.module:function"}, False),
         ({"name": "instances_train2014.json", "source": "coco instances"}, False),
+        ({"name": "label_maps", "source": "label maps, coco-ids"}, False),
         ({"name": "UPSNet", "substitute": "another"}, False),
         ({"name": None}, False),
         ({}, False),
@@ -336,7 +337,7 @@ def test_the_order_of_classes_is_compared_too(segmenter: str) -> None:
         ({"name": None}, "an image needs `segmentation_model=` (--segmentation-model)"),
         (
             {"name": "instances_train2014.json", "source": "coco instances"},
-            "trained on COCO's annotations of instances, not on a model's segmentation: give `segmentation_model=` "
+            "trained on COCO's instance annotations, not on a model's segmentation: give `segmentation_model=` "
             "(--segmentation-model), a segmentation model or object detector of Transformers with the same 150 "
             "classes (class 000, class 001, class 002, ..)",
         ),
@@ -506,6 +507,8 @@ def test_the_card_names_both_networks(model: Path, records: dict[str, Any], segm
         (None, None),
         ({"name": "instances.json", "source": "coco instances"}, "COCO's instance annotations"),
         ({"name": "panoptic.json", "source": "coco panoptic"}, "COCO's panoptic annotations"),
+        ({"name": "label_maps", "source": "label maps, coco-ids"}, "label maps, coco-ids"),
+        ({"name": None, "source": "semantic", "class_names": ["wall"]}, "several networks (semantic segmentation)"),
         (
             {"name": "a/detr", "source": "boxes", "model_type": "detr", "revision": "abc", "parameters_sha256": "12",
              "score_threshold": 0.5},

@@ -133,7 +133,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "caption.py") -> int:
         )
         left_out = LeftOut()
         if options.features:
-            items = feature_items(captioner, options.features, options.segmentation, options.ids, left_out)
+            items = feature_items(
+                captioner, options.features, options.segmentation, options.ids, left_out, options.force
+            )
         else:
             items = image_items(captioner, options.images, left_out)
         results = caption_images(

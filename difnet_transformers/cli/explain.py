@@ -123,6 +123,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "explain.py") -> int:
                 batch_size=options.batch_size,
                 device=options.device,
                 seed=options.seed,
+                force=options.force,
                 left_out=left_out,
             )
         else:

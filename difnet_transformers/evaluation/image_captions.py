@@ -26,6 +26,12 @@ from ..files import printable
 
 with requires("images"):
     from ..data.feature_files import GridFiles, SegmentationFiles
+    from ..data.feature_records import (
+        difference_of_backbones,
+        difference_of_classes,
+        order_of_classes,
+        recorded_classes,
+    )
     from ..data.image_files import find_images, image_ids_from_names
 
 
@@ -174,8 +180,11 @@ def feature_items(
     segmentation: str | None,
     ids: Sequence[int] | None,
     left_out: LeftOut,
+    force: bool = False,
 ) -> list[CaptionItem]:
     """An item for each image of feature files, in the order of the image ids, or for those asked for.
+
+    Segmentation classes in another order than the captioner's are matched by name, where the features name them.
 
     Args:
         captioner: the pipeline.
@@ -183,21 +192,28 @@ def feature_items(
         segmentation: folder of `<image id>.npy` or HDF5 file; `None` for a captioner without a segmentation flow.
         ids: images to caption; `None` for all.
         left_out: gets the ids that are not in the features.
+        force: whether features of another grid backbone than the captioner's are taken.
 
     Raises:
-        ValueError: a file cannot be read, or the captioner has, or lacks, a segmentation flow.
+        ValueError: a file cannot be read, the captioner has, or lacks, a segmentation flow, or the features say that
+            they are of another grid backbone or of other classes.
     """
     grids = GridFiles(tuple(features))
     files = grids.index()
+    difference = difference_of_backbones(captioner.recorded_backbone, grids.grid_backbone())
+    if difference is not None and not force:
+        raise ValueError(f"this captioner was trained on other grid features: {difference}; --force takes them")
     segmentations = None if segmentation is None else SegmentationFiles(segmentation)
     names = {} if segmentations is None else segmentations.index()
+    order = None if segmentations is None else _order_of_features(captioner, segmentations)
 
     def read(image_id: int) -> dict[str, Any]:
         if segmentations is not None and image_id not in names:
             raise ValueError(f"not in {printable(segmentation)}")
         found = {"grid_features": grids.read(files[image_id], image_id)}
         if segmentations is not None:
-            found["segmentation_features"] = segmentations.read(names[image_id])[0]
+            shares = segmentations.read(names[image_id])[0]  # (classes, rows, columns)
+            found["segmentation_features"] = shares if order is None else shares[list(order)]
         return found
 
     items = []
@@ -212,6 +228,21 @@ def feature_items(
     if not captioner.model.config.use_segmentation and segmentation is not None:
         raise ValueError("this captioner has no segmentation flow: leave --segmentation out")
     return items
+
+
+def _order_of_features(
+    captioner: DifnetImageCaptioningPipeline, segmentations: SegmentationFiles
+) -> tuple[int, ...] | None:
+    """Where the features have each class of the captioner; `None` for the same order, or one that is not known."""
+    expected, found = captioner.class_names, recorded_classes(segmentations.record())
+    if not captioner.model.config.use_segmentation or expected is None or found is None:
+        return None
+    difference = difference_of_classes(expected, found)
+    if difference is not None:
+        raise ValueError(
+            f"{printable(segmentations.path)}: other segmentation classes than the captioner's: {difference}"
+        )
+    return order_of_classes(expected, found)
 
 
 # Captions

@@ -36,7 +36,7 @@ from ..data import CaptionPairBatches, ImageCaptionBatches, ReferenceBatches
 from ..data.feature_records import FeatureRecords, records_of_split
 from ..data.packed_dataset import split_fingerprint
 from ..files import folder_lock, make_folder, name_file_in_errors, printable
-from ..model_card import describe_backbone, write_model_card
+from ..model_card import write_model_card
 from ..options import save_options
 from .checkpoint import (
     Checkpoint,
@@ -526,7 +526,6 @@ class DifnetTrainer:
             training=self.training_summary(),
             dataset=dataset,
             license=self.args.license,
-            grid_backbone=describe_backbone(getattr(self.processor.feature_extractor, "grid_backbone", None)),
         )
 
     def training_summary(self) -> str:
