@@ -401,7 +401,11 @@ def check_same_segmentation(said: Mapping[str, Any], segmenter: Segmenter) -> No
     name = said.get("name")
     if said["parameters_sha256"] != hash_of_parameters(segmenter.model):
         problem = "other weights"
-    elif segmenter.kind == "boxes" and said.get("score_threshold") != segmenter.score_threshold:
+    elif (
+        isinstance(segmenter, SegmentationModel)
+        and segmenter.kind == "boxes"
+        and said.get("score_threshold") != segmenter.score_threshold
+    ):
         problem = f"other threshold of scores {said.get('score_threshold')}, not {segmenter.score_threshold}"
     else:
         return
@@ -618,9 +622,10 @@ class DifnetImageCaptioningPipeline(Pipeline):
         segmenter = load_segmenter(
             name, self.device, untrained, seed, grid_size, class_names=self.class_names, **options
         )
-        threshold = self.recorded_segmentation.get("score_threshold")
-        if segmenter.kind == "boxes" and isinstance(threshold, (int, float)) and "score_threshold" not in options:
-            segmenter.score_threshold = threshold
+        threshold: Any = self.recorded_segmentation.get("score_threshold")
+        if isinstance(segmenter, SegmentationModel) and isinstance(threshold, (int, float)):
+            # Other kinds of models, which `force` may bring, have no use for it.
+            segmenter.score_threshold = options.get("score_threshold", threshold)
         return segmenter
 
     def _missing_backbone(self) -> str | None:

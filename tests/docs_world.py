@@ -18,6 +18,9 @@ from transformers import (
     MaskFormerConfig,
     MaskFormerForInstanceSegmentation,
     MaskFormerImageProcessor,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+    SegformerImageProcessor,
     SwinConfig,
 )
 
@@ -151,6 +154,13 @@ def make_feature_networks(folder: Path) -> None:
     dinov2 = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=56, patch_size=8)
     Dinov2Model(dinov2).save_pretrained(folder / "facebook" / "dinov2-base")
     BitImageProcessor(size={"shortest_edge": 64}).save_pretrained(folder / "facebook" / "dinov2-base")
+    segformer = SegformerConfig(
+        hidden_sizes=[8, 8, 8, 16], depths=[1] * 4, num_attention_heads=[1, 1, 2, 2], decoder_hidden_size=16,
+        id2label={label: f"class {label}" for label in range(150)},
+    )  # fmt: skip
+    name = folder / "nvidia" / "segformer-b0-finetuned-ade-512-512"
+    SegformerForSemanticSegmentation(segformer).save_pretrained(name)
+    SegformerImageProcessor(size={"height": 64, "width": 64}).save_pretrained(name)
     make_efficientnet_lite(folder)
 
 

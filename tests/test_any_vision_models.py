@@ -16,7 +16,12 @@ from transformers import pipeline
 
 from difnet_transformers.cli import caption, evaluate, explain, extract, pack, train
 from difnet_transformers.data import PackedImages
-from difnet_transformers.data.feature_records import difference_of_classes, recorded_classes, records_of_dataset
+from difnet_transformers.data.feature_records import (
+    difference_of_classes,
+    recorded_classes,
+    records_in,
+    records_of_dataset,
+)
 from difnet_transformers.training import DifnetTrainer, TrainingConfig
 from modeling_difnet import DifnetForConditionalGeneration
 from modeling_difnet.images_difnet import open_image
@@ -493,8 +498,25 @@ def test_the_card_names_both_networks(world: World) -> None:
 def test_classes_that_are_not_recorded_are_cocos_where_there_are_133() -> None:
     assert recorded_classes(None, 133) == CLASS_NAMES
     assert recorded_classes(None, 150) is None
-    assert recorded_classes({"class_names": ["sky", 3]}, 2) is None
     assert recorded_classes({"class_names": ["sky", "sea"]}) == ("sky", "sea")
+    assert recorded_classes({"class_names": ["sky", "sea"]}, 3) is None
+    assert recorded_classes({"class_names": None}, 133) == CLASS_NAMES
+
+
+@pytest.mark.parametrize("names", [["sky", 3], "sky", [], ["sky", "sky"], {"sky": 1}])
+def test_a_damaged_record_is_none(names: object) -> None:
+    assert records_in({"grid_backbone": {"name": "a"}, "segmentation_model": {"class_names": names}}) == (
+        {"name": "a"},
+        None,
+    )
+    assert records_in(["no", "object"]) == (None, None)
+
+
+def test_names_of_another_number_of_classes_than_the_features_have(world: World, tmp_path: Path, capsys) -> None:
+    other = world.packed_with(tmp_path / "packed", segmentation_model__class_names=["sky", "sea"])
+    words = ["--config", world.folder / "network.json", "--min-word-count", 1]
+    assert run(train.main, *train_arguments(other, tmp_path / "run", *words)) == 2
+    assert "names 2 segmentation classes, its features have 150; pack again" in error_line(capsys)
 
 
 @pytest.mark.parametrize(

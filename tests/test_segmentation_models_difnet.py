@@ -304,6 +304,7 @@ def test_a_coco_panoptic_model_gives_the_originals_channels(tmp_path: Path) -> N
     untrained = load_segmenter(None, untrained=True)
     name = save((untrained.model, untrained.processor), tmp_path)
     expected = untrained(noise())
+    assert expected.any()
     for class_names in (None, CLASS_NAMES, [name.title() for name in CLASS_NAMES]):
         segmenter = load_segmenter(name, class_names=class_names)
         assert isinstance(segmenter, PanopticSegmenter)

@@ -179,8 +179,10 @@ class SegmentationFiles:
             DataError: the folder holds several extractions.
         """
         if not os.path.isdir(self.path):
-            with contextlib.suppress(KeyError, TypeError, ValueError):
-                return records_in({"segmentation_model": json.loads(self._hdf5().attrs["segmentation_model"])})[1]
+            attributes = self._hdf5().attrs
+            # A damaged attribute shows in whatever part of h5py it reaches first.
+            with contextlib.suppress(KeyError, TypeError, ValueError, OSError, RuntimeError):
+                return records_in({"segmentation_model": json.loads(attributes["segmentation_model"])})[1]
             return None
         folder = Path(os.path.abspath(self.path))
         # The manifest lies in the output of `difnet extract`, the features in its folder `segmentations`.

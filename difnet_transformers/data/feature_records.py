@@ -36,9 +36,16 @@ class FeatureRecords(NamedTuple):
 
 
 def records_in(content: object) -> FeatureRecords:
-    """The records in the settings of a processor, a manifest or a provenance."""
+    """The records in the settings of a processor, a manifest or a provenance; damaged ones are none."""
     said = [content.get(name) for name in FeatureRecords._fields] if isinstance(content, Mapping) else []
-    return FeatureRecords(*(dict(record) if isinstance(record, Mapping) else None for record in said))
+    records = FeatureRecords(*(dict(record) if isinstance(record, Mapping) else None for record in said))
+    names = (records.segmentation_model or {}).get("class_names")
+    is_sound = names is None or (
+        isinstance(names, list | tuple)
+        and all(isinstance(name, str) for name in names)
+        and len(set(names)) == len(names) > 0
+    )
+    return records if is_sound else records._replace(segmentation_model=None)
 
 
 def records_of_dataset(folder: str | os.PathLike) -> FeatureRecords:
@@ -75,7 +82,7 @@ def recorded_classes(record: Mapping[str, Any] | None, num_classes: int | None =
         num_classes: their number, where it is known. Without a record 133 classes are COCO's.
     """
     names = None if record is None else record.get("class_names")
-    if isinstance(names, list | tuple) and names and all(isinstance(name, str) for name in names):
+    if names is not None:
         return tuple(names) if num_classes in (None, len(names)) else None
     if num_classes == NUM_COCO_CLASSES:
         from modeling_difnet.segmentation_difnet import CLASS_NAMES  # takes seconds to import

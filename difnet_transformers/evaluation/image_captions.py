@@ -210,10 +210,6 @@ def feature_items(
         ValueError: a file cannot be read, the captioner has, or lacks, a segmentation flow, or the features say that
             they are of another grid backbone or of other classes.
     """
-    if captioner.model.config.use_segmentation and segmentation is None:
-        raise ValueError("this captioner needs the segmentation features too: give --segmentation")
-    if not captioner.model.config.use_segmentation and segmentation is not None:
-        raise ValueError("this captioner has no segmentation flow: leave --segmentation out")
     grids = GridFiles(tuple(features))
     files = grids.index()
     difference = difference_of_backbones(captioner.recorded_backbone, grids.grid_backbone())
@@ -239,6 +235,10 @@ def feature_items(
             items.append(CaptionItem(image_id, None, name, partial(read, image_id)))
         else:
             left_out.add(f"image {image_id}", f"not in the features ({', '.join(map(printable, features))})")
+    if captioner.model.config.use_segmentation and segmentation is None:
+        raise ValueError("this captioner needs the segmentation features too: give --segmentation")
+    if not captioner.model.config.use_segmentation and segmentation is not None:
+        raise ValueError("this captioner has no segmentation flow: leave --segmentation out")
     return items
 
 
@@ -247,7 +247,7 @@ def _order_of_features(
 ) -> tuple[int, ...] | None:
     """Where the features have each class of the captioner; `None` for the same order, or one that is not known."""
     expected, found = captioner.class_names, recorded_classes(segmentations.record())
-    if expected is None or found is None:
+    if not captioner.model.config.use_segmentation or expected is None or found is None:
         return None
     difference = difference_of_classes(expected, found)
     if difference is not None:

@@ -83,7 +83,17 @@ def make_model(
 
 
 def keep_records(config: DifnetConfig, extractor: DifnetFeatureExtractor, records: FeatureRecords) -> None:
-    """Puts what made the features into the processor of the model that is trained on them."""
+    """Puts what made the features into the processor of the model that is trained on them.
+
+    Raises:
+        ValueError: the record names another number of classes than the features have.
+    """
+    names = recorded_classes(records.segmentation_model)
+    if config.use_segmentation and names is not None and len(names) != config.num_segmentation_classes:
+        raise ValueError(
+            f"provenance.json of the dataset names {len(names)} segmentation classes, its features have "
+            f"{config.num_segmentation_classes}; pack again"
+        )
     extractor.grid_backbone = records.grid_backbone
     extractor.segmentation_model = records.segmentation_model if config.use_segmentation else None
 

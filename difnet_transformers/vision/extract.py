@@ -60,7 +60,7 @@ with requires("images"):
 
     from ..data.coco import CocoFile, merge_images, read_images
     from ..data.feature_files import SEGMENTATIONS
-    from ..data.feature_records import recorded_classes
+    from ..data.feature_records import recorded_classes, records_in
     from ..data.image_files import find_images, image_ids_from_names, match_images
 
 GRIDS = "grid_features.hdf5"
@@ -625,7 +625,7 @@ def print_summary(manifest: dict[str, Any], output: Path) -> int:
     """Prints what was made and what was left out. Returns the number of images that were left out."""
     names = " and ".join(name for name in ("grid_backbone", "segmentation") if name in manifest)
     print(f"{manifest['pictures']:,} images ({names}) in {printable(output, 300)}; see its manifest.json")
-    classes = recorded_classes(manifest.get("segmentation_model")) or CLASS_NAMES
+    classes = recorded_classes(records_in(manifest).segmentation_model) or CLASS_NAMES
     if classes != CLASS_NAMES:
         more = f", .., {printable(classes[-1])}" if len(classes) > NUM_LISTED else ""
         print(f"{len(classes)} segmentation classes: {', '.join(map(printable, classes[:NUM_LISTED]))}{more}")
