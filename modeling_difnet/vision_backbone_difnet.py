@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -30,6 +31,8 @@ FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 # What image processors may do that would show the network another part of the image than the segmentation sees.
 CROPS = {"do_center_crop": False, "do_pad": False}
+
+RESAMPLE_OF_TIMM = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # Pillow's numbers
 
 
 @dataclass
@@ -163,6 +166,8 @@ class VisionBackbone(nn.Module):
         """The feature map `(B, C, h, w)` of prepared images `(B, 3, H, W)`."""
         if not hasattr(self.model, "config"):
             return on_grid(self.model(pixel_values), pixel_values.shape[2:], None)
+        if hasattr(self.model, "timm_model"):
+            return self._timm_map(pixel_values)
         arguments: dict[str, Any] = {"pixel_values": pixel_values}
         if changes_size(self.model, pixel_values.shape[2:]):
             arguments["interpolate_pos_encoding"] = True
@@ -173,6 +178,21 @@ class VisionBackbone(nn.Module):
         return on_grid(
             self._hidden_states(outputs), pixel_values.shape[2:], getattr(self.model.config, "patch_size", None)
         )
+
+    def _timm_map(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`forward` of a network of timm, whose maps have the channels first or last, and tokens any prefix."""
+        try:
+            if self.config.layer != -1:
+                outputs = self.model(pixel_values=pixel_values, output_hidden_states=True, return_dict=True)
+                return self._hidden_states(outputs)  # maps, of every network
+            hidden_states = self.model(pixel_values=pixel_values, return_dict=True)["last_hidden_state"]
+        except AssertionError as error:  # another image size than a transformer was trained with
+            raise ValueError(f"{self.config.name}: {error}") from error
+        if hidden_states.ndim == 4 and getattr(self.model.timm_model, "output_fmt", "NCHW") == "NHWC":
+            hidden_states = hidden_states.permute(0, 3, 1, 2)
+        if hidden_states.ndim == 3:
+            hidden_states = hidden_states[:, getattr(self.model.timm_model, "num_prefix_tokens", 0) :]
+        return on_grid(hidden_states, pixel_values.shape[2:], None)
 
     def _hidden_states(self, outputs: Mapping[str, Any]) -> torch.Tensor:
         """Hidden states of the chosen layer: `(B, C, h, w)` where the model has maps, or `(B, tokens, C)`."""
@@ -247,6 +267,12 @@ class ImageResizer:
         self.size = (width, height)
 
     def __call__(self, image: Any) -> torch.Tensor:
+        timm_settings = getattr(self.processor, "data_config", None)
+        if timm_settings is not None:  # of timm's wrapper, whose transforms always resize and crop
+            image = image.resize(self.size, resample=RESAMPLE_OF_TIMM.get(timm_settings["interpolation"], 3))
+            pixels = np.asarray(image, dtype=np.float32) / 255  # (H, W, 3)
+            pixels = (pixels - np.float32(timm_settings["mean"])) / np.float32(timm_settings["std"])
+            return torch.from_numpy(pixels).permute(2, 0, 1)
         resample = getattr(self.processor, "resample", None)
         image = image.resize(self.size, resample=resample if resample is not None else 2)
         return self.processor(image, return_tensors="pt", **self.arguments)["pixel_values"][0]
@@ -301,6 +327,9 @@ def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
 
 def trained_size(config: Any, processor: Any) -> tuple[int, int]:
     """Height and width of the images that a model was trained with, by its image processor or its configuration."""
+    timm_settings = getattr(processor, "data_config", None)
+    if timm_settings is not None:
+        return as_pair(timm_settings["input_size"][1:])
     crops = getattr(processor, "do_center_crop", False)
     for size in (getattr(processor, "crop_size", None) if crops else None, getattr(processor, "size", None)):
         if not size:
