@@ -406,6 +406,8 @@ class DifnetFeatureExtractor(FeatureExtractionMixin):
             rows of the image, as in the original. By default it is a ValueError.
         grid_backbone: what made the grid features of the training data, where that is known: `name`,
             `parameters_sha256` and what else `provenance_of` of the pipeline says.
+        segmentation_model: what made the segmentation features, where that is known: `name`, `class_names` (one for
+            each of `num_segmentation_classes`, in their order) and what else `segmentation_provenance_of` says.
     """
 
     model_input_names = ["grid_features", "segmentation_features", "grid_attention_mask"]
@@ -418,6 +420,7 @@ class DifnetFeatureExtractor(FeatureExtractionMixin):
         mask_padded_cells: bool = True,
         cut_large_grids: bool = False,
         grid_backbone: Mapping[str, Any] | None = None,
+        segmentation_model: Mapping[str, Any] | None = None,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -433,15 +436,20 @@ class DifnetFeatureExtractor(FeatureExtractionMixin):
         self.num_segmentation_classes = num_segmentation_classes
         self.mask_padded_cells = mask_padded_cells
         self.cut_large_grids = cut_large_grids
-        if grid_backbone is not None and not isinstance(grid_backbone, Mapping):
-            raise ValueError(f"grid_backbone must be a dictionary, not {_brief(grid_backbone)}.")
+        for name, record in (("grid_backbone", grid_backbone), ("segmentation_model", segmentation_model)):
+            if record is not None and not isinstance(record, Mapping):
+                raise ValueError(f"{name} must be a dictionary, not {_brief(record)}.")
+        if segmentation_model is not None:
+            _check_class_names(segmentation_model.get("class_names"), num_segmentation_classes)
         self.grid_backbone = None if grid_backbone is None else dict(grid_backbone)
+        self.segmentation_model = None if segmentation_model is None else dict(segmentation_model)
 
     def to_dict(self) -> dict[str, Any]:
-        """All settings; `grid_backbone` only where it is known."""
+        """All settings; `grid_backbone` and `segmentation_model` only where they are known."""
         settings = super().to_dict()
-        if self.grid_backbone is None:
-            settings.pop("grid_backbone", None)
+        for name in ("grid_backbone", "segmentation_model"):
+            if getattr(self, name) is None:
+                settings.pop(name, None)
         return settings
 
     def __call__(
@@ -531,6 +539,22 @@ class DifnetFeatureExtractor(FeatureExtractionMixin):
             f"{cells} cells, but the grid of this processor is {size}. Average them to {size}, {other}, or pass "
             f"cut_large_grids=True to keep the first {self.grid_size**2}, the top of the image, as the original does."
         )
+
+
+def _check_class_names(names: Any, num_classes: int) -> None:
+    """Raises ValueError unless recorded names of classes, where there are any, are those of all classes."""
+    if names is None:
+        return
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"segmentation_model: class_names must be a list of strings, not {_brief(names)}.")
+    if len(names) != num_classes:
+        raise ValueError(
+            f"segmentation_model: {len(names)} class_names for num_segmentation_classes={num_classes}; take both from "
+            "one checkpoint."
+        )
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise ValueError(f"segmentation_model: class_names has {_brief(name)} {count} times.")
 
 
 def _image_name(index: int, image_ids: Sequence | None) -> str:

@@ -14,20 +14,42 @@ import io
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration, GridFeatureBackbone
 from modeling_difnet.generation_difnet import default_generation_config
+from modeling_difnet.grid_backbone_difnet import GridFeatureBackboneConfig
+from modeling_difnet.segmentation_difnet import CLASS_NAMES
 from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer
 
 from .checkpoints import load_model
 from .files import atomic_output, printable, sha256_of
 from .grid_feats_vqa import convert_detectron2_state_dict
-from .model_card import check_license, write_model_card
+from .model_card import check_license, describe_backbone, describe_segmentation, write_model_card
 from .original_files import load_original_checkpoint, read_vocabulary
 from .presets import MODES
 from .state_dicts import Conversion, convert_keys, listing, unwrap_state_dict
+
+# The networks that made the original's features. Neither can be loaded by its name: X-101 is converted first, and
+# UPSNet, whose licence is non-commercial, is replaced. There is no hash, so that what is given in their place is not
+# compared with them.
+GRID_BACKBONE_OF_ORIGINAL: dict[str, Any] = {
+    "name": "X-101 of grid-feats-vqa",
+    "model_type": GridFeatureBackboneConfig.model_type,
+    "parameters_sha256": None,
+    "substitute": "the folder that `difnet convert grid-backbone X-101.pth --output x101` makes",
+}
+SEGMENTATION_OF_ORIGINAL: dict[str, Any] = {
+    "name": "UPSNet",
+    "source": "panoptic",
+    "model_type": None,
+    "revision": None,
+    "parameters_sha256": None,
+    "class_names": list(CLASS_NAMES),
+    "substitute": "a COCO panoptic model of Transformers, such as facebook/mask2former-swin-large-coco-panoptic",
+}
 
 SPECIAL_TOKENS = {"unk_token_id": "<unk>", "pad_token_id": "<pad>", "bos_token_id": "<bos>", "eos_token_id": "<eos>"}
 
@@ -297,6 +319,7 @@ def convert(
         load_original_checkpoint(checkpoint), num_heads, fusion_layers, fusion_iterations, name=str(checkpoint)
     )
     config, processor = conversion.config, None
+    grid_backbone, segmentation_model = networks_of_original(config)
     if vocab is not None:
         tokens = read_vocabulary(vocab)
         if len(tokens) != config.vocab_size:
@@ -306,7 +329,10 @@ def convert(
             )
         set_special_tokens(config, tokens, vocab)
         extractor = DifnetFeatureExtractor(
-            grid_feature_size=config.grid_feature_size, num_segmentation_classes=config.num_segmentation_classes
+            grid_feature_size=config.grid_feature_size,
+            num_segmentation_classes=config.num_segmentation_classes,
+            grid_backbone=grid_backbone,
+            segmentation_model=segmentation_model,
         )
         tokenizer = DifnetTokenizer(vocab=tokens, model_max_length=config.max_position_embeddings)
         processor = DifnetProcessor(extractor, tokenizer)
@@ -321,10 +347,31 @@ def convert(
             config,
             f"Converted from `{printable(Path(checkpoint).name)}`, a checkpoint of the original code.",
             license=license,
+            grid_backbone=describe_backbone(grid_backbone),
+            segmentation=describe_segmentation(segmentation_model),
         )
         if save_recipe is not None:
             save_recipe(unfinished / "recipe.yaml")
     return conversion
+
+
+def networks_of_original(config: DifnetConfig) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """Records of the networks that made the features of an original checkpoint: grid backbone and segmentation.
+
+    Args:
+        config: of the checkpoint. The networks are the original's where its features have the original's sizes; of
+            others nothing is known.
+
+    Returns:
+        In the form of `provenance_of` and `segmentation_provenance_of`, with `substitute`: what images need in the
+        network's place. `None` where nothing is known, or there is no second flow.
+    """
+    has_its_grids = config.grid_feature_size == DifnetConfig.grid_feature_size
+    has_its_classes = config.use_segmentation and config.num_segmentation_classes == len(CLASS_NAMES)
+    return (
+        dict(GRID_BACKBONE_OF_ORIGINAL) if has_its_grids else None,
+        dict(SEGMENTATION_OF_ORIGINAL) if has_its_classes else None,
+    )
 
 
 def set_special_tokens(config: DifnetConfig, tokens: Sequence[str], source: str | os.PathLike) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,14 @@ METRICS = {
 # What the Hub lists the model under. `image-to-text` is gone from Transformers 5, which sends it to this task; the
 # model is registered for `AutoModelForImageTextToText`.
 TASK = "image-text-to-text"
+
+# Kinds of segmentation models in the words of the card.
+SEGMENTATION_KINDS = {
+    "panoptic": "panoptic segmentation",
+    "semantic": "semantic segmentation",
+    "boxes": "boxes of an object detector",
+}
+NUM_NAMED_CLASSES = 5  # in the card; processor_config.json has them all
 
 HUB_DATASET = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
@@ -62,16 +70,22 @@ def write_model_card(
             there is a folder of that name, it is not.
         license: of the weights, as the Hub abbreviates it. By default the card makes no claim.
         grid_size: cells along one side of the grid; by default that of the processor in `folder`, if there is one.
-        grid_backbone: what made the grid features, such as "the ResNeXt-101 of grid-feats-vqa", where that is known.
-        segmentation: what made the segmentation maps, where that is known.
+        grid_backbone: what made the grid features, such as "the ResNeXt-101 of grid-feats-vqa"; by default what the
+            processor in `folder` records.
+        segmentation: what made the segmentation maps; by default as well.
 
     Raises:
         ValueError: the license is no abbreviation.
     """
     import jinja2
 
+    from modeling_difnet.pipeline_difnet import is_loadable
+
     check_license(license)
     folder = Path(folder)
+    settings = _feature_settings(folder)
+    backbone, second = (settings.get(name) or {} for name in ("grid_backbone", "segmentation_model"))
+    records = [backbone, second] if config.use_segmentation else [backbone]
     is_on_hub = dataset is not None and HUB_DATASET.fullmatch(dataset) and not Path(dataset).exists()
     template = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
@@ -83,9 +97,17 @@ def write_model_card(
         training=training.strip(),
         dataset=dataset if is_on_hub else None,
         license=license,
-        grid_size=grid_size or _grid_size_of(folder),
-        grid_backbone=grid_backbone,
-        segmentation=segmentation,
+        grid_size=grid_size or settings.get("grid_size"),
+        grid_backbone=grid_backbone or describe_backbone(backbone),
+        segmentation=segmentation or describe_segmentation(second),
+        segmentation_source=second.get("source"),
+        classes=_describe_classes(second.get("class_names"), config.num_segmentation_classes),
+        loads_networks=all(map(is_loadable, records)),
+        substitutes=[
+            (option, printable(record["substitute"], 300))
+            for option, record in zip(("grid_backbone", "segmentation_model"), records, strict=False)
+            if record.get("substitute")
+        ],
     )
     atomic_write(folder / "README.md", card)
 
@@ -94,10 +116,44 @@ def describe_backbone(said: Mapping[str, Any] | None) -> str | None:
     """A recorded grid backbone in the words of the card; `None` where there is no record."""
     if not said:
         return None
+    return _describe_network(said, [], ("revision", "layer", "image_size"))
+
+
+def describe_segmentation(said: Mapping[str, Any] | None) -> str | None:
+    """What made the recorded segmentation features, in the words of the card; `None` where there is no record."""
+    if not said:
+        return None
+    from modeling_difnet.pipeline_difnet import ANNOTATION_SOURCES
+
+    source = said.get("source")
+    if source is not None and source not in SEGMENTATION_KINDS:
+        return ANNOTATION_SOURCES.get(source, printable(source, 80))
+    kinds = [SEGMENTATION_KINDS[source]] if source is not None else []
+    return _describe_network(said, kinds, ("revision", *(["score_threshold"] if source == "boxes" else [])))
+
+
+def _describe_network(said: Mapping[str, Any], kinds: Sequence[str], keys: Sequence[str]) -> str:
+    if said.get("substitute"):  # the name says which network it was, and loads none
+        return printable(said.get("name"), 200)
+    kind = ", ".join([*([printable(said["model_type"], 80)] if said.get("model_type") else []), *kinds])
+    if said.get("name") is None and said.get("parameters_sha256") is None:  # what several have in common
+        return "several networks" + (f" ({kind})" if kind else "")
     name = printable(said.get("name") or "an untrained network", 200)
-    details = [f"`{key}` {printable(said[key], 80)}" for key in ("revision", "layer", "image_size") if said.get(key)]
+    details = [f"`{key}` {printable(said[key], 80)}" for key in keys if said.get(key)]
     details.append(f"SHA-256 of the parameters {printable(said.get('parameters_sha256'), 80)}")
-    return f"`{name}` ({printable(said.get('model_type'), 80)}; {', '.join(details)})"
+    return f"`{name}` ({kind}; {', '.join(details)})"
+
+
+def _describe_classes(names: Sequence[str] | None, num_classes: int) -> str:
+    """How many classes a segmentation has, and the first of their names: COCO's where 133 have no names."""
+    from modeling_difnet.segmentation_difnet import CLASS_NAMES
+
+    if tuple(names or CLASS_NAMES) == CLASS_NAMES and num_classes == len(CLASS_NAMES):
+        return "COCO's 133 panoptic classes"
+    if not names:
+        return f"{num_classes} classes"
+    first = ", ".join(printable(name, 40) for name in names[:NUM_NAMED_CLASSES])
+    return f"{num_classes} classes ({first}{', ..' if len(names) > NUM_NAMED_CLASSES else ''})"
 
 
 def license_option(**settings: Any) -> Any:
@@ -134,15 +190,12 @@ def check_license(license: str | None) -> None:
         )
 
 
-def _grid_size_of(folder: Path) -> int | None:
-    """Cells along one side of the grid, from the processor in a checkpoint folder."""
+def _feature_settings(folder: Path) -> dict[str, Any]:
+    """Settings of the feature extractor in a checkpoint folder; empty where there is no processor."""
     path = folder / "processor_config.json"
-    if not path.is_file():
-        return None
-    settings = read_json(path)
+    settings = read_json(path) if path.is_file() else None
     extractor = settings.get("feature_extractor") if isinstance(settings, dict) else None
-    size = extractor.get("grid_size") if isinstance(extractor, dict) else None
-    return size if isinstance(size, int) else None
+    return extractor if isinstance(extractor, dict) else {}
 
 
 def update_results(

@@ -390,6 +390,8 @@ class _Kind:
             raise ValueError(f"needs {self.expected()}, not null")
         if self.container is None:
             return self._item(value)
+        if self.container is list and self.item in (str, Path) and isinstance(value, str):
+            value = [value]  # of an earlier version, whose option took one
         if not isinstance(value, list) or self.length not in (None, len(value)):
             raise ValueError(f"needs {self.expected()}, not {printable(value)}")
         return self.container(self._item(item) for item in value)

@@ -6,16 +6,18 @@ original (mrwu-mac/DIFNet, CVPR 2022) has nothing like it: it captions feature f
 
     image --> open_image --> RGB --> grid backbone (49, C) --------------+
                               |                                          +--> DIFNet --> caption
-                              +----> PanopticSegmenter (133, 7, 7) ------+
+                              +----> segmenter (classes, 7, 7) ----------+
 
-The grid backbone is the original's X-101 (`GridFeatureBackbone`) or any other vision model (`VisionBackbone`).
+The grid backbone is the original's X-101 (`GridFeatureBackbone`) or any other vision model (`VisionBackbone`); the
+segmenter a COCO panoptic model, whose classes are the original's (`PanopticSegmenter`), or any other segmentation
+model or object detector (`SegmentationModel`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -23,20 +25,30 @@ from torch import nn
 from transformers import Pipeline, PreTrainedConfig
 
 from .grid_backbone_difnet import GridFeatureBackbone, GridFeatureBackboneConfig
-from .images_difnet import Image, open_image
-from .segmentation_difnet import CLASS_NAMES, LABEL_ORDERS, PanopticSegmenter
+from .images_difnet import Image, one_line, open_image
+from .segmentation_difnet import CLASS_NAMES, LABEL_ORDERS, PanopticSegmenter, channels_of_labels, normal_name
+from .segmentation_models_difnet import MODEL_CLASSES, SegmentationModel, class_names_of, kind_of, match_classes
 from .vision_backbone_difnet import FACTORY, VisionBackbone, as_pair
-from .weights_difnet import check_finite_weights, load_complete
+from .weights_difnet import check_finite_weights, load_complete, load_config
 
 TASK = "image-captioning"
 UNTRAINED_WARNING = (
     "UNTRAINED: random numbers stand in for trained weights; the features and all that is made of them mean nothing"
 )
+ANNOTATION_SOURCES = {
+    "coco instances": "COCO's instance annotations",
+    "coco panoptic": "COCO's panoptic annotations",
+}
+"""Recorded sources of segmentation features that no model made, in words."""
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 GridBackbone: TypeAlias = GridFeatureBackbone | VisionBackbone
 """A source of grid features: `config.grid_feature_size`, `config.grid_size` (rows and columns, or one number for
 both) and `grid_features(image or list of images)`."""
+
+Segmenter: TypeAlias = PanopticSegmenter | SegmentationModel
+"""A source of segmentation features: `class_names`, `grid_size`, `model`, `kind`. Called with an RGB image it gives
+the feature `(classes, grid_size, grid_size)`; its `label_map(image)` has the index of each pixel's class."""
 
 
 # The two feature networks
@@ -166,33 +178,73 @@ def load_segmenter(
     untrained: bool = False,
     seed: int = 0,
     grid_size: int = 7,
-) -> PanopticSegmenter:
-    """The panoptic model of a folder or a repository.
+    *,
+    class_names: Sequence[str] | None = None,
+    score_threshold: float | None = None,
+    revision: str | None = None,
+) -> Segmenter:
+    """The segmentation model or object detector of a folder or a repository.
 
     Args:
-        name: the folder or repository.
+        name: the folder or repository. A panoptic model with COCO's 133 classes gives the original's channels.
         device: where the network goes.
         untrained: for checks without weights: without a name a small network with random weights is made.
         seed: of these weights.
         grid_size: cells along a side of the feature.
+        class_names: classes of the feature, of a captioner that was trained with them; those of the model are matched
+            by name. By default the model's own.
+        score_threshold: of an object detector, boxes with lower scores are dropped; by default 0.5.
+        revision: branch, tag or commit of the repository.
 
     Returns:
         The segmenter, its model in eval mode.
 
     Raises:
-        ValueError: the weights are incomplete, or the model does not know COCO's 133 panoptic classes.
+        ValueError: it is no such model, its weights are incomplete, its classes have no names, or they are others
+            than `class_names`; the text names the first that differs.
     """
     if name is None and not untrained:
         raise ValueError(
-            "no segmentation model: give a COCO panoptic model of Transformers, for example "
+            "no segmentation model: give a segmentation model of Transformers, for example "
             "facebook/mask2former-swin-large-coco-panoptic"
         )
+    segmenter: Segmenter
     if name is None:
-        segmenter = _drawn_from(seed, lambda: _small_segmenter(grid_size))
+        segmenter = _drawn_from(seed, lambda: _small_segmenter(grid_size, class_names))
+    elif _is_coco_panoptic(name, class_names, revision):
+        if score_threshold is not None:
+            raise ValueError(f"{name}: a score threshold is of object detectors; leave it out")
+        segmenter = PanopticSegmenter.from_pretrained(name, grid_size, revision)
     else:
-        segmenter = PanopticSegmenter.from_pretrained(name, grid_size)
+        threshold = 0.5 if score_threshold is None else score_threshold
+        segmenter = SegmentationModel.from_pretrained(name, grid_size, class_names, threshold, revision)
+        if score_threshold is not None and segmenter.kind != "boxes":
+            raise ValueError(f"{name}: a score threshold is of object detectors; leave it out")
     segmenter.model.to(device)
     return segmenter
+
+
+def _is_coco_panoptic(name: str, class_names: Sequence[str] | None, revision: str | None) -> bool:
+    """Whether a model gives the original's channels, and these are the ones that are wanted.
+
+    Raises:
+        ValueError: there is no such model, or it is neither a segmentation model nor an object detector.
+    """
+    config = load_config(name, revision)
+    if config.architectures and kind_of(config.architectures, name) != "panoptic":
+        return False
+    if class_names is not None and [*map(normal_name, class_names)] != [*map(normal_name, CLASS_NAMES)]:
+        return False
+    labels = config.id2label or {}
+    try:
+        channels_of_labels(labels)
+    except ValueError:
+        try:
+            class_names_of(labels)
+        except ValueError:
+            return True  # whose error says what the labels lack
+        return False
+    return True
 
 
 def _drawn_from(seed: int, build: Callable[[], Any]) -> Any:
@@ -201,8 +253,8 @@ def _drawn_from(seed: int, build: Callable[[], Any]) -> Any:
         return build()
 
 
-def _small_segmenter(grid_size: int) -> PanopticSegmenter:
-    """A small Mask2Former with random weights."""
+def _small_segmenter(grid_size: int, class_names: Sequence[str] | None = None) -> Segmenter:
+    """A small Mask2Former with random weights, of COCO's classes or others."""
     from transformers import (
         Mask2FormerConfig,
         Mask2FormerForUniversalSegmentation,
@@ -210,6 +262,7 @@ def _small_segmenter(grid_size: int) -> PanopticSegmenter:
         SwinConfig,
     )
 
+    is_coco = class_names is None or tuple(class_names) == CLASS_NAMES
     stages = ["stage1", "stage2", "stage3", "stage4"]
     sizes: dict[str, Any] = {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 2]}
     backbone = SwinConfig(**sizes, out_features=stages)  # type: ignore[call-arg]
@@ -224,14 +277,16 @@ def _small_segmenter(grid_size: int) -> PanopticSegmenter:
         num_attention_heads=2,
         dim_feedforward=32,
         num_queries=20,
-        id2label=LABEL_ORDERS["things-first"],
+        id2label=LABEL_ORDERS["things-first"] if is_coco else dict(enumerate(class_names or ())),
     )
     model = Mask2FormerForUniversalSegmentation(config)
     with torch.no_grad():
         # Fresh weights are undecided about every query, and the processor would drop them all.
         model.class_predictor.weight *= 100
     processor = Mask2FormerImageProcessor(size={"shortest_edge": 128, "longest_edge": 224}, ignore_index=255)
-    return PanopticSegmenter(model, processor, grid_size)
+    if is_coco:
+        return PanopticSegmenter(model, processor, grid_size)
+    return SegmentationModel(model, processor, "panoptic", grid_size, class_names)
 
 
 def hash_of_parameters(model: nn.Module) -> str:
@@ -273,11 +328,37 @@ def provenance_of(model: Any, name: str | None) -> dict[str, Any]:
     return said
 
 
+def segmentation_provenance_of(segmenter: Segmenter, name: str | None) -> dict[str, Any]:
+    """What features should say about the model that made the segmentation features.
+
+    Args:
+        segmenter: the loaded model.
+        name: folder or repository that it came from.
+
+    Returns:
+        `name`, `source` ("panoptic", "semantic" or "boxes"), `model_type`, `revision` (the commit),
+        `parameters_sha256` as in `provenance_of`, `class_names` in the order of the feature, of an object detector
+        `score_threshold`, and `seen`, the part of an image that it sees.
+    """
+    said: dict[str, Any] = {
+        "name": name,
+        "source": segmenter.kind,
+        "model_type": segmenter.model.config.model_type,
+        "revision": getattr(segmenter.model.config, "_commit_hash", None),
+        "parameters_sha256": hash_of_parameters(segmenter.model),
+        "class_names": list(segmenter.class_names),
+    }
+    if isinstance(segmenter, SegmentationModel) and segmenter.kind == "boxes":
+        said["score_threshold"] = segmenter.score_threshold
+    return said | {"seen": "whole image, no crop"}
+
+
 def check_same_backbone(said: Mapping[str, Any], backbone: GridBackbone) -> None:
     """Refuses a grid backbone that is not the one that a captioner was trained with.
 
     Args:
-        said: what the captioner says of it, in the form of `provenance_of`; nothing is compared where it is empty.
+        said: what the captioner says of it, in the form of `provenance_of`; nothing is compared where it is empty, and
+            the kind of network alone where it says no hash.
         backbone: the loaded network, under whatever name.
 
     Raises:
@@ -286,13 +367,78 @@ def check_same_backbone(said: Mapping[str, Any], backbone: GridBackbone) -> None
     if not said:
         return
     given = provenance_of(backbone, None)
-    for key, what in (("parameters_sha256", "weights"), ("layer", "layer"), ("image_size", "image size")):
+    compared = {"parameters_sha256": "weights", "layer": "layer", "image_size": "image size"}
+    if said.get("parameters_sha256") is None and said.get("substitute"):
+        compared = {"model_type": "kind of network"}
+    for key, what in compared.items():
         if said.get(key) != given.get(key):
             values = "" if key == "parameters_sha256" else f" {said.get(key)}, not {given.get(key)}"
             raise ValueError(
                 f"this captioner was trained with another grid backbone, {said.get('name')}: other {what}{values}; "
                 "force=True (--force) takes it all the same"
             )
+
+
+def check_same_segmentation(said: Mapping[str, Any], segmenter: Segmenter) -> None:
+    """Refuses a segmentation model that is not the one that a captioner was trained with.
+
+    Args:
+        said: what the captioner says of it, in the form of `segmentation_provenance_of`; nothing is compared where it
+            is empty, and the classes alone where it says no hash, as of features from annotation files.
+        segmenter: the loaded model, under whatever name.
+
+    Raises:
+        ValueError: classes, their order, weights or the threshold of scores differ.
+    """
+    names = said.get("class_names")
+    if names:
+        match_classes(dict(enumerate(segmenter.class_names)), names)
+        for place, (given, wanted) in enumerate(zip(segmenter.class_names, names, strict=True)):
+            if normal_name(given) != normal_name(wanted):
+                raise ValueError(f"class {place} of the captioner is {wanted!r}, that of the segmentation {given!r}")
+    if said.get("parameters_sha256") is None:
+        return
+    name = said.get("name")
+    if said["parameters_sha256"] != hash_of_parameters(segmenter.model):
+        problem = "other weights"
+    elif (
+        isinstance(segmenter, SegmentationModel)
+        and segmenter.kind == "boxes"
+        and said.get("score_threshold") != segmenter.score_threshold
+    ):
+        problem = f"other threshold of scores {said.get('score_threshold')}, not {segmenter.score_threshold}"
+    else:
+        return
+    raise ValueError(
+        f"this captioner was trained with another segmentation model, {name}: {problem}; force=True (--force) takes "
+        "it all the same"
+    )
+
+
+def recorded_class_names(extractor: Any) -> tuple[str, ...] | None:
+    """Names of the classes of a captioner's segmentation features, in their order.
+
+    Args:
+        extractor: the captioner's `DifnetFeatureExtractor`.
+
+    Returns:
+        The recorded names. Checkpoints of version 0.1 record none: COCO's where there are 133 classes, else `None`.
+    """
+    names = (getattr(extractor, "segmentation_model", None) or {}).get("class_names")
+    if names:
+        return tuple(names)
+    return CLASS_NAMES if extractor.num_segmentation_classes == len(CLASS_NAMES) else None
+
+
+def is_loadable(said: Mapping[str, Any]) -> bool:
+    """Whether a record names a network that may be loaded by itself: a folder or repository, not a function.
+
+    Args:
+        said: in the form of `provenance_of` or `segmentation_provenance_of`.
+    """
+    name, source = said.get("name"), said.get("source")
+    is_of_a_model = source is None or source in MODEL_CLASSES  # grid backbones have no source
+    return isinstance(name, str) and is_of_a_model and not (said.get("substitute") or FACTORY.fullmatch(name))
 
 
 # The pipeline
@@ -313,6 +459,7 @@ class DifnetImageCaptioningPipeline(Pipeline):
     ... )
     >>> captioner("image.jpg")
     [{'generated_text': 'a man riding a horse on the beach'}]
+    >>> captioner = pipeline("image-captioning", model="mine")  # whose checkpoint names both networks
     ```
 
     Args:
@@ -321,9 +468,12 @@ class DifnetImageCaptioningPipeline(Pipeline):
             captioned.
         grid_backbone_options: further arguments of `load_grid_backbone`: `layer`, `image_size`, `precision`,
             `revision`. The grid's size is the captioner's.
-        segmentation_model: folder, repository or `PanopticSegmenter`; not for the paper's baseline, which has no
-            segmentation flow.
-        force: takes a grid backbone that is not the one that the checkpoint names.
+        segmentation_model: folder or repository (see `load_segmenter`), or the loaded model. Without it the one that
+            the checkpoint names is loaded with the first image. Its classes are matched by name to the captioner's.
+            Not for the paper's baseline, which has no segmentation flow.
+        segmentation_options: further arguments of `load_segmenter`: `score_threshold`, by default the recorded one,
+            and `revision`.
+        force: takes networks that are not those that the checkpoint names; never other classes than the captioner's.
         untrained: for checks without weights, see `load_grid_backbone`: a network that is not named is a small one
             with random weights, drawn from `seed`.
         allow_private_hosts: whether URLs of images may lead to this machine or a private network.
@@ -335,7 +485,8 @@ class DifnetImageCaptioningPipeline(Pipeline):
 
     Raises:
         UnreadableImage: an image cannot be opened.
-        ValueError: a network that is needed was not given, or its features do not fit the captioner.
+        ValueError: a network that is needed was neither given nor recorded, is another one than was recorded, or its
+            features do not fit the captioner.
     """
 
     _load_processor = True  # type: ignore[assignment]
@@ -350,8 +501,9 @@ class DifnetImageCaptioningPipeline(Pipeline):
         self,
         *args: Any,
         grid_backbone: str | GridBackbone | None = None,
-        segmentation_model: str | PanopticSegmenter | None = None,
+        segmentation_model: str | Segmenter | None = None,
         grid_backbone_options: Mapping[str, Any] | None = None,
+        segmentation_options: Mapping[str, Any] | None = None,
         force: bool = False,
         untrained: bool = False,
         seed: int = 0,
@@ -360,6 +512,9 @@ class DifnetImageCaptioningPipeline(Pipeline):
     ):
         super().__init__(*args, **kwargs)
         self.grid_backbone_options = dict(grid_backbone_options or {})
+        self.segmentation_options = {
+            key: value for key, value in (segmentation_options or {}).items() if value is not None
+        }
         self.allow_private_hosts = allow_private_hosts
         extractor = self.processor.feature_extractor
         if isinstance(grid_backbone, str) or (untrained and grid_backbone is None):
@@ -369,9 +524,13 @@ class DifnetImageCaptioningPipeline(Pipeline):
             check_same_backbone(self.recorded_backbone, grid_backbone)
         if self.model.config.use_segmentation:
             if isinstance(segmentation_model, str) or (untrained and segmentation_model is None):
-                segmentation_model = load_segmenter(
-                    segmentation_model, self.device, untrained, seed, extractor.grid_size
+                segmentation_model = self._load_segmenter(
+                    segmentation_model, self.segmentation_options, untrained=untrained, seed=seed
                 )
+            if segmentation_model is not None:
+                segmentation_model = _with_classes(segmentation_model, self.class_names)
+                if not (force or untrained):
+                    check_same_segmentation(self.recorded_segmentation, segmentation_model)
         elif segmentation_model is not None:
             raise ValueError(
                 "this captioner has no segmentation flow (use_segmentation=False): drop segmentation_model"
@@ -379,10 +538,34 @@ class DifnetImageCaptioningPipeline(Pipeline):
         self.grid_backbone, self.segmenter = grid_backbone, segmentation_model
         self._check_sizes()
 
+    # The networks that the checkpoint names
+
     @property
     def recorded_backbone(self) -> dict[str, Any]:
         """What made the grid features that the captioner was trained on; empty where its checkpoint does not say."""
         return getattr(self.processor.feature_extractor, "grid_backbone", None) or {}
+
+    @property
+    def recorded_segmentation(self) -> dict[str, Any]:
+        """What made the segmentation features; empty where the checkpoint does not say."""
+        return getattr(self.processor.feature_extractor, "segmentation_model", None) or {}
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the classes of the segmentation features, see `recorded_class_names`."""
+        return recorded_class_names(self.processor.feature_extractor)
+
+    def load_recorded_networks(self) -> None:
+        """Loads the networks that the captioner was trained with, but for those that were given.
+
+        Raises:
+            ValueError: a network has no record, or none that it can be loaded by, or is another one by now.
+        """
+        missing = [text for text in (self._missing_backbone(), self._missing_segmenter()) if text]
+        if missing:
+            raise ValueError("; ".join(missing))
+        self.load_recorded_backbone()
+        self.load_recorded_segmenter()
 
     def load_recorded_backbone(self) -> None:
         """Loads the grid backbone that the captioner was trained with, unless one was given.
@@ -392,12 +575,11 @@ class DifnetImageCaptioningPipeline(Pipeline):
         """
         if self.grid_backbone is not None:
             return
+        missing = self._missing_backbone()
+        if missing:
+            raise ValueError(missing)
         said = self.recorded_backbone
-        name = said.get("name")
-        if not isinstance(name, str):
-            raise ValueError("an image needs `grid_backbone=` (X-101 or another vision model)")
-        if FACTORY.fullmatch(name):
-            raise ValueError(f"this captioner was trained with {name}, which is code: name it, `grid_backbone={name}`")
+        name = said["name"]
         kinds = {"layer": int, "image_size": list, "precision": str, "revision": str}
         options = {key: said[key] for key, kind in kinds.items() if isinstance(said.get(key), kind)}
         options |= {key: value for key, value in self.grid_backbone_options.items() if value is not None}
@@ -406,13 +588,73 @@ class DifnetImageCaptioningPipeline(Pipeline):
                 name, self.device, grid_size=self.processor.feature_extractor.grid_size, **options
             )
         except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(
-                f"this captioner was trained with {name}, which cannot be loaded; give `grid_backbone=` ({reason})"
-            ) from error
+            raise ValueError(_cannot_be_loaded(name, "grid_backbone", error)) from error
         check_same_backbone(said, backbone)
         self.grid_backbone = backbone
         self._check_sizes()
+
+    def load_recorded_segmenter(self) -> None:
+        """Loads the segmentation model that the captioner was trained with, unless one was given or none is needed.
+
+        Raises:
+            ValueError: the checkpoint does not name it, or the model is another one by now.
+        """
+        if self.segmenter is not None or not self.model.config.use_segmentation:
+            return
+        missing = self._missing_segmenter()
+        if missing:
+            raise ValueError(missing)
+        said = self.recorded_segmentation
+        revision = {"revision": said["revision"]} if isinstance(said.get("revision"), str) else {}
+        try:
+            segmenter = self._load_segmenter(said["name"], {**revision, **self.segmentation_options})
+        except (OSError, ValueError) as error:
+            raise ValueError(_cannot_be_loaded(said["name"], "segmentation_model", error)) from error
+        check_same_segmentation(said, segmenter)
+        self.segmenter = segmenter
+        self._check_sizes()
+
+    def _load_segmenter(
+        self, name: str | None, options: Mapping[str, Any], *, untrained: bool = False, seed: int = 0
+    ) -> Segmenter:
+        """A segmentation model with the captioner's grid, classes and, unless `options` say another, threshold."""
+        grid_size = self.processor.feature_extractor.grid_size
+        segmenter = load_segmenter(
+            name, self.device, untrained, seed, grid_size, class_names=self.class_names, **options
+        )
+        threshold: Any = self.recorded_segmentation.get("score_threshold")
+        if isinstance(segmenter, SegmentationModel) and isinstance(threshold, (int, float)):
+            # Other kinds of models, which `force` may bring, have no use for it.
+            segmenter.score_threshold = options.get("score_threshold", threshold)
+        return segmenter
+
+    def _missing_backbone(self) -> str | None:
+        """What must be given because no grid backbone was, and none can be loaded; `None` where nothing is missing."""
+        said = self.recorded_backbone
+        if self.grid_backbone is not None or is_loadable(said):
+            return None
+        name = said.get("name")
+        if said.get("substitute"):
+            return _takes_substitute(said, "grid_backbone")
+        if isinstance(name, str):
+            return f"this captioner was trained with {name}, which is code: name it, `grid_backbone={name}`"
+        return "an image needs `grid_backbone=` (X-101 or another vision model)"
+
+    def _missing_segmenter(self) -> str | None:
+        """As `_missing_backbone`, of the segmentation model."""
+        said = self.recorded_segmentation
+        if self.segmenter is not None or not self.model.config.use_segmentation or is_loadable(said):
+            return None
+        if said.get("substitute"):
+            return _takes_substitute(said, "segmentation_model")
+        fitting = _fitting_models(self.class_names, self.processor.feature_extractor.num_segmentation_classes)
+        source = said.get("source")
+        if source is not None and source not in MODEL_CLASSES:
+            return (
+                f"this captioner was trained on {ANNOTATION_SOURCES.get(source, one_line(source))}, not on a model's "
+                f"segmentation: give `segmentation_model=` (--segmentation-model), {fitting}"
+            )
+        return f"an image needs `segmentation_model=` (--segmentation-model), {fitting}"
 
     def _check_sizes(self) -> None:
         """Raises `ValueError` where the networks give features of other sizes than the captioner's."""
@@ -424,12 +666,15 @@ class DifnetImageCaptioningPipeline(Pipeline):
             fits.append(("grid_size", as_pair(config.grid_size), as_pair(extractor.grid_size)))
         if self.segmenter is not None:
             fits.append(("grid_size", self.segmenter.grid_size, extractor.grid_size))
-            fits.append(("num_segmentation_classes", len(CLASS_NAMES), extractor.num_segmentation_classes))
+            classes = len(self.segmenter.class_names)
+            fits.append(("num_segmentation_classes", classes, extractor.num_segmentation_classes))
         for name, given, wanted in fits:
             if given != wanted:
                 if isinstance(given, tuple):
                     given, wanted = (" x ".join(map(str, each)) for each in (given, wanted))
                 raise ValueError(f"the captioner wants features with {name}={wanted}, these networks give {given}")
+
+    # From an image to captions
 
     def _sanitize_parameters(self, **generate_kwargs: Any) -> tuple[dict, dict, dict]:
         return {}, generate_kwargs, {}
@@ -444,12 +689,11 @@ class DifnetImageCaptioningPipeline(Pipeline):
 
     def features_of(self, image: Image.Image) -> dict[str, Any]:
         """Both features of an RGB image, as the processor takes them."""
-        self.load_recorded_backbone()
+        self.load_recorded_networks()
         assert self.grid_backbone is not None
         features: dict[str, Any] = {"grid_features": self.grid_backbone.grid_features(image)}
         if self.model.config.use_segmentation:
-            if self.segmenter is None:
-                raise ValueError("an image needs `segmentation_model=` (a COCO panoptic model of Transformers)")
+            assert self.segmenter is not None
             features["segmentation_features"] = self.segmenter(image)
         return features
 
@@ -472,13 +716,51 @@ class DifnetImageCaptioningPipeline(Pipeline):
         self.processor.save_pretrained(save_directory, **kwargs)
 
 
+def _with_classes(segmenter: Segmenter, class_names: Sequence[str] | None) -> Segmenter:
+    """The segmenter with the captioner's classes in their order, matched by name; itself where it has them already."""
+    if class_names is None or [*map(normal_name, segmenter.class_names)] == [*map(normal_name, class_names)]:
+        return segmenter
+    threshold = segmenter.score_threshold if isinstance(segmenter, SegmentationModel) else 0.5
+    return SegmentationModel(
+        segmenter.model, segmenter.processor, segmenter.kind, segmenter.grid_size, class_names, threshold
+    )
+
+
+def _takes_substitute(said: Mapping[str, Any], option: str) -> str:
+    return (
+        f"this captioner was trained with {said.get('name')}: give `{option}=` (--{option.replace('_', '-')}), "
+        f"{said['substitute']}"
+    )
+
+
+def _cannot_be_loaded(name: str, option: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:300]
+    return f"this captioner was trained with {name}, which cannot be loaded; give `{option}=` ({reason})"
+
+
+def _fitting_models(class_names: Sequence[str] | None, num_classes: int) -> str:
+    """Which models fit a captioner, in words."""
+    if class_names is None:
+        return f"a segmentation model of Transformers with {num_classes} classes"
+    if tuple(class_names) == CLASS_NAMES:
+        return "a COCO panoptic model of Transformers, such as facebook/mask2former-swin-large-coco-panoptic"
+    first = one_line(", ".join(class_names[:3]))
+    return f"a segmentation model or object detector of Transformers with the same {num_classes} classes ({first}, ..)"
+
+
 __all__ = [
     "TASK",
     "UNTRAINED_WARNING",
     "DifnetImageCaptioningPipeline",
     "GridBackbone",
+    "Segmenter",
+    "check_same_backbone",
+    "check_same_segmentation",
     "hash_of_parameters",
+    "is_loadable",
     "load_grid_backbone",
     "load_segmenter",
     "provenance_of",
+    "recorded_class_names",
+    "segmentation_provenance_of",
 ]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -76,7 +76,7 @@ def normal_name(name: str) -> str:
     Case, blanks, hyphens and underscores, and the words at the end that say how COCO's stuff classes came about:
     `wall-other-merged`, `Wall_other` and `wall` are the same class; `wall-wood` is another one.
     """
-    words = re.findall(r"[a-z0-9]+", name.lower())
+    words = re.findall(r"[^\W_]+", name.lower())
     while len(words) > 1 and words[-1] in ("merged", "other", "stuff"):
         words.pop()
     return "".join(words)
@@ -143,10 +143,10 @@ def channel_map(label_map: np.ndarray, channels: Mapping[int, int]) -> np.ndarra
 
     Args:
         label_map: (H, W), integers or whole floating point numbers.
-        channels: the original's channels by label; pixels of other labels become `VOID`.
+        channels: the original's channels by label; pixels of other labels become `no_channel`.
 
     Returns:
-        uint8 (H, W).
+        (H, W) of the type of `no_channel`.
 
     Raises:
         ValueError: another shape or type, or values that are no numbers.
@@ -156,34 +156,40 @@ def channel_map(label_map: np.ndarray, channels: Mapping[int, int]) -> np.ndarra
     if label_map.dtype.kind == "f" and not np.isfinite(label_map).all():
         raise ValueError("NaN or infinity among the labels")
     labels, places = np.unique(label_map, return_inverse=True)
-    table = np.array([channels.get(int(label), VOID) if label == int(label) else VOID for label in labels], np.uint8)
+    void = no_channel(channels.values())
+    table = np.array([channels.get(int(label), void) if label == int(label) else void for label in labels], void.dtype)
     return table[places.reshape(label_map.shape)]
 
 
-def pool_channel_map(channel_map: np.ndarray, grid_size: int = 7) -> np.ndarray:
+def no_channel(channels: Iterable[int]) -> np.integer:
+    """The value of a pixel of no class, of a type that holds all channels: `VOID` as long as that is uint8."""
+    return np.uint8(VOID) if max(channels, default=0) < VOID else np.int64(-1)
+
+
+def pool_channel_map(channel_map: np.ndarray, grid_size: int = 7, num_classes: int = len(CLASS_NAMES)) -> np.ndarray:
     """The share of each class in each cell.
 
-    Equals `adaptive_avg_pool2d(one_hot(channel_map), grid_size)` without building the 133 bit maps: a cell's average
+    Equals `adaptive_avg_pool2d(one_hot(channel_map), grid_size)` without building the bit maps: a cell's average
     of a bit map is how often the channel occurs in it, divided by its pixels. As there, the cells of a map whose sides
     are no multiples of `grid_size` share pixels.
 
     Args:
-        channel_map: (H, W), the original's channels 0 .. 132; any other value is void.
+        channel_map: (H, W), channels below `num_classes`; any other value is void.
         grid_size: cells along a side (default 7).
+        num_classes: of the feature (default 133, the original's).
 
     Returns:
-        float32 (133, grid_size, grid_size), in [0, 1]. The classes of a cell sum to 1 where no pixel is void.
+        float32 (num_classes, grid_size, grid_size), in [0, 1]. The classes of a cell sum to 1 where no pixel is void.
     """
     if channel_map.ndim != 2 or channel_map.size == 0 or channel_map.dtype.kind not in "iu":
         raise ValueError(f"expected channels of shape (height, width), got {channel_map.dtype} {channel_map.shape}")
-    classes = len(CLASS_NAMES)
-    known = (channel_map >= 0) & (channel_map < classes)  # (H, W)
-    channel_map = np.where(known, channel_map, classes).astype(np.int64)
-    feature = np.zeros((classes, grid_size, grid_size), dtype=np.float32)  # (133, grid_size, grid_size)
+    known = (channel_map >= 0) & (channel_map < num_classes)  # (H, W)
+    channel_map = np.where(known, channel_map, num_classes).astype(np.int64)
+    feature = np.zeros((num_classes, grid_size, grid_size), dtype=np.float32)
     height, width = channel_map.shape
     for row, column in itertools.product(range(grid_size), repeat=2):
         cell = channel_map[_extent(row, height, grid_size), _extent(column, width, grid_size)]
-        counts = np.bincount(cell.reshape(-1), minlength=classes + 1)[:classes]
+        counts = np.bincount(cell.reshape(-1), minlength=num_classes + 1)[:num_classes]
         feature[:, row, column] = counts / np.float32(cell.size)
     return feature
 
@@ -206,6 +212,9 @@ class PanopticSegmenter:
         grid_size: cells along a side of the feature (default 7).
     """
 
+    kind = "panoptic"
+    class_names = CLASS_NAMES
+
     def __init__(self, model: PreTrainedModel, processor: Any, grid_size: int = 7) -> None:
         self.model = model.eval()
         self.processor = processor
@@ -213,21 +222,27 @@ class PanopticSegmenter:
         self.channels = channels_of_labels(model.config.id2label or {})
 
     @classmethod
-    def from_pretrained(cls, name: str, grid_size: int = 7) -> PanopticSegmenter:
+    def from_pretrained(cls, name: str, grid_size: int = 7, revision: str | None = None) -> PanopticSegmenter:
         """Load a folder or a repository of the Hub.
+
+        Args:
+            name: the folder or repository.
+            grid_size: cells along a side of the feature.
+            revision: branch, tag or commit of the repository.
 
         Raises:
             ValueError: the weights are incomplete or not finite, or the model was not trained on COCO panoptic.
             ImportError: Pillow is not installed.
         """
         require_pillow()
-        model = load_complete(AutoModelForUniversalSegmentation, name)
-        return cls(model, cls.processor_of(name, model.config.model_type), grid_size)
+        model = load_complete(AutoModelForUniversalSegmentation, name, revision)
+        return cls(model, cls.processor_of(name, model.config.model_type, revision), grid_size)
 
     @staticmethod
-    def processor_of(name: str, model_type: str) -> Any:
+    def processor_of(name: str, model_type: str, revision: str | None = None) -> Any:
         """What prepares images for the model. OneFormer reads its task as text, which takes its full processor."""
-        return (AutoProcessor if model_type == "oneformer" else AutoImageProcessor).from_pretrained(name)
+        auto_class = AutoProcessor if model_type == "oneformer" else AutoImageProcessor
+        return auto_class.from_pretrained(name, revision=revision)
 
     @torch.no_grad()
     def label_map(self, image: Image.Image) -> np.ndarray:
@@ -269,6 +284,7 @@ __all__ = [
     "PanopticSegmenter",
     "channel_map",
     "channels_of_labels",
+    "no_channel",
     "normal_name",
     "pool_channel_map",
 ]

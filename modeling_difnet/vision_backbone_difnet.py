@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -30,6 +31,8 @@ FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 # What image processors may do that would show the network another part of the image than the segmentation sees.
 CROPS = {"do_center_crop": False, "do_pad": False}
+
+RESAMPLE_OF_TIMM = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # Pillow's numbers
 
 
 @dataclass
@@ -71,7 +74,7 @@ class VisionBackbone(nn.Module):
 
     Args:
         model: a model of Transformers, or a module from `(B, 3, H, W)` to `(B, C, h, w)` or `(B, h * w, C)`.
-        preprocess: makes `(3, H, W)` of an RGB image.
+        preprocess: makes `(3, H, W)` of an RGB image; several threads may call it at once.
         image_size (`tuple[int, int]`): H and W, the same for every image.
         grid_size (`int` or `tuple[int, int]`, defaults to 7): rows and columns of the pooled grid.
         layer (`int`, defaults to -1): index of the hidden states to read.
@@ -154,14 +157,17 @@ class VisionBackbone(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
 
-    def preprocess(self, images: Sequence[Any]) -> torch.Tensor:
-        """RGB images as `(B, 3, H, W)`, float32, on the CPU. Every image is shown whole."""
+    def preprocess(self, images: Any) -> torch.Tensor:
+        """RGB images, or one, as `(B, 3, H, W)`, float32, on the CPU. Every image is shown whole."""
+        images = images if isinstance(images, list | tuple) else [images]
         return torch.stack([torch.as_tensor(self.preprocess_image(image), dtype=torch.float32) for image in images])
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """The feature map `(B, C, h, w)` of prepared images `(B, 3, H, W)`."""
         if not hasattr(self.model, "config"):
             return on_grid(self.model(pixel_values), pixel_values.shape[2:], None)
+        if hasattr(self.model, "timm_model"):
+            return self._timm_map(pixel_values)
         arguments: dict[str, Any] = {"pixel_values": pixel_values}
         if changes_size(self.model, pixel_values.shape[2:]):
             arguments["interpolate_pos_encoding"] = True
@@ -172,6 +178,21 @@ class VisionBackbone(nn.Module):
         return on_grid(
             self._hidden_states(outputs), pixel_values.shape[2:], getattr(self.model.config, "patch_size", None)
         )
+
+    def _timm_map(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`forward` of a network of timm, whose maps have the channels first or last, and tokens any prefix."""
+        try:
+            if self.config.layer != -1:
+                outputs = self.model(pixel_values=pixel_values, output_hidden_states=True, return_dict=True)
+                return self._hidden_states(outputs)  # maps, of every network
+            hidden_states = self.model(pixel_values=pixel_values, return_dict=True)["last_hidden_state"]
+        except AssertionError as error:  # another image size than a transformer was trained with
+            raise ValueError(f"{self.config.name}: {error}") from error
+        if hidden_states.ndim == 4 and getattr(self.model.timm_model, "output_fmt", "NCHW") == "NHWC":
+            hidden_states = hidden_states.permute(0, 3, 1, 2)
+        if hidden_states.ndim == 3:
+            hidden_states = hidden_states[:, getattr(self.model.timm_model, "num_prefix_tokens", 0) :]
+        return on_grid(hidden_states, pixel_values.shape[2:], None)
 
     def _hidden_states(self, outputs: Mapping[str, Any]) -> torch.Tensor:
         """Hidden states of the chosen layer: `(B, C, h, w)` where the model has maps, or `(B, tokens, C)`."""
@@ -199,18 +220,25 @@ class VisionBackbone(nn.Module):
         Raises:
             ValueError: the network gives NaN or infinity.
         """
-        is_one = not isinstance(images, list | tuple)
-        pixel_values = self.preprocess([images] if is_one else images).to(self.device, self.dtype)
-        feature_map = self(pixel_values).float()  # (B, C, h, w)
+        pixel_values = self.preprocess(images)
+        features = self.pooled_features(pixel_values) if pooled else self._feature_map(pixel_values).contiguous()
+        return features if isinstance(images, list | tuple) else features[0]
+
+    @torch.no_grad()
+    def pooled_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Grid features `(B, rows * columns, C)`, float32, of images `(B, 3, H, W)` that `preprocess` made."""
+        feature_map = pool(self._feature_map(pixel_values), self.config.grid_size)  # (B, C, rows, columns)
+        return feature_map.flatten(2).transpose(1, 2).contiguous()
+
+    def _feature_map(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The feature map `(B, C, h, w)`, float32, of prepared images."""
+        feature_map = self(pixel_values.to(self.device, self.dtype)).float()
         if not feature_map.isfinite().all():
             raise ValueError(
                 f"{self.config.name}: the network gives NaN or infinity for this image; its weights are damaged, or "
                 f"its dtype ({self.dtype}) is too narrow"
             )
-        if pooled:
-            feature_map = pool(feature_map, self.config.grid_size).flatten(2).transpose(1, 2)  # (B, cells, C)
-        feature_map = feature_map.contiguous()
-        return feature_map[0] if is_one else feature_map
+        return feature_map
 
     @torch.no_grad()
     def _number_of_channels(self) -> int:
@@ -239,6 +267,12 @@ class ImageResizer:
         self.size = (width, height)
 
     def __call__(self, image: Any) -> torch.Tensor:
+        timm_settings = getattr(self.processor, "data_config", None)
+        if timm_settings is not None:  # of timm's wrapper, whose transforms always resize and crop
+            image = image.resize(self.size, resample=RESAMPLE_OF_TIMM.get(timm_settings["interpolation"], 3))
+            pixels = np.asarray(image, dtype=np.float32) / 255  # (H, W, 3)
+            pixels = (pixels - np.float32(timm_settings["mean"])) / np.float32(timm_settings["std"])
+            return torch.from_numpy(pixels).permute(2, 0, 1)
         resample = getattr(self.processor, "resample", None)
         image = image.resize(self.size, resample=resample if resample is not None else 2)
         return self.processor(image, return_tensors="pt", **self.arguments)["pixel_values"][0]
@@ -293,6 +327,9 @@ def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
 
 def trained_size(config: Any, processor: Any) -> tuple[int, int]:
     """Height and width of the images that a model was trained with, by its image processor or its configuration."""
+    timm_settings = getattr(processor, "data_config", None)
+    if timm_settings is not None:
+        return as_pair(timm_settings["input_size"][1:])
     crops = getattr(processor, "do_center_crop", False)
     for size in (getattr(processor, "crop_size", None) if crops else None, getattr(processor, "size", None)):
         if not size:

@@ -11,10 +11,30 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoConfig, PreTrainedConfig
 
 from .images_difnet import one_line
 
 NUM_LISTED = 3  # tensors that a message lists
+
+
+def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
+    """The configuration of a folder or repository.
+
+    Raises:
+        ValueError: there is none, or Transformers does not know the model; one line says which.
+    """
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(_why_not_loaded(name, error)) from error
+
+
+def _why_not_loaded(name: str, error: Exception) -> str:
+    """Transformers' text, which has several lines, as one."""
+    is_folder = os.path.isdir(name)
+    problem = "the network cannot be loaded" if is_folder else "no such folder, and not available from the Hub"
+    return f"{one_line(name)}: {problem} ({one_line(' '.join(str(error).split()), 300)})"
 
 
 def load_complete(model_class: Any, name: str, revision: str | None = None) -> Any:
@@ -31,10 +51,8 @@ def load_complete(model_class: Any, name: str, revision: str | None = None) -> A
     """
     try:
         model, report = model_class.from_pretrained(name, revision=revision, output_loading_info=True)
-    except (OSError, ValueError) as error:  # Transformers' texts have several lines
-        is_folder = os.path.isdir(name)
-        problem = "the network cannot be loaded" if is_folder else "no such folder, and not available from the Hub"
-        raise ValueError(f"{one_line(name)}: {problem} ({one_line(' '.join(str(error).split()), 300)})") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(_why_not_loaded(name, error)) from error
     random = random_weights(report)
     if random:
         raise ValueError(
@@ -86,4 +104,4 @@ def _count_not_finite(tensor: torch.Tensor) -> int:
     return int((~torch.isfinite(tensor)).sum())
 
 
-__all__ = ["check_finite_weights", "load_complete", "random_weights"]
+__all__ = ["check_finite_weights", "load_complete", "load_config", "random_weights"]

@@ -18,6 +18,9 @@ from transformers import (
     MaskFormerConfig,
     MaskFormerForInstanceSegmentation,
     MaskFormerImageProcessor,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+    SegformerImageProcessor,
     SwinConfig,
 )
 
@@ -25,9 +28,14 @@ from convert_checkpoint import convert, to_original_state_dict
 from difnet_transformers.demo.corpus import write_corpus
 from difnet_transformers.demo.scenes import make_scenes
 from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration
-from modeling_difnet.pipeline_difnet import load_grid_backbone
+from modeling_difnet.pipeline_difnet import (
+    load_grid_backbone,
+    load_segmenter,
+    provenance_of,
+    segmentation_provenance_of,
+)
 from modeling_difnet.segmentation_difnet import CLASS_NAMES
-from processing_difnet import DifnetTokenizer
+from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer
 
 SCENES = {"train": 24, "restval": 2, "validation": 3, "test": 4}
 SIZES = {
@@ -57,6 +65,7 @@ def make_world(folder: Path) -> Path:
     make_checkpoint(folder, DifnetTokenizer.from_captions(captions, min_count=1))
     make_images(folder)
     make_feature_networks(folder)
+    make_captioner_with_records(folder)
     (folder / "network.json").write_text(json.dumps(SIZES))
     return folder
 
@@ -72,6 +81,22 @@ def make_checkpoint(folder: Path, tokenizer: DifnetTokenizer) -> None:
     convert(folder / "DIFNet_lrp.pth", folder / "difnet", vocab=folder / "vocab.json")
     for name in ("seed1", "seed2"):
         shutil.copytree(folder / "difnet", folder / "runs" / name)
+
+
+def make_captioner_with_records(folder: Path) -> None:
+    """`my_captioner/`, whose checkpoint names the feature networks of `make_feature_networks`."""
+    backbone, segmenter = "facebook/dinov2-base", "facebook/mask2former-swin-large-coco-panoptic"
+    words = json.loads((folder / "vocab.json").read_text())
+    loaded = load_grid_backbone(str(folder / backbone))
+    config = DifnetConfig(vocab_size=len(words), grid_feature_size=loaded.config.grid_feature_size, **SIZES)
+    torch.manual_seed(0)
+    DifnetForConditionalGeneration(config).save_pretrained(folder / "my_captioner")
+    extractor = DifnetFeatureExtractor(
+        grid_feature_size=config.grid_feature_size,
+        grid_backbone=provenance_of(loaded, backbone),
+        segmentation_model=segmentation_provenance_of(load_segmenter(str(folder / segmenter)), segmenter),
+    )
+    DifnetProcessor(extractor, DifnetTokenizer(vocab=words)).save_pretrained(folder / "my_captioner")
 
 
 def make_images(folder: Path) -> None:
@@ -129,6 +154,13 @@ def make_feature_networks(folder: Path) -> None:
     dinov2 = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=56, patch_size=8)
     Dinov2Model(dinov2).save_pretrained(folder / "facebook" / "dinov2-base")
     BitImageProcessor(size={"shortest_edge": 64}).save_pretrained(folder / "facebook" / "dinov2-base")
+    segformer = SegformerConfig(
+        hidden_sizes=[8, 8, 8, 16], depths=[1] * 4, num_attention_heads=[1, 1, 2, 2], decoder_hidden_size=16,
+        id2label={label: f"class {label}" for label in range(150)},
+    )  # fmt: skip
+    name = folder / "nvidia" / "segformer-b0-finetuned-ade-512-512"
+    SegformerForSemanticSegmentation(segformer).save_pretrained(name)
+    SegformerImageProcessor(size={"height": 64, "width": 64}).save_pretrained(name)
     make_efficientnet_lite(folder)
 
 

@@ -13,7 +13,10 @@ SHORT = {
     "data.py": ["--images", 210, "--rounds", 1],
     "generation.py": ["--batch-sizes", 1, "--repeats", 1, "--device", "cpu"],
     "help_time.py": ["--repeats", 1],
-    "images.py": ["--repeats", 1, "--shortest-side", 64, "--device", "cpu"],
+    "images.py": [
+        *("--repeats", 1, "--images", 2, "--device", "cpu"),
+        *("--shortest-side", 64, "--segmentation-side", 64),
+    ],
     "metrics.py": ["--number", 2000, "--images", 50],
     "relevance.py": ["--batch-sizes", 1, "--positions", 2, "--repeats", 1, "--device", "cpu"],
     "training.py": ["--repeats", 1, "--device", "cpu"],

@@ -131,6 +131,32 @@ def test_instance_annotations(tmp_path):
     assert (np.load(out / "segmentations" / "train2017" / "20.npy") == 0).all()
     assert not (out / "grid_features.hdf5").exists()
     assert list(manifest_of(out)["segmentation"]["sha256"]) == ["instances.json"]
+    assert manifest_of(out)["segmentation_model"]["class_names"] == list(CLASS_NAMES)
+
+
+@pytest.mark.parametrize("count", [3, 300])
+def test_categories_that_are_not_cocos_are_classes_of_their_own(tmp_path, capsys, count):
+    """Also more of them than uint8 could tell apart, and in another order in a second file."""
+    make_images(tmp_path / "images", 2)
+    categories = [{"id": 2 * index, "name": f"part {index}"} for index in range(1, count + 1)]
+    square = {"segmentation": [[0, 0, 64, 0, 64, 48, 0, 48]], "iscrowd": 0}
+    files = []
+    for image_id, ordered in ((10, categories), (20, categories[::-1])):
+        annotations = [{**square, "image_id": image_id, "category_id": 2 * count}]
+        path = tmp_path / f"instances_{image_id}.json"
+        files.append(coco_file(path, [image_id], annotations, categories=ordered))
+    assert run(tmp_path / "images", "--instance-annotations", *files, "--output", tmp_path / "out") == 0
+    names = [category["name"] for category in categories]
+    for image_id in (10, 20):
+        feature = np.load(tmp_path / "out" / "segmentations" / "images" / f"{image_id}.npy")
+        assert feature.shape == (count, 7, 7)
+        assert (feature[-1] == 1).all()
+        assert feature.sum() == 49
+    record = manifest_of(tmp_path / "out")["segmentation_model"]
+    assert record["source"] == "coco instances"
+    assert record["name"] == "instances_10.json, instances_20.json"
+    assert record["class_names"] == names
+    assert f"{count} segmentation classes: part 1, part 2, part 3" in capsys.readouterr().out
 
 
 def test_panoptic_annotations(tmp_path):
@@ -226,13 +252,14 @@ def test_images_that_cannot_be_read_are_listed_and_the_others_done(tmp_path, cap
     [
         (["missing.json"], "No such file"),
         (["broken.json"], "malformed JSON"),
-        (["other.json"], "category 9 ('zeppelin') is none"),
+        (["other.json", "third.json"], "different categories: zeppelin is missing, kite is new"),
     ],
 )
 def test_mistakes_end_with_one_line(tmp_path, capsys, arguments, message):
     make_images(tmp_path / "images", 1)
     (tmp_path / "broken.json").write_text("[1, 2")
-    coco_file(tmp_path / "other.json", [10], [], categories=[{"id": 9, "name": "zeppelin"}])
+    for name, category in [("other", "zeppelin"), ("third", "kite")]:
+        coco_file(tmp_path / f"{name}.json", [10], [], categories=[{"id": 9, "name": category}])
     files = [tmp_path / name for name in arguments]
     assert run(tmp_path / "images", "--instance-annotations", *files, "--output", tmp_path / "out") == 2
     error = capsys.readouterr().err.strip()

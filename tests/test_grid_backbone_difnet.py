@@ -344,6 +344,10 @@ def test_the_fast_form_equals_the_plain_one(sizes: dict, bf16_tolerance: float) 
         assert (features - plain).norm() / plain.norm() < tolerance
         assert not any(isinstance(module, grid_backbone_difnet.FrozenBatchNorm) for module in fast.modules())
     assert torch.equal(model.grid_features(image), plain)
+    # oneDNN has no float64: its convolution, sum and ReLU are three operators, as on a GPU.
+    exact, pixel_values = model.double(), model.preprocess(image).double()
+    exact_map, fast_map = (each(pixel_values).feature_map for each in (exact, exact.fast_form(torch.float64)))
+    torch.testing.assert_close(fast_map, exact_map, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("size", [(300, 400), (64, 64), (10, 160), (160, 10), (1, 1)])

@@ -41,7 +41,7 @@ MODEL_FILES = {
 }
 PIPELINE_FILES = {
     *("grid_backbone_difnet.py", "images_difnet.py", "pipeline_difnet.py", "segmentation_difnet.py"),
-    *("vision_backbone_difnet.py", "weights_difnet.py"),
+    *("segmentation_models_difnet.py", "vision_backbone_difnet.py", "weights_difnet.py"),
 }
 CODE_FILES = {"configuration_difnet.py", "processing_difnet.py", *MODEL_FILES, *PIPELINE_FILES}
 SETTINGS_FILES = {

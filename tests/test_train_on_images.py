@@ -15,6 +15,7 @@ from PIL import Image
 from difnet_transformers.cli.train_on_images import RENAMED, TrainOnImagesOptions, main
 from difnet_transformers.files import folder_lock
 from difnet_transformers.options import parse_options
+from difnet_transformers.workflows.train_on_images import FeatureSources
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -81,6 +82,13 @@ def data(tmp_path_factory) -> Path:
             json.dumps({"images": images, "annotations": instances, "categories": categories})
         )
     return folder
+
+
+def test_the_networks_options_go_to_the_extraction():
+    options = {"layer": None, "grid_size": 3, "score_threshold": 0.3}
+    words = FeatureSources("facebook/dinov2-base", "hustvl/yolos-tiny", options=options).arguments()
+    expected = "--grid-backbone facebook/dinov2-base --grid-size 3 --score-threshold 0.3"
+    assert " ".join(map(str, words)) == f"{expected} --segmentation-model hustvl/yolos-tiny"
 
 
 def command(data: Path, output: Path) -> list[str]:

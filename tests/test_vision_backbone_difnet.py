@@ -269,3 +269,48 @@ def test_pooling_keeps_rows_and_columns_apart() -> None:
     feature_map = torch.arange(6.0).view(1, 1, 2, 3)
     assert torch.equal(pool(feature_map, (2, 3)), feature_map)
     assert pool(feature_map, (1, 3)).tolist() == [[[[1.5, 2.5, 3.5]]]]
+
+
+# timm, through Transformers' wrapper
+
+
+@pytest.mark.skipif(
+    not (transformers.utils.is_timm_available() and transformers.utils.is_torchvision_available()),
+    reason="timm needs a torchvision that fits torch",
+)
+@pytest.mark.parametrize(
+    ("architecture", "sizes"),
+    [
+        ("resnet10t", {}),  # maps (B, C, h, w)
+        ("vit_tiny_patch16_224", {"depth": 1, "embed_dim": 24, "num_heads": 2}),  # tokens behind a class token
+        ("swin_tiny_patch4_window7_224", {"depths": (1, 1), "embed_dim": 12, "num_heads": (1, 2)}),  # (B, h, w, C)
+    ],
+)
+def test_networks_of_timm(architecture: str, sizes: dict, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    settings = {"architecture": architecture, "input_size": (3, 224, 224), "interpolation": "bicubic"}
+    statistics = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3), "crop_pct": 0.875, "num_classes": 0}
+    config = transformers.TimmWrapperConfig(
+        architecture=architecture, num_labels=0, pretrained_cfg={**settings, **statistics}, model_args=sizes
+    )
+    model = transformers.TimmWrapperModel(config).eval()
+    model.save_pretrained(tmp_path)
+    backbone = VisionBackbone.from_pretrained(str(tmp_path), grid_size=(3, 2))
+    assert backbone.config.image_size == (224, 224)
+    pixels = np.asarray(corners().resize((224, 224), 3), dtype=np.float32) / 255  # whole, not cropped
+    pixel_values = torch.from_numpy((pixels - (0.5, 0.4, 0.3)) / (0.2, 0.25, 0.3)).float().permute(2, 0, 1)[None]
+    torch.testing.assert_close(backbone.preprocess(corners()), pixel_values)
+    with torch.no_grad():
+        # timm's own way to a map (B, C, h, w) of the last layer, before its last norm
+        maps = model.timm_model.forward_intermediates(pixel_values, intermediates_only=True)
+        before_norm = maps[-1]
+        feature_map = backbone(pixel_values)
+    assert feature_map.shape == before_norm.shape
+    if not architecture.startswith("resnet"):
+        before_norm = model.timm_model.norm(before_norm.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    torch.testing.assert_close(feature_map, before_norm, rtol=1e-4, atol=1e-5)
+    features = backbone.grid_features([corners(), noise(0)])
+    assert features.shape == (2, 6, backbone.config.grid_feature_size)
+    torch.testing.assert_close(features[0], backbone.grid_features(corners()), rtol=1e-5, atol=1e-5)
+    layer = VisionBackbone.from_pretrained(str(tmp_path), layer=0).grid_features(corners())
+    assert layer.shape == (49, maps[0].shape[1])

@@ -24,14 +24,16 @@ from ..options import (
 DESCRIPTION = """\
 Caption images.
 
-  difnet caption image.jpg folder/ --model ./difnet --grid-backbone x101 \\
-      --segmentation-model facebook/mask2former-swin-large-coco-panoptic --contact-sheet captions.html
+  difnet caption image.jpg folder/ --model mine --contact-sheet captions.html
+  difnet caption image.jpg --model ./difnet --grid-backbone x101 \\
+      --segmentation-model facebook/mask2former-swin-large-coco-panoptic
 
-  --model               a converted DIFNet checkpoint (difnet convert)
+  --model               a checkpoint of difnet train, which names the networks that made the features it was trained
+                        on and loads them, or of difnet convert, which needs both:
   --grid-backbone       made by `difnet convert grid-backbone` of X-101.pth (grid-feats-vqa, Apache-2.0), or the vision
                         model that made the features it was trained on (difnet extract)
-  --segmentation-model  a COCO panoptic model of Transformers: MaskFormer, Mask2Former, OneFormer, EoMT, DETR
-                        (the paper's baseline needs none)
+  --segmentation-model  a model with the classes it was trained on; the original takes a COCO panoptic model of
+                        Transformers: MaskFormer, Mask2Former, OneFormer, EoMT, DETR (the paper's baseline needs none)
 
 or features that were made before, by difnet extract or by others:
 
@@ -55,7 +57,7 @@ class CaptionOptions:
     layer: int | None = layer_option()
     image_size: str | None = image_size_option()
     precision: str | None = precision_option()
-    force: bool = field(default=False, help="take another --grid-backbone than the model was trained with")
+    force: bool = field(default=False, help="take other networks than the model was trained with")
     segmentation_model: str | None = field(default=None, metavar="NAME", help="folder or repository")
     features: list[str] | None = field(default=None, metavar="HDF5", help="grid features, instead of images")
     segmentation: str | None = field(default=None, metavar="PATH", help="folder of <image id>.npy, or HDF5 file")
@@ -131,7 +133,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "caption.py") -> int:
         )
         left_out = LeftOut()
         if options.features:
-            items = feature_items(captioner, options.features, options.segmentation, options.ids, left_out)
+            items = feature_items(
+                captioner, options.features, options.segmentation, options.ids, left_out, options.force
+            )
         else:
             items = image_items(captioner, options.images, left_out)
         results = caption_images(

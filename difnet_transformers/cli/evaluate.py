@@ -73,6 +73,11 @@ class EvaluationOptions:
     batch_size: int = field(default=50, metavar="N", help="images of one process at a time", group="the machine")
     dtype: str = field(default="float32", choices=DTYPES, help="of weights and features", group="the machine")
     cpu: bool = field(default=False, help="even where there is a GPU", group="the machine")
+    force: bool = field(
+        default=False,
+        help="take features of other networks or classes than a model was trained with",
+        group="captions",
+    )
     strict: bool = strict_option()
     debug: bool = debug_option()
 
@@ -108,6 +113,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate_captions.py") 
             with_meteor=options.meteor,
             with_spice=options.spice,
             update_card=options.update_card,
+            force=options.force,
             strict=options.strict,
             program=prog,
         )

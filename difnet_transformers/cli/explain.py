@@ -28,6 +28,7 @@ Show why a model chose its words.
 
 of images, which are captioned first, unless --caption gives the words:
 
+  difnet explain image.jpg --model mine --output why
   difnet explain image.jpg --model ./difnet --grid-backbone x101 \\
       --segmentation-model facebook/mask2former-swin-large-coco-panoptic --output why
 
@@ -68,7 +69,7 @@ class ExplanationOptions:
     layer: int | None = layer_option()
     image_size: str | None = image_size_option()
     precision: str | None = precision_option()
-    force: bool = field(default=False, help="take another --grid-backbone than the model was trained with")
+    force: bool = field(default=False, help="take other networks than the model was trained with")
     segmentation_model: str | None = field(default=None, metavar="NAME", help="folder or repository")
     untrained: bool = field(default=False, help="check without weights: the maps mean nothing")
     caption: str | None = field(default=None, metavar="TEXT", help="explain these words, not the model's own")
@@ -122,6 +123,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "explain.py") -> int:
                 batch_size=options.batch_size,
                 device=options.device,
                 seed=options.seed,
+                force=options.force,
                 left_out=left_out,
             )
         else:

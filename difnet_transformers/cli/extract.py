@@ -34,8 +34,10 @@ Make grid features and segmentation features of images, in the original's file l
 
 OUTPUT then holds
   grid_features.hdf5                    one dataset <image id>_features (49, C) an image, float32; X-101: C = 2048
-  segmentations/<folder>/<image id>.npy (133, 7, 7), float32; <folder> is the folder that the image lies in
-  manifest.json                         names and hashes of the networks, ids and names of the images, problems
+  segmentations/<folder>/<image id>.npy (classes, 7, 7), float32, 133 classes as COCO's or those of the source;
+                                        <folder> is the folder that the image lies in
+  manifest.json                         names and hashes of the networks, names of the classes, ids and names of the
+                                        images, problems
   recipe.yaml                           these options
 
 Leave --grid-backbone out to make segmentation features alone, and every source of segmentation for grids alone.
@@ -43,9 +45,13 @@ Where the features come from:
   --grid-backbone         made by `difnet convert grid-backbone` of X-101.pth (grid-feats-vqa, Apache-2.0); or any
                           vision model of Transformers, by folder or repository, such as facebook/dinov2-base; or
                           PACKAGE.MODULE:FUNCTION of your own (docs/caption.md)
-  --segmentation-model    a COCO panoptic model of Transformers: MaskFormer, Mask2Former, OneFormer, EoMT, DETR
+  --segmentation-model    any panoptic, instance or semantic segmentation model of Transformers, by folder or
+                          repository (Mask2Former, EoMT, SegFormer, BEiT, UperNet ..), with the classes that it
+                          knows; COCO panoptic models give the paper's 133. Or an object detector (DETR, YOLOS ..),
+                          whose boxes are filled, the surest on top; those below --score-threshold are dropped
   --panoptic-annotations  COCO's panoptic_*.json; the PNGs lie in the folder of the same name beside each
-  --instance-annotations  COCO's instances_*.json: things alone; of overlapping instances the smaller one wins
+  --instance-annotations  COCO's instances_*.json: things alone; of overlapping instances the smaller one wins.
+                          Files of either kind with categories of their own give features of these
   --label-maps            a folder of <image id>.npy or .png, numbered as --label-order says
 
 Image ids come from the JSON files that are given, else from COCO's file names (COCO_val2014_000000000042.jpg,
@@ -59,7 +65,7 @@ Images that cannot be used are left out and listed at the end, and in manifest.j
 
 SEGMENTATION_SOURCES = ("segmentation_model", "panoptic_annotations", "instance_annotations", "label_maps")
 GRID_BACKBONE = ("grid_backbone", "layer", "image_size", "grid_size", "precision", "batch_size")
-SOURCES = (*GRID_BACKBONE, *SEGMENTATION_SOURCES, "label_order", "coco_json")
+SOURCES = (*GRID_BACKBONE, *SEGMENTATION_SOURCES, "score_threshold", "label_order", "coco_json")
 
 
 @dataclass
@@ -79,6 +85,9 @@ class ExtractOptions:
         help="of --grid-backbone: images that run together, if they are of one size (default: 8; X-101: 1)",
     )
     segmentation_model: str | None = field(default=None, metavar="NAME", help="folder or repository")
+    score_threshold: float | None = field(
+        default=None, metavar="X", help="of an object detector: boxes with lower scores are dropped (default: 0.5)"
+    )
     panoptic_annotations: list[Path] | None = field(default=None, metavar="JSON", help="COCO's panoptic_*.json")
     instance_annotations: list[Path] | None = field(default=None, metavar="JSON", help="COCO's instances_*.json")
     label_maps: Path | None = field(default=None, metavar="FOLDER", help="label maps by image id")
@@ -115,13 +124,15 @@ class ExtractOptions:
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are two sources of segmentation: give one")
         check_at_least(self, 1, "grid_size", "batch_size")
+        if self.score_threshold is not None and not 0 <= self.score_threshold <= 1:
+            raise ValueError(f"--score-threshold must be from 0 to 1, not {self.score_threshold}")
         if (self.packed is None) != (self.captions is None):
             raise ValueError("--packed and --captions go together")
 
     def command(self) -> str:
         """The command line that makes the same features, for the manifest."""
         words = ["python", "scripts/extract_features.py", *self.images, "--output", self.output.name]
-        for name in (*GRID_BACKBONE, *SEGMENTATION_SOURCES, "coco_json"):
+        for name in (*GRID_BACKBONE, *SEGMENTATION_SOURCES, "score_threshold", "coco_json"):
             value = getattr(self, name)
             if value is not None:
                 words += [option_name(name), *map(str, value if isinstance(value, list) else [value])]

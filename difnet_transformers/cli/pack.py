@@ -29,7 +29,9 @@ What is needed, and where it comes from:
                   12 x 12 of them, --pool averages them to 7 x 7, --cut keeps the first 49 as the original does. Grids
                   of fewer cells are padded with zeros. Both is counted in provenance.json.
   --segmentation  the folder with train2014/<image id>.npy and val2014/<image id>.npy, each (133, 7, 7); any folder
-                  with <image id>.npy, or an HDF5 file; leave it out for the paper's baseline.
+                  with <image id>.npy, or an HDF5 file; leave it out for the paper's baseline. Of what difnet extract
+                  made, FOLDER/segmentations, the number and names of the classes are known and kept in
+                  provenance.json; of several with the same classes in another order they are matched by name.
   --annotations   one of: the folder with coco_{train,dev,test,restval}_ids.npy, captions_train2014.json and
                   captions_val2014.json (the original); Karpathy's dataset_coco.json, or dataset_flickr8k.json and
                   dataset_flickr30k.json, where imgid is the image id; a folder with COCO caption files named for
@@ -54,8 +56,8 @@ class PackOptions:
     """The options of `difnet pack`."""
 
     features: list[str] = field(metavar="FILE", help="one or several HDF5 files")
-    segmentation: str | None = field(
-        default=None, metavar="PATH", help="folder of .npy files or HDF5 file; none: baseline"
+    segmentation: list[str] | None = field(
+        default=None, metavar="PATH", help="folder of .npy files or HDF5 file, or several; none: baseline"
     )
     annotations: str = field(metavar="PATH", help="folder, or dataset_coco.json")
     output: Path = field(metavar="FOLDER", help="the packed folder")
@@ -71,7 +73,9 @@ class PackOptions:
     )
     grid_size: int = field(default=7, metavar="N", help="cells along a side")
     grid_feature_size: int = field(default=2048, metavar="N", help="values of a cell")
-    num_segmentation_classes: int = field(default=133, metavar="N", help="classes of the segmentation features")
+    num_segmentation_classes: int | None = field(
+        default=None, metavar="N", help="classes of the segmentation features (default: what they say, or 133)"
+    )
     strict: bool = strict_option()
     debug: bool = debug_option()
 
@@ -89,6 +93,11 @@ class PackOptions:
         save_options(dataclasses.replace(self, output=Path(self.output.name), num_proc=1, debug=False), path)
 
 
+def one_or_several(paths: Sequence[str]) -> str | tuple[str, ...]:
+    """Paths as a packing's identity has them, which version 0.1 made of one."""
+    return paths[0] if len(paths) == 1 else tuple(paths)
+
+
 def main(argv: Sequence[str] | None = None, prog: str = "pack_coco.py") -> int:
     options = parse_options(PackOptions, argv, prog=prog, description=DESCRIPTION)
 
@@ -100,7 +109,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "pack_coco.py") -> int:
 
         config = PackingConfig(
             features=tuple(options.features),
-            segmentation=options.segmentation,
+            segmentation=None if options.segmentation is None else one_or_several(options.segmentation),
             annotations=options.annotations,
             dtype=options.dtype,
             grid_size=options.grid_size,

@@ -44,6 +44,7 @@ images on a CPU; options of `difnet train` after two dashes replace them, for ex
 
   difnet train-on-images .. --output mine -- --config larger.json --xe-learning-rate 5e-4"""
 
+NETWORK_OPTIONS = ("layer", "image_size", "grid_size", "precision", "score_threshold")
 RENAMED = {"--pictures": "--images"}
 FEATURES = "features; without segmentation the paper's baseline is trained"
 
@@ -77,7 +78,13 @@ class TrainOnImagesOptions:
         default=False, group=FEATURES, help="a small random network instead: its features only tell images apart"
     )
     segmentation_model: str | None = field(
-        default=None, group=FEATURES, metavar="NAME", help="a COCO panoptic model of Transformers"
+        default=None,
+        group=FEATURES,
+        metavar="NAME",
+        help="any segmentation model or object detector of Transformers: see `difnet extract --help`",
+    )
+    score_threshold: float | None = field(
+        default=None, group=FEATURES, metavar="X", help="of an object detector (default: 0.5)"
     )
     instances: list[Path] | None = field(
         default=None, group=FEATURES, metavar="JSON", help="COCO's instances_*.json of the images"
@@ -135,7 +142,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "train_on_pictures.py") 
                     options.instances or (),
                     options.panoptic or (),
                     options.seed,
-                    {name: getattr(options, name) for name in ("layer", "image_size", "grid_size", "precision")},
+                    {name: getattr(options, name) for name in NETWORK_OPTIONS},
                 ),
                 name=options.name,
                 skip_missing=options.skip_missing,

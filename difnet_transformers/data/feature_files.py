@@ -6,6 +6,7 @@ Nothing outside the file or folder that is given is ever opened.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -19,13 +20,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..command_line import requires
-from ..files import check_regular_file, path_inside, printable, read_file
+from ..files import check_regular_file, path_inside, printable, read_file, read_json
 from .errors import IDS_PER_LINE, BrokenImage, DataError, join_ids
+from .feature_records import records_in
 from .normalization import LARGEST_ID, show
 
 if TYPE_CHECKING:
     import h5py
 
+SEGMENTATIONS = "segmentations"  # folder of segmentation features in the output of `difnet extract`
 ARRAY_SIZE_LIMIT = 2**30  # bytes of one image's array; an unpooled map of a large image takes 30 MB
 
 
@@ -169,6 +172,33 @@ class SegmentationFiles:
             )
         return found
 
+    def record(self) -> dict[str, Any] | None:
+        """What `difnet extract` says about what made them: in its manifest, or an attribute of an HDF5 file.
+
+        Raises:
+            DataError: the folder holds several extractions.
+        """
+        if not os.path.isdir(self.path):
+            attributes = self._hdf5().attrs
+            # A damaged attribute shows in whatever part of h5py it reaches first.
+            with contextlib.suppress(KeyError, TypeError, ValueError, OSError, RuntimeError):
+                return records_in({"segmentation_model": json.loads(attributes["segmentation_model"])})[1]
+            return None
+        folder = Path(os.path.abspath(self.path))
+        # The manifest lies in the output of `difnet extract`, the features in its folder `segmentations`.
+        within = next((parent for parent in (folder, folder.parent) if parent.name == SEGMENTATIONS), None)
+        for place in [folder, *([] if within is None else [within.parent])]:
+            record = _record_in_manifest(place / "manifest.json")
+            if record is not None:
+                return record
+        several = [path.parent for path in sorted(folder.glob("*/manifest.json")) if _record_in_manifest(path)]
+        if several:
+            raise DataError(
+                f"{printable(self.path)} holds what `difnet extract` made in {printable(several[0].name)}; give its "
+                f"folder {SEGMENTATIONS}, or those of several: --segmentation A/{SEGMENTATIONS} B/{SEGMENTATIONS}"
+            )
+        return None
+
     def states(self) -> Iterator[os.stat_result]:
         """Size and time of every file, which tell whether a file was changed since."""
         if not os.path.isdir(self.path):
@@ -201,6 +231,13 @@ class SegmentationFiles:
             raise BrokenImage(path, error.strerror or str(error)) from None
         except ValueError as error:
             raise BrokenImage(path, str(error)) from None
+
+
+def _record_in_manifest(path: Path) -> dict[str, Any] | None:
+    try:
+        return records_in(read_json(path)).segmentation_model
+    except (OSError, ValueError):
+        return None
 
 
 # HDF5 files: only ordinary arrays of numbers that lie in the file itself are read

@@ -25,7 +25,7 @@ from ..files import atomic_write, folder_lock, printable
 from .errors import DataError, Problem, raise_problems
 from .feature_files import SegmentationFiles
 from .packed_dataset import quiet_datasets
-from .packing_plan import PackingConfig, Plan, check_grid_size, make_plan
+from .packing_plan import PackingConfig, Plan, check_grid_size, make_plan, with_recorded_classes
 from .provenance import dataset_card, make_provenance, packing_command, read_provenance
 from .shards import Shard, ShardReport, make_shards, write_shards
 
@@ -65,6 +65,7 @@ def pack_dataset(
         ValueError: the sources cannot be used, or another process is packing into `output`; the text names the files
             and the images.
     """
+    config = with_recorded_classes(config)
     plan = make_plan(config)
     shards = make_shards(plan, parquet, shard_size)
     identity = packing_identity(config, plan, parquet, shard_size)
@@ -137,11 +138,13 @@ def packing_identity(config: PackingConfig, plan: Plan, parquet: bool, shard_siz
     settings = {**dataclasses.asdict(config), "skip_missing": None}
     if config.grid_fit == "refuse":
         del settings["grid_fit"]  # folders that were packed before the choice existed keep their identity
+    if not config.class_orders:
+        del settings["class_orders"]  # likewise
     digest = hashlib.sha256(json.dumps([settings, parquet, shard_size]).encode())
     digest.update(f"{version('datasets')} {version('pyarrow')}".encode())
     states = [(path, os.stat(path)) for path in config.features]
-    if config.segmentation is not None:
-        states += [(config.segmentation, status) for status in SegmentationFiles(config.segmentation).states()]
+    for path in config.segmentation_paths():
+        states += [(path, status) for status in SegmentationFiles(path).states()]
     for path, status in states:
         digest.update(f"{path} {status.st_size} {status.st_mtime_ns}".encode())
     for split, images in plan.splits.items():
@@ -158,8 +161,8 @@ def source_states(config: PackingConfig) -> str:
     """
     digest = hashlib.sha256()
     states = [os.stat(path) for path in (*config.features, config.annotations)]
-    if config.segmentation is not None:
-        states += SegmentationFiles(config.segmentation).states()
+    for path in config.segmentation_paths():
+        states += SegmentationFiles(path).states()
     for status in states:
         digest.update(f"{status.st_dev} {status.st_ino} {status.st_ctime_ns}".encode())
     return digest.hexdigest()

@@ -17,7 +17,8 @@ from ..command_line import describe
 from ..files import atomic_write, printable, read_json, sha256_of
 from .errors import DataError, Problem
 from .feature_files import GridFiles
-from .packing_plan import PackingConfig, Plan
+from .feature_records import FeatureRecords, recorded_classes
+from .packing_plan import PackingConfig, Plan, recorded_segmentation
 from .shards import FITTED, Shard, ShardReport
 
 GRID_FITS = ("refuse", "pool", "cut")
@@ -49,7 +50,7 @@ def make_provenance(
         counts["images"] += report.rows
         counts["captions"] += sum(len(row.captions) for row in rows)
         counts["restval_images"] += sum(row.restval for row in rows)
-    grid_backbone = GridFiles(config.features).grid_backbone()
+    records = FeatureRecords(GridFiles(config.features).grid_backbone(), recorded_segmentation(config))
     left_out = [*plan.left_out, *(problem for report in reports for problem in report.problems)]
     return {
         "command": command,
@@ -59,7 +60,7 @@ def make_provenance(
         "num_segmentation_classes": config.num_segmentation_classes if config.segmentation is not None else None,
         "grid_fit": config.grid_fit,
         "grids_of_another_size": {name: sum(report.fitted.get(name, 0) for report in reports) for name in FITTED},
-        **({} if grid_backbone is None else {"grid_backbone": grid_backbone}),
+        **{name: record for name, record in records._asdict().items() if record is not None},
         "splits": splits,
         "skip_missing": config.skip_missing,
         "left_out": [problem._asdict() for problem in left_out],
@@ -77,24 +78,23 @@ def _describe_sources(
     config: PackingConfig, plan: Plan, reports: Sequence[ShardReport], known_hashes: Path
 ) -> dict[str, Any]:
     """Names, sizes and SHA-256 of all source files."""
-    files = [*config.features, *map(str, plan.annotation_files)]
-    if config.segmentation is not None and os.path.isfile(config.segmentation):
-        files.append(config.segmentation)
+    files = [*config.features, *map(str, plan.annotation_files), *filter(os.path.isfile, config.segmentation_paths())]
     described = _describe_files(files, known_hashes)
-    segmentation: dict[str, Any] | None = None
-    if config.segmentation in described:
-        segmentation = described[config.segmentation]
-    elif config.segmentation is not None:
-        hashes = {image_id: digest for report in reports for image_id, digest in report.hashes.items()}
-        lines = "".join(f"{image_id} {hashes[image_id]}\n" for image_id in sorted(hashes))
-        segmentation = {
-            "name": os.path.basename(os.path.normpath(config.segmentation)),
-            "files": len(hashes),
+    hashes = {image_id: digest for report in reports for image_id, digest in report.hashes.items()}
+    images = [image for images in plan.splits.values() for image in images]
+    segmentations = []
+    for path in config.segmentation_paths():
+        ids = sorted({image.row.image_id for image in images if image.segmentation_path == path} & hashes.keys())
+        lines = "".join(f"{image_id} {hashes[image_id]}\n" for image_id in ids)
+        of_folder = {
+            "name": os.path.basename(os.path.normpath(path)),
+            "files": len(ids),
             "sha256 of the lines '<image id> <sha256>'": hashlib.sha256(lines.encode()).hexdigest(),
         }
+        segmentations.append(described.get(path, of_folder))
     return {
         "features": [described[path] for path in config.features],
-        "segmentation": segmentation,
+        "segmentation": segmentations if len(segmentations) > 1 else next(iter(segmentations), None),
         "annotations": [described[str(path)] for path in plan.annotation_files],
     }
 
@@ -122,7 +122,7 @@ def packing_command(config: PackingConfig, output: Path, parquet: bool, shard_si
     """The command that makes the same dataset, without the number of processes, which has no influence on it."""
     words = ["python", "scripts/pack_coco.py", "--features", *config.features]
     if config.segmentation is not None:
-        words += ["--segmentation", config.segmentation]
+        words += ["--segmentation", *config.segmentation_paths()]
     words += ["--annotations", config.annotations, "--output", output.name, "--dtype", config.dtype]
     words += ["--shard-size", str(shard_size)] + ["--parquet"] * parquet + ["--skip-missing"] * config.skip_missing
     words += [f"--{config.grid_fit}"] * (config.grid_fit != "refuse")
@@ -182,6 +182,13 @@ def fitted_lines(counts: Mapping[str, int], grid_size: int) -> list[str]:
     return [f"{counts[name]:,} grids {what}." for name, what in done.items() if counts.get(name)]
 
 
+def _class_line(classes: Sequence[str] | None) -> str:
+    """Names of the segmentation classes in the words of the card; empty where they are not known."""
+    if classes is None:
+        return ""
+    return f"Its {len(classes)} classes, in order: {printable(', '.join(classes), 4000)}.\n"
+
+
 def dataset_card(provenance: Mapping[str, Any], parquet: bool) -> str:
     """The README.md of a packed folder, as the Hub shows it."""
     files = "".join(
@@ -200,12 +207,14 @@ def dataset_card(provenance: Mapping[str, Any], parquet: bool) -> str:
     fitted = "".join(
         f"{line}\n" for line in fitted_lines(provenance["grids_of_another_size"], provenance["grid_size"])
     )
+    classes = recorded_classes(provenance.get("segmentation_model"))
     opened = "load_dataset(folder)" if parquet else "load_from_disk(folder)"
     return (
         f"---\ntask_categories:\n  - image-to-text\nlanguage:\n  - en\n{head}---\n\n"
         "# COCO features and captions for DIFNet\n\n"
         f"`datasets.{opened}` opens it; `difnet_transformers.data` of DIFNet for Transformers makes batches of it. "
-        f"One row an image; grid features as {provenance['dtype']}, segmentation packed by `encode_segmentation`.\n\n"
+        f"One row an image; grid features as {provenance['dtype']}, segmentation packed by `encode_segmentation`.\n"
+        f"{_class_line(classes)}\n"
         f"| split | images | captions | images of restval |\n|---|---|---|---|\n{counts}\n"
         f"{fitted}"
         f"Left out: {len(provenance['left_out'])} images.\n\n"

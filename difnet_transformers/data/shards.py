@@ -63,7 +63,8 @@ class FeatureReader:
     def __init__(self, config: PackingConfig):
         self.config = config
         self.grids = GridFiles(config.features)
-        self.segmentation = None if config.segmentation is None else SegmentationFiles(config.segmentation)
+        self.segmentations = {path: SegmentationFiles(path) for path in config.segmentation_paths()}
+        self.class_orders = {path: list(order) for path, order in config.class_orders}
         self.hashes: dict[int, str] = {}
         self.fitted = dict.fromkeys(FITTED, 0)
 
@@ -82,11 +83,13 @@ class FeatureReader:
             grid, cells = fit_grid(array, config.grid_size, config.grid_feature_size, config.grid_fit)
             has_other_size = array.ndim == 2 and len(array) != num_cells
             segmentation = None
-            if self.segmentation is not None:
-                name = str(image.segmentation_name)
-                source = os.path.join(self.segmentation.path, name)
-                array, self.hashes[image_id] = self.segmentation.read(name)
+            if self.segmentations:
+                path, name = str(image.segmentation_path), str(image.segmentation_name)
+                source = os.path.join(path, name)
+                array, self.hashes[image_id] = self.segmentations[path].read(name)
                 segmentation = check_segmentation(array, config.segmentation_shape())
+                if path in self.class_orders:
+                    segmentation = segmentation[self.class_orders[path]]
         except (DataError, BrokenImage):
             raise
         except (ValueError, OSError, RuntimeError) as error:
@@ -115,7 +118,7 @@ class FeatureReader:
                 "captions": list(image.row.captions),
             }
             if features.segmentation is not None:
-                source = os.path.join(str(self.config.segmentation), str(image.segmentation_name))
+                source = os.path.join(str(image.segmentation_path), str(image.segmentation_name))
                 stored = to_stored(features.segmentation, self.config.dtype)
                 row["segmentation_features"] = encode_segmentation(stored)
         except ValueError as error:

@@ -16,7 +16,7 @@ from ..files import path_inside, printable, sha256_of
 from .errors import BrokenImage, DataError, Problem, raise_problems
 from .normalization import normalize_caption, normalize_file_name
 from .packed_dataset import decode_segmentation, float16_bound, load_packed_split, packed_splits, quiet_datasets
-from .packing_plan import PackingConfig, PlannedImage, make_plan
+from .packing_plan import PackingConfig, PlannedImage, make_plan, with_recorded_classes
 from .provenance import read_provenance
 from .shards import FeatureReader, ImageFeatures
 
@@ -50,6 +50,7 @@ def verify_dataset(config: PackingConfig, folder: Path) -> Verification:
             raise DataError(f"{printable(path, 300)}: missing or changed since it was packed")
     packed_as = ("dtype", "grid_size", "grid_feature_size", "skip_missing", "grid_fit")
     config = dataclasses.replace(config, **{name: provenance[name] for name in packed_as})
+    config = with_recorded_classes(config)
     if (config.segmentation is None) != (provenance["num_segmentation_classes"] is None):
         raise DataError(
             f"{printable(folder, 300)} was packed {'with' if config.segmentation is None else 'without'} "

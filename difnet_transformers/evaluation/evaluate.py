@@ -21,11 +21,18 @@ from caption_metrics import JavaMissing, check_java
 from modeling_difnet import DifnetEnsemble, DifnetForConditionalGeneration
 from processing_difnet import DifnetProcessor
 
-from ..checkpoints import load_ensemble
+from ..checkpoints import checkpoint_folder, load_ensemble
 from ..command_line import LeftOut
+from ..data.feature_records import (
+    FeatureRecords,
+    difference_of_backbones,
+    records_of_checkpoint,
+    records_of_dataset,
+)
 from ..files import atomic_write, folder_lock, make_folder, printable
 from ..model_card import update_results
 from ..training.data_checks import check_data, open_split
+from ..training.initial_model import compare_classes, reorder_classes
 from ..training.processes import all_or_none
 from ..training.validation import CaptionedImage, caption_split, score_split
 
@@ -46,6 +53,7 @@ def evaluate_split(
     with_meteor: bool = False,
     with_spice: bool = False,
     update_card: bool = False,
+    force: bool = False,
     strict: bool = False,
     program: str = "evaluate_captions.py",
 ) -> int:
@@ -69,6 +77,7 @@ def evaluate_split(
         with_meteor: whether METEOR is computed too.
         with_spice: whether SPICE is computed too.
         update_card: whether the scores go into the README.md of the only model.
+        force: whether features of other networks or classes than a model was trained with are taken.
         strict: whether an image that was left out gives the exit code 2.
         program: in the message of a locked folder.
 
@@ -89,6 +98,10 @@ def evaluate_split(
             raise ValueError(f"--update-card: {models[0]} is no folder with a README.md, the model card")
         images = open_split(dataset, split)
         model, processor = load_ensemble(models, getattr(torch, dtype))
+        records = records_of_dataset(dataset)
+        members: Any = model.members if isinstance(model, DifnetEnsemble) else [model]
+        for name, member in zip(models, members, strict=True):
+            match_features(member, name, records, dataset, force)
         check_data(model.config, images, dataset, max_new_tokens)
         return images, model, processor
 
@@ -144,6 +157,41 @@ def evaluate_split(
             return exit_code
 
         return all_or_none(accelerator, finish)
+
+
+def match_features(
+    model: DifnetForConditionalGeneration,
+    name: str,
+    records: FeatureRecords,
+    dataset: Path,
+    force: bool = False,
+) -> None:
+    """Holds the features of a dataset against those that a model was trained on.
+
+    Segmentation classes in another order are matched by name: the model's weights are put in that of the dataset. What
+    is not recorded is not compared.
+
+    Args:
+        model: the network.
+        name: of its checkpoint.
+        records: of the dataset.
+        dataset: its folder, for messages.
+        force: whether a difference is taken all the same.
+
+    Raises:
+        ValueError: another grid backbone made the features, or they have other segmentation classes.
+    """
+    known = records_of_checkpoint(checkpoint_folder(name))
+    backbones = difference_of_backbones(known.grid_backbone, records.grid_backbone)
+    classes, order = compare_classes(model.config, known, records)
+    for difference in (backbones, classes and f"other segmentation classes: {classes}"):
+        if difference and not force:
+            raise ValueError(
+                f"{printable(dataset, 300)} does not fit {printable(name, 300)}, which was trained with others: "
+                f"{difference}; --force evaluates all the same"
+            )
+    if order is not None:
+        reorder_classes(model, order)
 
 
 def write_results(

@@ -6,27 +6,49 @@ The original (mrwu-mac/DIFNet, CVPR 2022) captions the splits of its feature fil
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from modeling_difnet import original_beam_search
-from modeling_difnet.images_difnet import open_image, unusual_size
+from modeling_difnet.images_difnet import open_image
 from modeling_difnet.pipeline_difnet import TASK, UNTRAINED_WARNING, DifnetImageCaptioningPipeline
 
+from ..allocation import keep_freed_memory
 from ..checkpoints import check_device, load_captioner
 from ..command_line import LeftOut, describe, requires
 from ..files import printable
+from ..stage_times import StageTimes
+from ..vision.image_batches import (
+    DECODING,
+    MAX_BYTES_AHEAD,
+    LoadedImage,
+    grid_features_of,
+    load_image,
+    prefetch,
+)
 
 with requires("images"):
     from ..data.feature_files import GridFiles, SegmentationFiles
+    from ..data.feature_records import (
+        difference_of_backbones,
+        difference_of_classes,
+        order_of_classes,
+        recorded_classes,
+    )
     from ..data.image_files import find_images, image_ids_from_names
+
+
+Loaded: TypeAlias = LoadedImage | Mapping[str, Any]
+"""An image ready for the networks, or features that were made before."""
 
 
 class ImageCaptions(NamedTuple):
@@ -48,13 +70,13 @@ class CaptionItem(NamedTuple):
         image_id: from COCO's file name, or a number.
         path: `None` for features.
         name: in messages.
-        features: reads or computes the features of the image; may raise anything.
+        read: opens the image, or reads its features, in a thread beside the networks; may raise anything.
     """
 
     image_id: int
     path: Path | None
     name: object
-    features: Callable[[], Mapping[str, Any]]
+    read: Callable[[], Loaded]
 
 
 def load_pipeline(
@@ -77,8 +99,8 @@ def load_pipeline(
         model: folder or repository of the captioner.
         grid_backbone: folder, repository or function; not needed for features.
         layer, image_size, precision: of the grid backbone, see `load_grid_backbone`.
-        force: whether another grid backbone than the captioner was trained with is taken.
-        needs_images: whether images are to be captioned, so that a grid backbone must be given or recorded.
+        force: whether other networks than the captioner was trained with are taken.
+        needs_images: whether images are to be captioned, so that their networks must be given or recorded.
         segmentation_model: folder or repository; not needed for features.
         untrained: lets small random networks stand in for those that are not named.
         seed: of these.
@@ -88,6 +110,7 @@ def load_pipeline(
         ValueError: a network cannot be loaded or does not fit the captioner.
     """
     check_device(device)
+    keep_freed_memory()
     captioner, processor = load_captioner(model)
     recorded = (processor.feature_extractor.grid_backbone or {}).get("name")
     if needs_images and grid_backbone is None and recorded is None and not untrained:
@@ -105,7 +128,7 @@ def load_pipeline(
         seed=seed,
     )
     if needs_images:
-        loaded.load_recorded_backbone()
+        loaded.load_recorded_networks()
     return loaded
 
 
@@ -151,22 +174,16 @@ def image_items(
     Raises:
         ValueError: there is no such file or folder, a folder has no image, or the captioner lacks a network.
     """
-    if captioner.model.config.use_segmentation and captioner.segmenter is None:
-        raise ValueError("this captioner needs --segmentation-model")
+    captioner.load_recorded_networks()
+
+    def read(path: Path) -> LoadedImage:
+        return load_image(open_image(path), captioner.grid_backbone, captioner.model.config.use_segmentation)
+
     paths = find_images(images, leave_out=left_out.add)
     return [
-        CaptionItem(image_id, path, path, partial(_features_of_image, captioner, path))
+        CaptionItem(image_id, path, path, partial(read, path))
         for image_id, path in zip(image_ids_from_names(paths), paths, strict=True)
     ]
-
-
-def _features_of_image(captioner: DifnetImageCaptioningPipeline, path: Path) -> Mapping[str, Any]:
-    image = open_image(path)
-    features = captioner.features_of(image)
-    remark = unusual_size(image)
-    if remark is not None:
-        tqdm.write(f"unusual: {printable(path, 300)}: {remark}", file=sys.stderr)
-    return features
 
 
 def feature_items(
@@ -175,8 +192,11 @@ def feature_items(
     segmentation: str | None,
     ids: Sequence[int] | None,
     left_out: LeftOut,
+    force: bool = False,
 ) -> list[CaptionItem]:
     """An item for each image of feature files, in the order of the image ids, or for those asked for.
+
+    Segmentation classes in another order than the captioner's are matched by name, where the features name them.
 
     Args:
         captioner: the pipeline.
@@ -184,21 +204,28 @@ def feature_items(
         segmentation: folder of `<image id>.npy` or HDF5 file; `None` for a captioner without a segmentation flow.
         ids: images to caption; `None` for all.
         left_out: gets the ids that are not in the features.
+        force: whether features of another grid backbone than the captioner's are taken.
 
     Raises:
-        ValueError: a file cannot be read, or the captioner has, or lacks, a segmentation flow.
+        ValueError: a file cannot be read, the captioner has, or lacks, a segmentation flow, or the features say that
+            they are of another grid backbone or of other classes.
     """
     grids = GridFiles(tuple(features))
     files = grids.index()
+    difference = difference_of_backbones(captioner.recorded_backbone, grids.grid_backbone())
+    if difference is not None and not force:
+        raise ValueError(f"this captioner was trained on other grid features: {difference}; --force takes them")
     segmentations = None if segmentation is None else SegmentationFiles(segmentation)
     names = {} if segmentations is None else segmentations.index()
+    order = None if segmentations is None else _order_of_features(captioner, segmentations)
 
     def read(image_id: int) -> dict[str, Any]:
         if segmentations is not None and image_id not in names:
             raise ValueError(f"not in {printable(segmentation)}")
         found = {"grid_features": grids.read(files[image_id], image_id)}
         if segmentations is not None:
-            found["segmentation_features"] = segmentations.read(names[image_id])[0]
+            shares = segmentations.read(names[image_id])[0]  # (classes, rows, columns)
+            found["segmentation_features"] = shares if order is None else shares[list(order)]
         return found
 
     items = []
@@ -215,6 +242,21 @@ def feature_items(
     return items
 
 
+def _order_of_features(
+    captioner: DifnetImageCaptioningPipeline, segmentations: SegmentationFiles
+) -> tuple[int, ...] | None:
+    """Where the features have each class of the captioner; `None` for the same order, or one that is not known."""
+    expected, found = captioner.class_names, recorded_classes(segmentations.record())
+    if not captioner.model.config.use_segmentation or expected is None or found is None:
+        return None
+    difference = difference_of_classes(expected, found)
+    if difference is not None:
+        raise ValueError(
+            f"{printable(segmentations.path)}: other segmentation classes than the captioner's: {difference}"
+        )
+    return order_of_classes(expected, found)
+
+
 # Captions
 
 
@@ -224,6 +266,7 @@ def caption_items(
     batch_size: int,
     options: Mapping[str, Any],
     left_out: LeftOut,
+    times: StageTimes | None = None,
 ) -> Iterator[ImageCaptions]:
     """Captions items, `batch_size` together. One that fails is left out.
 
@@ -233,20 +276,37 @@ def caption_items(
         batch_size: of items.
         options: of `generate`, from `decoding_options`.
         left_out: gets the items that fail.
+        times: gets the times of the stages.
 
     Raises:
         Exception: that of the first batch, where all of its items fail in the same way.
     """
+    times = times or StageTimes()
+
+    def read(item: CaptionItem) -> Loaded:
+        with times.stage(DECODING, beside=True):
+            return item.read()
+
+    def num_bytes(each: Loaded | Exception) -> int:
+        return each.num_bytes if isinstance(each, LoadedImage) else 0
+
+    loaded: list[tuple[CaptionItem, Loaded | Exception]] = []
     prepared: list[tuple[CaptionItem, Mapping[str, torch.Tensor]]] = []
     succeeded = False
-    for number, item in enumerate(items, start=1):
-        try:
-            prepared.append((item, captioner.preprocess(item.features())))
-        except Exception as error:
-            # The processor counts the images of a batch; here is one.
-            left_out.add(item.name, describe(error).replace(" of image 0", ""))
-        if prepared and (number == len(items) or len(prepared) == batch_size):
-            results, problems = caption_batch(captioner, prepared, options)
+    with contextlib.closing(prefetch(read, items, num_bytes)) as ahead:
+        for number, item in enumerate(items, start=1):
+            with times.stage(DECODING):  # as far as the threads are not ahead
+                loaded.append((item, next(ahead)))
+            num_read = sum(not isinstance(each, Exception) for _, each in loaded)
+            is_full = number == len(items) or len(prepared) + num_read == batch_size
+            if is_full or num_read == 0 or sum(num_bytes(each) for _, each in loaded) > MAX_BYTES_AHEAD:
+                prepared += prepare_batch(captioner, loaded, left_out, times)
+                loaded = []
+            if not prepared or not is_full:
+                continue
+            with times.stage("captioning"):
+                results, problems = caption_batch(captioner, prepared, options)
+            prepared = []
             reasons = {describe(problem) for _, problem in problems}
             if not succeeded and not results and len(problems) > 1 and len(reasons) == 1:
                 raise problems[0][1]  # not the images are wrong, but what was asked for
@@ -254,7 +314,63 @@ def caption_items(
                 left_out.add(failed.name, problem)
             succeeded = succeeded or bool(results)
             yield from results
-            prepared = []
+
+
+def prepare_batch(
+    captioner: DifnetImageCaptioningPipeline,
+    loaded: Sequence[tuple[CaptionItem, Loaded | Exception]],
+    left_out: LeftOut,
+    times: StageTimes,
+) -> list[tuple[CaptionItem, Mapping[str, torch.Tensor]]]:
+    """The captioner's inputs for items whose images or features are read.
+
+    Args:
+        captioner: the pipeline, of images with both networks.
+        loaded: the items, or what is wrong with one. Images of one size run through the grid backbone together.
+        left_out: gets the items that fail.
+        times: gets the times of the networks.
+    """
+    images = [each for _, each in loaded if isinstance(each, LoadedImage)]
+    grids: Iterator[np.ndarray | Exception] = iter(())
+    if images:
+        assert captioner.grid_backbone is not None
+        with times.stage("grid backbone"):
+            grids = iter(grid_features_of(captioner.grid_backbone, images))
+    prepared: list[tuple[CaptionItem, Mapping[str, torch.Tensor]]] = []
+    for item, each in loaded:
+        try:
+            if isinstance(each, Exception):
+                raise each
+            features = features_of(captioner, each, next(grids), times) if isinstance(each, LoadedImage) else each
+            prepared.append((item, captioner.preprocess(features)))
+        except Exception as error:
+            # The processor counts the images of a batch; here is one.
+            left_out.add(item.name, describe(error).replace(" of image 0", ""))
+            continue
+        if isinstance(each, LoadedImage) and each.remark is not None:
+            tqdm.write(f"unusual: {printable(item.path, 300)}: {each.remark}", file=sys.stderr)
+    return prepared
+
+
+def features_of(
+    captioner: DifnetImageCaptioningPipeline, image: LoadedImage, grid: np.ndarray | Exception, times: StageTimes
+) -> dict[str, np.ndarray]:
+    """Both features of an image.
+
+    Args:
+        captioner: the pipeline.
+        image: with its pixels, if the captioner has a segmentation flow.
+        grid: grid features (cells, C), or the error that came in their place.
+        times: gets the time of the segmentation.
+    """
+    if isinstance(grid, Exception):
+        raise grid
+    if not captioner.model.config.use_segmentation:
+        return {"grid_features": grid}
+    assert captioner.segmenter is not None
+    assert image.image is not None
+    with times.stage("segmentation"):
+        return {"grid_features": grid, "segmentation_features": captioner.segmenter(image.image)}
 
 
 def caption_batch(

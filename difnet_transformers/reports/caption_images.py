@@ -16,6 +16,7 @@ from modeling_difnet.pipeline_difnet import DifnetImageCaptioningPipeline
 from ..command_line import LeftOut, requires
 from ..evaluation.image_captions import CaptionItem, ImageCaptions, caption_items, coco_results
 from ..files import atomic_write, printable
+from ..stage_times import StageTimes
 
 with requires("images"):
     from .relevance import explain_image, panels, png_file
@@ -76,9 +77,10 @@ def caption_images(
         ValueError: an explanation is asked for, and there is not one image.
     """
     results: list[ImageCaptions] = []
+    times = StageTimes()
     try:
         with tqdm(total=len(items), unit=" images", desc="captioning", disable=len(items) == 1) as bar:
-            for result in caption_items(captioner, items, batch_size, generation_options, left_out):
+            for result in caption_items(captioner, items, batch_size, generation_options, left_out, times):
                 results.append(result)
                 bar.update()
     except BaseException:
@@ -87,10 +89,13 @@ def caption_images(
             write_captions(results, outputs, model_name, warnings)
         raise
     if results:
-        write_captions(results, outputs, model_name, warnings)
+        with times.stage("writing"):
+            write_captions(results, outputs, model_name, warnings)
         if outputs.explain is not None:
-            write_explanation(captioner, results, outputs.explain, generation_options, warnings)
+            with times.stage("explanation"):
+                write_explanation(captioner, results, outputs.explain, generation_options, warnings)
             print(f"explanation in {printable(outputs.explain, 300)}")
+        times.print_summary(len(results))
     return results
 
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from modeling_difnet import DifnetForConditionalGeneration, RelevanceOutput, faithfulness, relevance
 from modeling_difnet.images_difnet import open_image
-from modeling_difnet.pipeline_difnet import DifnetImageCaptioningPipeline
+from modeling_difnet.pipeline_difnet import DifnetImageCaptioningPipeline, recorded_class_names
 from modeling_difnet.relevance_difnet import check_captions
 from processing_difnet import DifnetProcessor, DifnetTokenizer
 
@@ -32,6 +32,7 @@ from ..files import atomic_write, path_inside, printable
 with requires("images"):
     from PIL import Image
 
+    from ..data.feature_records import recorded_classes, records_of_dataset
     from ..data.image_files import find_images
     from ..vision.images import thumbnail
     from .charts import Chart, Line, to_png
@@ -146,6 +147,7 @@ def explain_split(
     batch_size: int = 20,
     device: str | None = None,
     seed: int = 0,
+    force: bool = False,
     left_out: LeftOut,
 ) -> int:
     """Explains captions of a split. Writes the curves of every model, and pages and panels of the first images.
@@ -166,17 +168,20 @@ def explain_split(
         batch_size: images that are captioned together.
         device: such as "cuda:1"; by default a GPU where there is one.
         seed: of random cells.
+        force: whether features of other networks or classes than a model was trained with are taken.
         left_out: gets the images that cannot be explained.
 
     Returns:
         The number of explained images, of the model with the fewest.
 
     Raises:
-        ValueError: a model or the dataset cannot be read, or the split has no image.
+        ValueError: a model or the dataset cannot be read or do not fit each other, or the split has no image.
     """
+    from ..evaluation.evaluate import match_features  # needs accelerate, which images do without
+
     generation_options = generation_options or {}
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    images = load_packed_split(dataset, split)
+    images, records = load_packed_split(dataset, split), records_of_dataset(dataset)
     open_split_image = split_image_opener(images, image_folder)
     images = images.select(range(min(num_images, len(images))))
     curves: dict[str, list[Curve]] = {"contribution": [], "entropy": []}
@@ -186,12 +191,15 @@ def explain_split(
     try:
         for number, name in enumerate(models):
             model, processor = load_captioner(name, torch.float32)
+            match_features(model, name, records, dataset, force)
+            class_names = recorded_classes(records.segmentation_model, model.config.num_segmentation_classes)
             explanation = _SplitExplanation(
                 model.to(device),  # type: ignore[arg-type]
                 processor.tokenizer,
                 open_split_image,
                 method,
                 seed,
+                class_names=class_names or recorded_class_names(processor.feature_extractor),
                 num_shown=num_shown if number == 0 else 0,
                 with_faithfulness=with_faithfulness and number == 0,
             )
@@ -266,6 +274,7 @@ class _SplitExplanation:
         open_split_image: gives the image of an id, or `None`.
         method: of the maps.
         seed: of random cells.
+        class_names: of the segmentation features, where they are known.
         num_shown: how many of the first images are explained for the page.
         with_faithfulness: whether cells are removed.
         outputs: of `relevance`, one for each batch.
@@ -278,6 +287,7 @@ class _SplitExplanation:
     open_split_image: Callable[[int], Image.Image | None]
     method: str
     seed: int
+    class_names: Sequence[str] | None
     num_shown: int
     with_faithfulness: bool
     outputs: list[RelevanceOutput] = field(default_factory=list)
@@ -301,6 +311,7 @@ class _SplitExplanation:
                 [str(image_id) for image_id in first.ids],
                 [self.open_split_image(image_id) for image_id in first.ids],
                 method=self.method,
+                class_names=self.class_names,
             )
         removed = {}
         if self.with_faithfulness:

@@ -21,7 +21,7 @@ import torch
 
 from modeling_difnet import DifnetForConditionalGeneration, RelevanceOutput, relevance
 from modeling_difnet.images_difnet import open_image
-from modeling_difnet.pipeline_difnet import DifnetImageCaptioningPipeline
+from modeling_difnet.pipeline_difnet import DifnetImageCaptioningPipeline, recorded_class_names
 from modeling_difnet.segmentation_difnet import CLASS_NAMES
 from processing_difnet import DifnetProcessor, DifnetTokenizer
 
@@ -53,6 +53,7 @@ class ExplainedImage:
         classes (`(T, classes)`): `None` in the baseline.
         earlier_words (`(T, T)`): entry [t, j] is the relevance of word j for word t, j < t.
         method: of `relevance`.
+        class_names: of the classes, in their order; by default COCO's where there are 133 of them.
     """
 
     name: str
@@ -64,12 +65,17 @@ class ExplainedImage:
     classes: np.ndarray | None
     earlier_words: np.ndarray
     method: str
+    class_names: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.class_names is None and self.classes is not None and self.classes.shape[1] == len(CLASS_NAMES):
+            self.class_names = CLASS_NAMES
 
     def strongest_classes(self, word: int, number: int = 3) -> list[tuple[str, float]]:
         """The `number` classes with the largest positive relevance for a word, with their relevance."""
         if self.classes is None:
             return []
-        names = CLASS_NAMES if self.classes.shape[1] == len(CLASS_NAMES) else None
+        names = self.class_names
         best = np.argsort(-self.classes[word])[:number]
         return [
             (names[index] if names else f"class {index}", float(self.classes[word, index]))
@@ -88,6 +94,7 @@ def explain_captions(
     *,
     method: str = "conservative",
     allow_unknown_words: bool = True,
+    class_names: Sequence[str] | None = None,
 ) -> tuple[list[ExplainedImage], RelevanceOutput]:
     """Explains one caption of each image.
 
@@ -101,6 +108,7 @@ def explain_captions(
         images: one for each caption, or `None`.
         method: of `relevance`.
         allow_unknown_words: of `relevance`.
+        class_names: of the segmentation features, see `ExplainedImage`.
 
     Returns:
         What pages and panels show, and the output of `relevance` that it is taken from.
@@ -146,6 +154,7 @@ def explain_captions(
                 # Column 0 is <bos>; word j is read one column later.
                 earlier_words=output.caption[index, :number, 1 : number + 1].cpu().numpy(),
                 method=method,
+                class_names=class_names if output.segmentation_classes is not None else None,
             )
         )
     return explained, output
@@ -184,7 +193,16 @@ def explain_image(
         sequences = cast(torch.LongTensor, caption_to_sequence(processor.tokenizer, caption).to(captioner.device))
     if name is None:
         name = "image" if isinstance(source, Image.Image) else printable(Path(source).name, 100)
-    explained, _ = explain_captions(model, processor.tokenizer, inputs, sequences, [name], [image], method=method)
+    explained, _ = explain_captions(
+        model,
+        processor.tokenizer,
+        inputs,
+        sequences,
+        [name],
+        [image],
+        method=method,
+        class_names=recorded_class_names(processor.feature_extractor),
+    )
     return explained[0]
 
 
@@ -259,6 +277,8 @@ def relevance_arrays(explained: Sequence[ExplainedImage]) -> dict[str, np.ndarra
             arrays[f"{each.name}/{flow}"] = cells.reshape(len(cells), *each.grid_shape)
         if each.classes is not None:
             arrays[f"{each.name}/classes"] = each.classes
+            if each.class_names is not None:
+                arrays[f"{each.name}/class_names"] = np.array(each.class_names, dtype=np.str_)
     return arrays
 
 
@@ -332,8 +352,18 @@ def panels(explained: ExplainedImage, flow: str = "both", columns: int = 4) -> I
         shift = draw.textlength(explained.words[word] + "  ", font)
         draw.text((left + shift, upper + image.height + 7), f"{explained.probabilities[word]:.0%}", TEXT_LIGHT, small)
         for line, (name, value) in enumerate(explained.strongest_classes(word)):
-            draw.text((left, upper + image.height + 24 + 15 * line), f"{name}  {value:+.3f}", TEXT_LIGHT, small)
+            number = f"  {value:+.3f}"
+            name = shortened(name, side - draw.textlength(number, small), small)
+            draw.text((left, upper + image.height + 24 + 15 * line), name + number, TEXT_LIGHT, small)
     return sheet
+
+
+def shortened(text: str, width: float, font: Any) -> str:
+    """A text of at most `width` pixels, its end dropped where it is longer."""
+    if font.getlength(text) <= width:
+        return text
+    kept = next(end for end in range(len(text) - 1, -1, -1) if end == 0 or font.getlength(text[:end] + "..") <= width)
+    return text[:kept].rstrip() + ".."
 
 
 # Curves

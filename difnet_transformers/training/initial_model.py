@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,14 @@ from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTok
 
 from ..checkpoints import load_model, load_processor
 from ..data import PackedImages
+from ..data.feature_records import (
+    FeatureRecords,
+    difference_of_classes,
+    order_of_classes,
+    recorded_classes,
+    records_in,
+    records_of_split,
+)
 from ..files import printable, read_json
 from ..original_files import read_vocabulary
 from .config import TrainingConfig
@@ -56,31 +65,104 @@ def make_model(
     Raises:
         ValueError: the options contradict the data, the weights, or one another.
     """
-    recorded = grid_backbone_of(args.dataset)
+    records = records_of_split(train, args.dataset)
     if args.model is not None:
         model, processor = load_given_model(args, args.model, train, validation)
-        # Of features that nobody knows the origin of, the model's own record may be wrong.
-        processor.feature_extractor.grid_backbone = recorded
+        match_classes(model, records_of_processor(processor), records, args.dataset, args.model)
+        # Of features that nobody knows the origin of, the model's own records may be wrong.
+        keep_records(model.config, processor.feature_extractor, records)
         return model, processor
     tokenizer = make_tokenizer(args, train, validation)
     config, cells = make_config(args, tokenizer, train)
     tokenizer.model_max_length = config.max_position_embeddings
-    extractor = DifnetFeatureExtractor(
-        math.isqrt(cells), config.grid_feature_size, config.num_segmentation_classes, grid_backbone=recorded
-    )
+    extractor = DifnetFeatureExtractor(math.isqrt(cells), config.grid_feature_size, config.num_segmentation_classes)
+    keep_records(config, extractor, records)
     model = DifnetForConditionalGeneration(config)
     model.generation_config = default_generation_config(config)
     return model, DifnetProcessor(extractor, tokenizer)
 
 
-def grid_backbone_of(dataset: str | os.PathLike) -> dict[str, Any] | None:
-    """What made the grid features of a packed dataset, where its `provenance.json` says so."""
-    try:
-        provenance = read_json(Path(dataset, "provenance.json"))
-    except (OSError, ValueError):
-        return None
-    said = provenance.get("grid_backbone") if isinstance(provenance, dict) else None
-    return said if isinstance(said, dict) else None
+def keep_records(config: DifnetConfig, extractor: DifnetFeatureExtractor, records: FeatureRecords) -> None:
+    """Puts what made the features into the processor of the model that is trained on them.
+
+    Raises:
+        ValueError: the record names another number of classes than the features have.
+    """
+    names = recorded_classes(records.segmentation_model)
+    if config.use_segmentation and names is not None and len(names) != config.num_segmentation_classes:
+        raise ValueError(
+            f"provenance.json of the dataset names {len(names)} segmentation classes, its features have "
+            f"{config.num_segmentation_classes}; pack again"
+        )
+    extractor.grid_backbone = records.grid_backbone
+    extractor.segmentation_model = records.segmentation_model if config.use_segmentation else None
+
+
+def records_of_processor(processor: DifnetProcessor) -> FeatureRecords:
+    """What made the features that a model was trained on."""
+    return records_in(vars(processor.feature_extractor))
+
+
+def match_classes(
+    model: DifnetForConditionalGeneration,
+    known: FeatureRecords,
+    records: FeatureRecords,
+    dataset: str | os.PathLike,
+    source: str | os.PathLike,
+) -> None:
+    """Makes a model read the segmentation classes of a dataset that has them in another order, by name.
+
+    Nothing is done where the classes of one are not known; `check_data` compares their number.
+
+    Args:
+        model: whose weights are put in the order of the dataset.
+        known: what the model was trained on.
+        records: of the dataset.
+        dataset, source: the dataset and the model, for messages.
+
+    Raises:
+        ValueError: the dataset has other classes; the text names the first that differs.
+    """
+    difference, order = compare_classes(model.config, known, records)
+    if difference is not None:
+        raise ValueError(
+            f"{printable(dataset, 300)} has other segmentation classes than {printable(source, 300)}: {difference}. "
+            "Pack features of the model's classes, or start from scratch without --model."
+        )
+    if order is not None:
+        reorder_classes(model, order)
+
+
+def compare_classes(
+    config: DifnetConfig, known: FeatureRecords, records: FeatureRecords
+) -> tuple[str | None, tuple[int, ...] | None]:
+    """How the segmentation classes of a dataset differ from a model's: in words, or only in their order.
+
+    Args:
+        config: of the model.
+        known: what the model was trained on.
+        records: of the dataset.
+
+    Returns:
+        The first difference, or `None`; and for the same classes in another order the place among the model's of each
+        of the dataset's, or `None`.
+    """
+    if not config.use_segmentation:
+        return None, None
+    expected = recorded_classes(known.segmentation_model, config.num_segmentation_classes)
+    record = records.segmentation_model
+    found = recorded_classes(record, None if record else config.num_segmentation_classes)
+    if expected is None or found is None:
+        return None, None
+    difference = difference_of_classes(expected, found)
+    return difference, order_of_classes(found, expected) if difference is None else None
+
+
+@torch.no_grad()
+def reorder_classes(model: DifnetForConditionalGeneration, order: Sequence[int]) -> None:
+    """Puts the weights of the segmentation classes in another order: class i is then what class `order[i]` was."""
+    weight = model.get_encoder().segmentation_embedding.projection.weight  # (d_model, classes)
+    weight.copy_(weight[:, list(order)])
 
 
 def load_given_model(

@@ -11,6 +11,7 @@ Read on from `train`: a run is set up, then `train_epoch` and `finish_epoch` alt
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import shutil
@@ -32,9 +33,10 @@ from modeling_difnet import DifnetForConditionalGeneration
 from processing_difnet import DifnetProcessor, DifnetTokenizer
 
 from ..data import CaptionPairBatches, ImageCaptionBatches, ReferenceBatches
+from ..data.feature_records import FeatureRecords, records_of_split
 from ..data.packed_dataset import split_fingerprint
-from ..files import folder_lock, make_folder, name_file_in_errors
-from ..model_card import describe_backbone, write_model_card
+from ..files import folder_lock, make_folder, name_file_in_errors, printable
+from ..model_card import write_model_card
 from ..options import save_options
 from .checkpoint import (
     Checkpoint,
@@ -47,7 +49,14 @@ from .checkpoint import (
 )
 from .config import TrainingConfig
 from .data_checks import check_data, open_split
-from .initial_model import load_checkpoint, make_model
+from .initial_model import (
+    compare_classes,
+    keep_records,
+    load_checkpoint,
+    make_model,
+    match_classes,
+    records_of_processor,
+)
 from .logging import Log
 from .losses import SequenceLogProbs, cross_entropy_loss, xe_sequences
 from .optimization import learning_rate, make_optimizer
@@ -211,13 +220,27 @@ class DifnetTrainer:
 
     def load_model(self, resumed: Path | None) -> tuple[DifnetForConditionalGeneration, DifnetProcessor]:
         """The model to train and its processor: resumed, given, or as `args` say."""
-        if self.given_model is None or self.given_processor is None:
-            if resumed is not None:
-                return load_checkpoint(resumed)
-            return make_model(self.args, self.train_images, self.validation_images)
+        records = records_of_split(self.train_images, self.args.dataset)
         if resumed is None:
-            return self.given_model, self.given_processor
+            if self.given_model is None or self.given_processor is None:
+                return make_model(self.args, self.train_images, self.validation_images)
+            known = records_of_processor(self.given_processor)
+            match_classes(self.given_model, known, records, self.args.dataset, "`model`")
+            processor = copy.copy(self.given_processor)
+            processor.feature_extractor = copy.copy(processor.feature_extractor)
+            # Who passes a processor knows of features that do not say what made them.
+            kept = FeatureRecords(*(found or own for found, own in zip(records, known, strict=True)))
+            keep_records(self.given_model.config, processor.feature_extractor, kept)
+            return self.given_model, processor
         model, processor = load_checkpoint(resumed)
+        difference, order = compare_classes(model.config, records_of_processor(processor), records)
+        if difference is not None or order is not None:
+            raise ValueError(
+                f"{printable(self.args.dataset, 300)} has other segmentation classes than the run of {resumed} began "
+                f"with: {difference or 'the same in another order'}. Resume with that dataset."
+            )
+        if self.given_model is None:
+            return model, processor
         try:
             self.given_model.load_state_dict(model.state_dict())
         except RuntimeError as error:
@@ -503,7 +526,6 @@ class DifnetTrainer:
             training=self.training_summary(),
             dataset=dataset,
             license=self.args.license,
-            grid_backbone=describe_backbone(getattr(self.processor.feature_extractor, "grid_backbone", None)),
         )
 
     def training_summary(self) -> str:

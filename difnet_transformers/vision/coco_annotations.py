@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from modeling_difnet.segmentation_difnet import CHANNEL_OF_NAME, VOID, channel_map, normal_name
+from modeling_difnet.segmentation_difnet import CHANNEL_OF_NAME, channel_map, no_channel, normal_name
 
 from ..command_line import requires
 from ..files import printable
@@ -67,10 +67,10 @@ def panoptic_channel_map(
     Args:
         segment_image: the PNG; a pixel's segment id is red + 256 green + 65536 blue.
         segments: `"segments_info"` of the image's annotation.
-        channels: what `channels_of_categories` makes of the file's categories.
+        channels: places of the file's categories in the feature, see `channels_of_categories`.
 
     Returns:
-        uint8 (height, width), `VOID` where no segment is.
+        (height, width), `no_channel` where no segment is.
 
     Raises:
         ValueError: a segment lacks its id, has a category that `channels` lacks, or no pixel has the id of a segment.
@@ -97,11 +97,11 @@ def instance_channel_map(
 
     Args:
         annotations: the image's entries in the file.
-        channels: what `channels_of_categories` makes of the file's categories.
+        channels: places of the file's categories in the feature, see `channels_of_categories`.
         height, width: of the image, in pixels.
 
     Returns:
-        uint8 (height, width).
+        (height, width), `no_channel` where no instance is.
 
     Raises:
         ValueError: an annotation has a category that `channels` lacks, or a segmentation that
@@ -118,7 +118,7 @@ def instance_channel_map(
             named = annotation.get("id", f"number {position}") if isinstance(annotation, Mapping) else position
             raise ValueError(f"annotation {printable(named, 40)}: {error}") from None
         layers.append((not annotation.get("iscrowd", 0), -int(mask.sum()), channel, mask))
-    result = np.full((height, width), VOID, dtype=np.uint8)
+    result = np.full((height, width), no_channel(channels.values()))
     for _, _, channel, mask in sorted(layers, key=lambda layer: layer[:2]):
         result[mask] = channel
     return result

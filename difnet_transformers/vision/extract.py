@@ -15,18 +15,18 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from modeling_difnet import GridFeatureBackbone
-from modeling_difnet.images_difnet import UnreadableImage, open_image, unusual_size
+from modeling_difnet.images_difnet import UnreadableImage, open_image
 from modeling_difnet.pipeline_difnet import (
     UNTRAINED_WARNING,
     GridBackbone,
@@ -34,11 +34,15 @@ from modeling_difnet.pipeline_difnet import (
     load_segmenter,
     provenance_of,
 )
+from modeling_difnet.segmentation_difnet import CLASS_NAMES
 from modeling_difnet.vision_backbone_difnet import as_pair
 
+from ..allocation import keep_freed_memory
 from ..checkpoints import check_device
 from ..command_line import describe, requires
 from ..files import atomic_write, folder_lock, name_file_in_errors, printable, read_json
+from ..stage_times import StageTimes
+from .image_batches import DECODING, LoadedImage, grid_features_of, load_image, prefetch
 from .segmentation_sources import (
     CocoSegmentations,
     ImageFile,
@@ -55,12 +59,19 @@ with requires("images"):
     from PIL import Image
 
     from ..data.coco import CocoFile, merge_images, read_images
+    from ..data.feature_files import SEGMENTATIONS
+    from ..data.feature_records import recorded_classes, records_in
     from ..data.image_files import find_images, image_ids_from_names, match_images
 
 GRIDS = "grid_features.hdf5"
-SEGMENTATIONS = "segmentations"
+NUM_LISTED = 3  # class names in a line
+LARGEST_ATTRIBUTE = 2**16 - 1024  # bytes; HDF5 has no larger ones, and thousands of class names are
 
 Result = TypeVar("Result")
+
+
+Loaded: TypeAlias = tuple[LoadedImage, list[list[int]]] | Exception
+"""An image with the state of its sources, or what is wrong with it."""
 
 
 class ExtractionError(ValueError):
@@ -89,6 +100,7 @@ class Extraction:
         provenance: what the output says about its making.
         left_out: images that are known to be unusable.
         batch_size: images that the backbone sees together.
+        times: of the stages.
     """
 
     images: list[ImageFile]
@@ -97,6 +109,7 @@ class Extraction:
     provenance: dict[str, Any]
     left_out: list[LeftOutImage] = field(default_factory=list)
     batch_size: int = 1
+    times: StageTimes = field(default_factory=StageTimes)
 
     def batches(self) -> list[list[ImageFile]]:
         """The images in groups that never change: how images are grouped has an influence on the last digit."""
@@ -105,14 +118,17 @@ class Extraction:
 
     def identity(self) -> str:
         """A hash of all that decides about the features: a killed run is resumed only if it is the same."""
-        digest = hashlib.sha256(json.dumps(self.provenance, sort_keys=True).encode())
+        said = dict(self.provenance)
+        if recorded_classes(said.get("segmentation_model")) == CLASS_NAMES:
+            del said["segmentation_model"]  # of the classes that version 0.1 knew, and did not record
+        digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
         for image in self.images:
             # The form that version 0.1 hashed, whose work folders and outputs are still recognised.
-            said = (
+            entry = (
                 f"Picture(image_id={image.image_id!r}, path={Path(image.path).name!r}, split={image.split!r}, "
                 f"size={image.size!r})"
             )
-            digest.update(said.encode("ascii", "backslashreplace"))
+            digest.update(entry.encode("ascii", "backslashreplace"))
         return digest.hexdigest()
 
     def arrays_of(self, image: ImageFile) -> list[str]:
@@ -130,51 +146,53 @@ class Extraction:
                 states.append([status.st_size, status.st_mtime_ns])
         return states
 
-    def grids_of(self, opened: Sequence[Image.Image]) -> list[Any]:
-        """The grid features (cells, C) of images, or in their place the error of an image."""
-        if self.backbone is None:
-            return [None] * len(opened)
-        if len(opened) > 1:
-            # Where a batch fails, its images show one by one which of them it is.
-            with contextlib.suppress(Exception):
-                grids: Any = self.backbone.grid_features(list(opened))  # (B, cells, C)
-                return list(grids.cpu().numpy())
-        results: list[Any] = []
-        for image in opened:
-            try:
-                grid: Any = self.backbone.grid_features(image)  # (cells, C)
-                results.append(grid.cpu().numpy())
-            except Exception as error:
-                results.append(error)
-        return results
+    def load(self, image: ImageFile) -> tuple[LoadedImage, list[list[int]]]:
+        """An image ready for the networks, and the state of its sources. Runs in threads; raises what is wrong."""
+        sources = self.sources_of(image)  # before the files are read: a change while they are is noticed
+        with self.times.stage(DECODING, beside=True):
+            return load_image(open_as_annotated(image), self.backbone, self.segmentation is not None), sources
 
-    def features_of(self, image: ImageFile, opened: Image.Image, grid: Any) -> dict[str, np.ndarray]:
+    def loaded_ahead(self, batches: Sequence[Sequence[ImageFile]]) -> Generator[Loaded, None, None]:
+        """What `load` gives, or raises, for each image of batches, in order."""
+        images = [image for batch in batches for image in batch]
+        return prefetch(self.load, images, lambda loaded: loaded[0].num_bytes)
+
+    def features_of(self, image: ImageFile, opened: Image.Image | None, grid: Any) -> dict[str, np.ndarray]:
         """The arrays of one image by name; raises whatever is wrong with it.
 
         Args:
             image: the file.
-            opened: its pixels.
+            opened: its pixels; `None` without a source of segmentation.
             grid: grid features (cells, C), the error that came in their place, or `None` without a backbone.
 
         Returns:
-            Grid features (49, C) and segmentation features (133, 7, 7).
+            Grid features (49, C) and segmentation features (classes, 7, 7).
         """
         if isinstance(grid, Exception):
             raise grid
         arrays: list[np.ndarray] = [] if grid is None else [grid]
         if self.segmentation is not None:
-            arrays.append(self.segmentation(opened, image))  # (133, 7, 7)
+            assert opened is not None
+            with self.times.stage("segmentation"):
+                arrays.append(self.segmentation(opened, image))  # (classes, 7, 7)
         if not all(np.isfinite(array).all() for array in arrays):
             raise UnreadableImage("NaN or infinity among the features")
         return dict(zip(self.arrays_of(image), arrays, strict=True))
 
-    def extract(self, images: Sequence[ImageFile], work: WorkFolder, wanted: Collection[int] | None = None) -> None:
+    def extract(
+        self,
+        images: Sequence[ImageFile],
+        work: WorkFolder,
+        wanted: Collection[int] | None = None,
+        loaded: Generator[Loaded, None, None] | None = None,
+    ) -> None:
         """Writes the features of a batch of images, or what is wrong with one.
 
         Args:
             images: one of `batches`.
             work: where the features go.
             wanted: ids of those that are to be written; by default all.
+            loaded: from `loaded_ahead`, at this batch.
         """
 
         def note(image: ImageFile, kind: str, what: str) -> None:
@@ -183,27 +201,33 @@ class Extraction:
             tqdm.write(f"{kind}: {what}", file=sys.stderr)
             work.write_problem(image.image_id, kind, what)
 
-        opened: list[tuple[ImageFile, Image.Image, list[list[int]]]] = []
-        for image in images:
-            sources = self.sources_of(image)  # before the files are read: a change while they are is noticed
-            try:
-                opened.append((image, open_as_annotated(image), sources))
-            except Exception as error:
-                if wanted is None or image.image_id in wanted:
-                    note(image, LEFT_OUT, describe(error))
-        grids = self.grids_of([pixels for _, pixels, _ in opened])
-        for (image, pixels, sources), grid in zip(opened, grids, strict=True):
+        opened: list[tuple[ImageFile, LoadedImage, list[list[int]]]] = []
+        with contextlib.ExitStack() as stack:
+            if loaded is None:
+                loaded = stack.enter_context(contextlib.closing(self.loaded_ahead([images])))
+            for image in images:
+                with self.times.stage(DECODING):  # as far as the threads are not ahead
+                    result = next(loaded)
+                if not isinstance(result, Exception):
+                    opened.append((image, *result))
+                elif wanted is None or image.image_id in wanted:
+                    note(image, LEFT_OUT, describe(result))
+        grids: list[Any] = [None] * len(opened)
+        if self.backbone is not None:
+            with self.times.stage("grid backbone"):
+                grids = grid_features_of(self.backbone, [each for _, each, _ in opened])
+        for (image, each, sources), grid in zip(opened, grids, strict=True):
             if wanted is not None and image.image_id not in wanted:
                 continue
             try:
-                arrays = self.features_of(image, pixels, grid)
+                arrays = self.features_of(image, each.image, grid)
             except Exception as error:
                 note(image, LEFT_OUT, describe(error))
                 continue
-            remark = unusual_size(pixels)
-            if remark is not None:
-                note(image, UNUSUAL, remark)
-            work.write_arrays(image.image_id, arrays, sources)
+            with self.times.stage("writing"):
+                if each.remark is not None:
+                    note(image, UNUSUAL, each.remark)
+                work.write_arrays(image.image_id, arrays, sources)
 
     def problems(self, work: WorkFolder) -> list[dict[str, Any]]:
         """All that is known to be wrong with images: `{"image_id": .., "kind": .., "what": ..}`."""
@@ -244,6 +268,7 @@ def extract_features(
     precision: str | None = None,
     batch_size: int | None = None,
     segmentation_model: str | None = None,
+    score_threshold: float | None = None,
     panoptic_annotations: Sequence[Path] | None = None,
     instance_annotations: Sequence[Path] | None = None,
     label_maps: Path | None = None,
@@ -268,7 +293,8 @@ def extract_features(
         layer, image_size, precision: of the backbone, see `load_grid_backbone`.
         grid_size: cells along a side; by default 7, or what the configuration of X-101 says.
         batch_size: images that the backbone sees together; by default 8, and 1 for X-101, whose images differ in size.
-        segmentation_model: folder or repository of a COCO panoptic model of Transformers.
+        segmentation_model: folder or repository of a segmentation model or object detector of Transformers.
+        score_threshold: of an object detector, see `load_segmenter`.
         panoptic_annotations: COCO's `panoptic_*.json`; the PNGs lie in folders of the same names beside them.
         instance_annotations: COCO's `instances_*.json`.
         label_maps: folder of `<image id>.npy` or `.png`.
@@ -288,6 +314,7 @@ def extract_features(
         FailedElsewhere: another process has failed.
     """
     check_device(device)
+    keep_freed_memory()
     state = PartialState(cpu=device == "cpu")
     if untrained and state.is_main_process:
         print(UNTRAINED_WARNING, file=sys.stderr)
@@ -313,14 +340,18 @@ def extract_features(
             panoptic_annotations, instance_annotations, label_maps, label_order, cells
         )
         if segmentation is None and (segmentation_model is not None or untrained):
-            segmenter = load_segmenter(segmentation_model, network_device, untrained, seed, cells)
+            segmenter = load_segmenter(
+                segmentation_model, network_device, untrained, seed, cells, score_threshold=score_threshold
+            )
             segmentation = ModelSegmentations(segmenter, segmentation_model)
+        elif score_threshold is not None:
+            raise ExtractionError("--score-threshold belongs to --segmentation-model")
         provenance: dict[str, Any] = {"made_by": "DIFNet for Transformers, scripts/extract_features.py"}
         if untrained:
             provenance["warning"] = UNTRAINED_WARNING
         provenance["versions"] = {name: version(name) for name in ("torch", "transformers", "pillow")}
         if segmentation is not None:
-            provenance["segmentation"] = segmentation.provenance
+            provenance |= {"segmentation": segmentation.provenance, "segmentation_model": segmentation.record}
             if backbone is None and cells != 7:
                 provenance["grid_size"] = cells
         if backbone is not None:
@@ -352,8 +383,14 @@ def extract_features(
                 work.prepare(extraction.identity(), folders)
 
         on_all_processes(begin, state)
-        on_all_processes(lambda: extract_missing(extraction, work, state), state)
-        return finish(extraction, work, output, command, save_recipe) if state.is_main_process else None
+        num_images = on_all_processes(lambda: extract_missing(extraction, work, state), state)
+        if not state.is_main_process:
+            return None
+        with extraction.times.stage("writing"):
+            manifest = finish(extraction, work, output, command, save_recipe)
+        if num_images:
+            extraction.times.print_summary(num_images)
+        return manifest
 
 
 def list_images(places: Sequence[str], coco_files: Sequence[CocoFile]) -> tuple[list[ImageFile], list[LeftOutImage]]:
@@ -395,8 +432,12 @@ def list_images(places: Sequence[str], coco_files: Sequence[CocoFile]) -> tuple[
 # The work
 
 
-def extract_missing(extraction: Extraction, work: WorkFolder, state: PartialState) -> None:
-    """Makes the features of all images that have none, shared among the processes."""
+def extract_missing(extraction: Extraction, work: WorkFolder, state: PartialState) -> int:
+    """Makes the features of all images that have none, shared among the processes.
+
+    Returns:
+        The number of images that were this process's.
+    """
     pending = {
         image.image_id
         for image in extraction.images
@@ -411,10 +452,14 @@ def extract_missing(extraction: Extraction, work: WorkFolder, state: PartialStat
         print(f"{done} images are done already")
     name = "extracting" if state.num_processes == 1 else f"extracting (1 of {state.num_processes} processes)"
     total = sum(image.image_id in pending for batch in share for image in batch)
-    with tqdm(total=total, unit=" images", desc=name, disable=not state.is_main_process) as bar:
+    with (
+        tqdm(total=total, unit=" images", desc=name, disable=not state.is_main_process) as bar,
+        contextlib.closing(extraction.loaded_ahead(share)) as loaded,
+    ):
         for batch in share:
-            extraction.extract(batch, work, pending)
+            extraction.extract(batch, work, pending, loaded)
             bar.update(sum(image.image_id in pending for image in batch))
+    return total
 
 
 def finish(
@@ -439,7 +484,9 @@ def finish(
         if extraction.backbone is not None:
             hdf5 = stack.enter_context(h5py.File(unfinished, "w"))
             for key, value in extraction.provenance.items():
-                hdf5.attrs[key] = value if isinstance(value, str) else json.dumps(value)
+                text = value if isinstance(value, str) else json.dumps(value)
+                if len(text) < LARGEST_ATTRIBUTE:
+                    hdf5.attrs[key] = text
         left_out = {problem["image_id"] for problem in extraction.problems(work) if problem["kind"] == LEFT_OUT}
         made = [(batch, image) for batch in extraction.batches() for image in batch if image.image_id not in left_out]
         for batch, image in tqdm(made, unit=" images", desc="collecting the features"):
@@ -563,6 +610,7 @@ def pack_features(features: Path, packed: Path, captions: str, skip_missing: boo
         annotations=captions,
         grid_size=math.isqrt(cells),
         grid_feature_size=grid_feature_size,
+        num_segmentation_classes=None,
         skip_missing=skip_missing,
     )
     disable_progress_bars()
@@ -577,6 +625,10 @@ def print_summary(manifest: dict[str, Any], output: Path) -> int:
     """Prints what was made and what was left out. Returns the number of images that were left out."""
     names = " and ".join(name for name in ("grid_backbone", "segmentation") if name in manifest)
     print(f"{manifest['pictures']:,} images ({names}) in {printable(output, 300)}; see its manifest.json")
+    classes = recorded_classes(records_in(manifest).segmentation_model) or CLASS_NAMES
+    if classes != CLASS_NAMES:
+        more = f", .., {printable(classes[-1])}" if len(classes) > NUM_LISTED else ""
+        print(f"{len(classes)} segmentation classes: {', '.join(map(printable, classes[:NUM_LISTED]))}{more}")
     for problem in manifest["problems"]:
         print(f"{problem['kind']}: {problem['what']}")
     num_left_out = sum(problem["kind"] == LEFT_OUT for problem in manifest["problems"])

@@ -1,4 +1,4 @@
-"""Where segmentation features come from: COCO's annotations, label maps, or a panoptic model.
+"""Where segmentation features come from: COCO's annotations, label maps, or a segmentation model.
 
 The original (mrwu-mac/DIFNet, CVPR 2022) downloads a folder of features that its authors made with UPSNet.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -14,14 +15,16 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from modeling_difnet.images_difnet import UnreadableImage, open_label_map
-from modeling_difnet.pipeline_difnet import provenance_of
+from modeling_difnet.pipeline_difnet import Segmenter, segmentation_provenance_of
 from modeling_difnet.segmentation_difnet import (
+    CLASS_NAMES,
     LABEL_ORDERS,
-    PanopticSegmenter,
     channel_map,
     channels_of_labels,
+    normal_name,
     pool_channel_map,
 )
+from modeling_difnet.segmentation_models_difnet import match_classes
 
 from ..command_line import describe, requires
 from ..files import path_inside, printable, sha256_of
@@ -32,6 +35,7 @@ with requires("images"):
 
     from ..data.coco import CocoFile, read_instances, read_panoptic
     from ..data.feature_files import read_npy
+    from ..data.feature_records import difference_of_classes
     from ..data.image_files import leads_out
 
 
@@ -55,13 +59,15 @@ class SegmentationSource(Protocol):
     """Makes the segmentation feature of an image.
 
     Attributes:
-        provenance: what the output says about the source.
+        provenance: what decides about the features, as far as version 0.1 wrote it.
+        record: what the features say about what made them, in the form of `segmentation_provenance_of`.
     """
 
     provenance: dict[str, Any]
+    record: dict[str, Any]
 
     def __call__(self, image: Image.Image, file: ImageFile) -> np.ndarray:
-        """The feature, float32 (133, 7, 7), of an image that is open already."""
+        """The feature, float32 (classes, 7, 7), of an image that is open already."""
         ...
 
     def files_of(self, file: ImageFile) -> list[Path]:
@@ -69,15 +75,31 @@ class SegmentationSource(Protocol):
         ...
 
 
+def record_of_annotations(source: str, name: str, class_names: Sequence[str]) -> dict[str, Any]:
+    """The record of segmentation features that no network made, see `segmentation_provenance_of`."""
+    network = dict.fromkeys(("model_type", "revision", "parameters_sha256"))
+    return {
+        "name": name,
+        "source": source,
+        **network,
+        "class_names": list(class_names),
+        "seen": "whole image, no crop",
+    }
+
+
 class CocoSegmentations:
-    """COCO annotation files by image.
+    """Annotation files in COCO's form by image. Categories that are not all COCO's are classes of their own.
 
     Args:
         files: as `read_instances` or `read_panoptic` reads them.
         grid_size: cells along a side of the feature.
 
+    Attributes:
+        class_names: of the feature, in its order.
+
     Raises:
-        ValueError: a category is none of COCO's, or an image is in two files; the text names the file.
+        ValueError: a category is named twice, files have different categories, or an image is in two files; the text
+            names the file.
     """
 
     kind: str
@@ -86,13 +108,8 @@ class CocoSegmentations:
         self.files = files
         self.grid_size = grid_size
         self.file_of: dict[int, CocoFile] = {}
-        self.channels_of: dict[Path, dict[int, int]] = {}
+        self.class_names, self.channels_of = classes_of_files(files)
         for file in files:
-            categories = [{"id": index, "name": name} for index, name in file.categories.items()]
-            try:
-                self.channels_of[file.path] = channels_of_categories(categories)
-            except ValueError as error:
-                raise ValueError(f"{printable(file.path)}: {error}") from None
             for image_id in file.images:
                 known = self.file_of.setdefault(image_id, file)
                 if known is not file:
@@ -105,6 +122,7 @@ class CocoSegmentations:
             for file in files
         }
         self.provenance = {"source": f"COCO {self.kind} annotations", "sha256": hashes}
+        self.record = record_of_annotations(f"coco {self.kind}", ", ".join(names), self.class_names)
 
     def annotations_of(self, file: ImageFile) -> tuple[list[dict], dict[int, int], CocoFile]:
         """The annotations of an image, the channels of their categories, and the file that they are in."""
@@ -117,6 +135,43 @@ class CocoSegmentations:
         return []  # the hashes of the annotation files are in the provenance
 
 
+def classes_of_files(files: Sequence[CocoFile]) -> tuple[tuple[str, ...], dict[Path, dict[int, int]]]:
+    """The classes of annotation files, and by file the place of each category id among them.
+
+    The original's 133 where all categories are COCO's, which may be some of them; otherwise those of the first file in
+    their order, to which the others are matched by name.
+
+    Raises:
+        ValueError: a file names a category twice or has other categories than the first; the text names the files and
+            the first category that differs.
+    """
+    try:
+        channels = {
+            file.path: channels_of_categories({"id": key, "name": name} for key, name in file.categories.items())
+            for file in files
+        }
+        return CLASS_NAMES, channels
+    except ValueError:
+        pass
+    first = files[0]
+    class_names = tuple(first.categories.values())
+    channels = {}
+    for file in files:
+        own = file.categories
+        counts = Counter(map(normal_name, own.values()))
+        twice = next((name for name in own.values() if counts[normal_name(name)] > 1), None)
+        if twice is not None:
+            raise ValueError(f"{printable(file.path)}: names the category {printable(twice)} twice; give each one id")
+        difference = difference_of_classes(class_names, list(own.values()))
+        if difference is not None:
+            raise ValueError(
+                f"{printable(file.path)} and {printable(first.path)} have different categories: {difference}; give "
+                "files of the same categories"
+            )
+        channels[file.path] = match_classes(own, class_names)
+    return class_names, channels
+
+
 class InstanceSegmentations(CocoSegmentations):
     """COCO's instances: things alone; of overlapping instances the smaller one wins."""
 
@@ -126,7 +181,7 @@ class InstanceSegmentations(CocoSegmentations):
         annotations, channels, annotation_file = self.annotations_of(file)
         with naming_source(annotation_file.path, file):
             labels = instance_channel_map(annotations, channels, image.height, image.width)
-            return pool_channel_map(labels, self.grid_size)
+            return pool_channel_map(labels, self.grid_size, len(self.class_names))
 
 
 class PanopticSegmentations(CocoSegmentations):
@@ -150,7 +205,7 @@ class PanopticSegmentations(CocoSegmentations):
             )
         with naming_source(path, file):
             labels = panoptic_channel_map(segments, annotations[0]["segments_info"], channels)
-            return pool_channel_map(labels, self.grid_size)
+            return pool_channel_map(labels, self.grid_size, len(self.class_names))
 
     def files_of(self, file: ImageFile) -> list[Path]:
         try:
@@ -184,6 +239,7 @@ class LabelMaps:
         if not self.paths:
             raise ValueError(f"{printable(folder)}: no label map called <image id>.npy or <image id>.png")
         self.provenance = {"source": f"label maps, {order}", "name": str(folder)}
+        self.record = record_of_annotations(f"label maps, {order}", str(folder), CLASS_NAMES)
 
     def __call__(self, image: Image.Image, file: ImageFile) -> np.ndarray:
         paths = self.files_of(file)
@@ -202,16 +258,17 @@ class LabelMaps:
 
 
 class ModelSegmentations:
-    """What a panoptic model of Transformers finds in the image.
+    """What a segmentation model or object detector of Transformers finds in the image.
 
     Args:
         segmenter: the model with its processor.
         name: folder or repository that it was loaded from.
     """
 
-    def __init__(self, segmenter: PanopticSegmenter, name: str | None) -> None:
+    def __init__(self, segmenter: Segmenter, name: str | None) -> None:
         self.segmenter = segmenter
-        self.provenance = provenance_of(segmenter.model, name)
+        self.record = segmentation_provenance_of(segmenter, name)
+        self.provenance = {key: self.record[key] for key in ("name", "model_type", "parameters_sha256")}
 
     def __call__(self, image: Image.Image, file: ImageFile) -> np.ndarray:
         return self.segmenter(image)

@@ -54,11 +54,11 @@ class FeatureSources:
 
     Args:
         grid_backbone: as `difnet extract` takes it; `None` for a small random network.
-        segmentation_model: a COCO panoptic model of Transformers.
-        instances: COCO's instances_*.json of the images.
-        panoptic: COCO's panoptic_*.json of the images.
+        segmentation_model: a segmentation model or object detector of Transformers.
+        instances: instances_*.json of the images, as COCO's, also with categories of their own.
+        panoptic: panoptic_*.json of the images, likewise.
         seed: of the random network.
-        backbone_options: further options of `difnet extract` that have a value, by the names of their fields.
+        options: further options of `difnet extract` for the networks, by the names of their fields; `None` is none.
     """
 
     grid_backbone: str | None = None
@@ -66,7 +66,7 @@ class FeatureSources:
     instances: Sequence[Path] = ()
     panoptic: Sequence[Path] = ()
     seed: int = 0
-    backbone_options: Mapping[str, object] = field(default_factory=dict)
+    options: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def has_segmentation(self) -> bool:
@@ -77,7 +77,7 @@ class FeatureSources:
         """The options of `difnet extract`."""
         words: list[object] = ["--untrained", "--seed", self.seed] if self.grid_backbone is None else []
         words += ["--grid-backbone", self.grid_backbone] if self.grid_backbone is not None else []
-        for name, value in self.backbone_options.items():
+        for name, value in self.options.items():
             words += [option_name(name), value] if value is not None else []
         words += ["--segmentation-model", self.segmentation_model] if self.segmentation_model else []
         words += ["--instance-annotations", *self.instances] if self.instances else []
