@@ -577,6 +577,37 @@ class DifnetGenerationMixin(GenerationMixin):
 # Log-probabilities of given captions
 
 
+def vocabulary_log_probs(
+    model: "DifnetForConditionalGeneration",
+    sequences: torch.LongTensor,
+    grid_features: torch.Tensor | None = None,
+    segmentation_features: torch.Tensor | None = None,
+    **model_kwargs,
+) -> tuple[torch.Tensor, torch.BoolTensor]:
+    r"""Log-probabilities of all words of the vocabulary at each token of given captions, teacher-forced.
+
+    Args:
+        model, sequences, grid_features, segmentation_features, model_kwargs: as those of `sequence_log_probs`.
+
+    Returns:
+        The log-probabilities `(tokens, V)` of all captions' tokens, one caption's after another, and where these
+        tokens stand, `(B * K, L - 1)`. Padding is not projected.
+    """
+    flat = sequences.reshape(-1, sequences.shape[-1])  # (B * K, L)
+    states = model.model(
+        grid_features,
+        segmentation_features,
+        decoder_input_ids=flat[:, :-1],
+        use_cache=False,
+        return_dict=True,
+        **model_kwargs,
+    ).last_hidden_state  # (B * K, L - 1, d_model)
+    is_token = flat[:, 1:] != model.config.pad_token_id
+    logits = model.lm_head(states[is_token])  # (tokens, V)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return nn.functional.log_softmax(logits, dim=-1), is_token
+
+
 def sequence_log_probs(
     model: "DifnetForConditionalGeneration",
     sequences: torch.LongTensor,
@@ -602,19 +633,10 @@ def sequence_log_probs(
     Raises:
         ValueError: as the model's `forward`.
     """
-    flat = sequences.reshape(-1, sequences.shape[-1])  # (B * K, L)
-    targets = flat[:, 1:]
-    states = model.model(
-        grid_features,
-        segmentation_features,
-        decoder_input_ids=flat[:, :-1],
-        use_cache=False,
-        return_dict=True,
-        **model_kwargs,
-    ).last_hidden_state  # (B * K, L - 1, d_model)
-    is_token = targets != model.config.pad_token_id
-    logits = model.lm_head(states[is_token])  # (tokens, V): padding is not projected
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    log_probs = logits.new_zeros(targets.shape)  # (B * K, L - 1)
-    log_probs[is_token] = -nn.functional.cross_entropy(logits, targets[is_token], reduction="none")
+    vocabulary, is_token = vocabulary_log_probs(
+        model, sequences, grid_features, segmentation_features, **model_kwargs
+    )  # (tokens, V), (B * K, L - 1)
+    targets = sequences[..., 1:].reshape(is_token.shape)
+    log_probs = vocabulary.new_zeros(targets.shape)  # (B * K, L - 1)
+    log_probs[is_token] = -nn.functional.nll_loss(vocabulary, targets[is_token], reduction="none")
     return log_probs.view(*sequences.shape[:-1], -1)

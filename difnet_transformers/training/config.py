@@ -6,8 +6,9 @@ epochs 0 to 20, and it trains at most 100 epochs in all. `recipes/original.yaml`
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from simple_parsing import field
 
@@ -16,6 +17,7 @@ from ..options import check_positive, debug_option, option_name
 
 MODEL = "the model"
 RECIPE = "the recipe; the defaults are the paper's"
+REGULARIZATION = "regularization; the paper has dropout alone"
 MACHINE = "the machine"
 
 CHOICES = {
@@ -44,6 +46,7 @@ POSITIVE = (
     "scst_learning_rate",
     "max_grad_norm",
 )
+PROBABILITIES = ("label_smoothing",)
 
 
 @dataclass
@@ -146,6 +149,13 @@ class TrainingConfig:
     )
     gradient_accumulation_steps: int = field(default=1, group=RECIPE, metavar="N")
 
+    label_smoothing: float = field(
+        default=0.0,
+        group=REGULARIZATION,
+        metavar="P",
+        help="of XE: share of each target that is spread over the vocabulary; the log has the plain cross-entropy too",
+    )
+
     mixed_precision: str | None = field(
         default=None,
         group=MACHINE,
@@ -176,6 +186,10 @@ class TrainingConfig:
             if value is not None and value not in choices:
                 raise ValueError(f"{option_name(name)} {value}: choose from {', '.join(choices)}")
         check_positive(self, *POSITIVE)
+        for name in PROBABILITIES:
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"{option_name(name)} must be at least 0 and less than 1, not {value}")
         if self.scst_num_captions < 2:
             raise ValueError(
                 "--scst-num-captions must be at least 2: the baseline is the mean over an image's captions"
@@ -191,3 +205,12 @@ class TrainingConfig:
                 "--warmup-steps goes with --xe-schedule constant, linear or cosine; the original's has its own"
             )
         check_license(self.license)
+
+    def regularization(self) -> dict[str, Any]:
+        """The options of regularization that are not as in the paper, by name."""
+        groups = {entry.name: entry.metadata.get("custom_args", {}).get("group") for entry in fields(self)}
+        return {
+            entry.name: getattr(self, entry.name)
+            for entry in fields(self)
+            if groups[entry.name] == REGULARIZATION and getattr(self, entry.name) != entry.default
+        }

@@ -396,10 +396,17 @@ class DifnetTrainer:
     def training_step(self, batches: Sequence[dict[str, Any]]) -> None:
         """Gradients of the XE loss, over the batches of one optimizer step."""
         num_tokens = total(self.accelerator, sum(int((batch["labels"] != -100).sum()) for batch in batches))
+        smoothing = self.args.label_smoothing
         for batch in batches:
             with self.synchronised(is_last=batch is batches[-1]), self.log.timed("backward"):
                 sequences, features = xe_sequences(self.on_device(batch), self.config)
-                loss = cross_entropy_loss(self.scorer(sequences, **features), num_tokens)
+                if smoothing:
+                    log_probs, means = self.scorer(sequences, with_vocabulary_mean=True, **features)
+                    loss = cross_entropy_loss(log_probs, num_tokens, means, smoothing)
+                    # Comparable with other runs and with the validation loss, which are not smoothed.
+                    self.log.add(cross_entropy=cross_entropy_loss(log_probs.detach(), num_tokens))
+                else:
+                    loss = cross_entropy_loss(self.scorer(sequences, **features), num_tokens)
                 self.backward(loss)
             self.log.add(loss=loss, images=len(batch["grid_features"]))
 
@@ -509,9 +516,11 @@ class DifnetTrainer:
     def training_summary(self) -> str:
         """What the model card says of the training."""
         args = self.args
+        given = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in args.regularization().items())
         return (
             f"{self.progress.total_epochs} epochs in all, seed {args.seed}. Cross-entropy with a learning rate of "
             f"{args.xe_learning_rate:g} (schedule `{args.xe_schedule}`)."
+            f"{f' Regularization: {given}.' if given else ''}"
         )
 
 

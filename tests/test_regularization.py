@@ -1,0 +1,146 @@
+"""Regularization of `difnet train`: each option does what it says, costs nothing when off, and resumes bit for bit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from training_runs import (
+    REGULARIZED,
+    arguments,
+    config,
+    finish_run,
+    make_data,
+    read_log,
+    reset_accelerator,
+    run,
+    same_weights,
+)
+
+from difnet_transformers.training import (
+    SelfCriticalTrainer,
+    SequenceLogProbs,
+    TrainingConfig,
+    TrainingStopped,
+    cross_entropy_loss,
+)
+from difnet_transformers.training.checkpoint import Checkpoint, Progress
+from difnet_transformers.training.resume import check_same_run, options_as_json
+from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def finished_run(data, tmp_path_factory) -> Path:
+    return finish_run(data, tmp_path_factory.mktemp("runs") / "finished")
+
+
+@pytest.fixture(scope="module")
+def regularized_run(data, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "regularized"
+    assert run(*arguments(data, output), *REGULARIZED) == 0
+    return output
+
+
+def small_model(vocab_size: int = 50, **fields) -> DifnetForConditionalGeneration:
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "use_segmentation": False}
+    return DifnetForConditionalGeneration(
+        DifnetConfig(vocab_size=vocab_size, grid_feature_size=4, **{**sizes, **fields})
+    )
+
+
+class TestLabelSmoothing:
+    SEQUENCES = torch.tensor([[[2, 7, 9, 3, 1], [2, 8, 3, 1, 1]], [[2, 30, 49, 20, 3], [2, 1, 1, 1, 1]]])
+    IMAGES = {"grid_features": torch.rand(2, 4, 4, generator=torch.Generator().manual_seed(1))}
+
+    @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.7])
+    def test_loss_and_gradients_are_those_of_pytorch(self, smoothing):
+        model = small_model().eval()
+        log_probs, means = SequenceLogProbs(model)(self.SEQUENCES, with_vocabulary_mean=True, **self.IMAGES)
+        loss = cross_entropy_loss(log_probs, 9, means, smoothing)
+        loss.backward()
+        gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+        model.zero_grad()
+        captions = self.SEQUENCES.flatten(0, 1)
+        logits = model(**self.IMAGES, decoder_input_ids=captions[:, :-1]).logits
+        expected = nn.functional.cross_entropy(
+            logits.flatten(0, 1), captions[:, 1:].flatten(), ignore_index=1, label_smoothing=smoothing
+        )
+        expected.backward()
+        assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-5, atol=1e-6)
+
+    def test_the_means_come_with_the_same_log_probabilities(self):
+        scorer = SequenceLogProbs(small_model().eval())
+        log_probs, means = scorer(self.SEQUENCES, with_vocabulary_mean=True, **self.IMAGES)
+        assert torch.equal(log_probs, scorer(self.SEQUENCES, **self.IMAGES))
+        assert ((means == 0) == (self.SEQUENCES[..., 1:] == 1)).all(), "0 at <pad>"
+
+    def test_smoothing_needs_the_means(self):
+        with pytest.raises(ValueError, match="needs `vocabulary_means`"):
+            cross_entropy_loss(torch.zeros(1, 1, 3), 3, label_smoothing=0.1)
+
+    def test_the_log_keeps_the_plain_cross_entropy(self, data, finished_run, tmp_path):
+        """Both are of the first step's weights and dropout masks; validation is never smoothed."""
+        words = arguments(data, tmp_path / "run", "--stage", "xe", "--label-smoothing", "0.3", max_steps=1)
+        assert run(*words) == 0
+        (line,), plain = read_log(tmp_path / "run", "train"), read_log(finished_run, "train")[0]
+        assert line["cross_entropy"] == plain["loss"]
+        assert line["loss"] != plain["loss"]
+        (validation,) = read_log(tmp_path / "run", "validation")
+        assert "cross_entropy" not in validation
+        assert validation["loss"] < 1.2 * plain["loss"]
+
+
+class TestRunsThatResume:
+    @pytest.mark.parametrize("stop", [3, 17, 26], ids=["in the first epoch", "in the second epoch", "in SCST"])
+    def test_a_stopped_run_ends_with_the_weights_of_the_whole_run(self, stop, data, regularized_run, tmp_path):
+        class StoppedTrainer(SelfCriticalTrainer):
+            steps_taken = 0
+
+            def update(self, learning_rate: float) -> None:
+                super().update(learning_rate)
+                self.steps_taken += 1
+                if self.steps_taken == stop:
+                    self.stop_request.time = 1.0
+
+        reset_accelerator()
+        words = arguments(data, tmp_path / "run", *REGULARIZED)
+        with pytest.raises(TrainingStopped):
+            StoppedTrainer(args=config(*words, "--cpu")).train()
+        assert run(*words, "--resume", "last") == 0
+        for name in ("last", "best", "best_xe"):
+            assert same_weights(tmp_path / "run" / name, regularized_run / name), name
+
+    @pytest.mark.parametrize("flags", [REGULARIZED[:2]], ids=lambda flags: flags[0])
+    def test_an_option_that_an_older_checkpoint_lacks_was_off(self, flags):
+        """It has no say on an option of later versions, and resumes without it alone."""
+        plain = config("--dataset", "d", "--output", "o")
+        name = flags[0].removeprefix("--").replace("-", "_")
+        options = {key: value for key, value in options_as_json(plain).items() if key != name}
+        checkpoint = Checkpoint(Progress("xe", batch=3, step=3), options, num_processes=1)
+        assert check_same_run(checkpoint, Path("o/last"), plain, num_processes=1) == []
+        changed = config("--dataset", "d", "--output", "o", *flags)
+        with pytest.raises(ValueError, match=f"this command says {flags[0]}"):
+            check_same_run(checkpoint, Path("o/last"), changed, num_processes=1)
+
+
+class TestOptions:
+    def test_the_defaults_are_the_papers(self):
+        assert TrainingConfig(dataset="d", output="o").regularization() == {}
+
+    @pytest.mark.parametrize("name", ["label_smoothing"])
+    @pytest.mark.parametrize("value", [-0.1, 1.0, float("nan")])
+    def test_shares_that_are_none(self, name, value):
+        with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} must be at least 0 and less than 1"):
+            TrainingConfig(dataset="d", output="o", **{name: value})
+
+    def test_the_card_says_what_regularized_the_run(self, regularized_run, finished_run):
+        assert "Regularization: label smoothing 0.1" in (regularized_run / "last" / "README.md").read_text()
+        assert "Regularization" not in (finished_run / "last" / "README.md").read_text()
