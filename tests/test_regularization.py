@@ -23,9 +23,11 @@ from difnet_transformers.training import (
     TrainingConfig,
     TrainingStopped,
     cross_entropy_loss,
+    make_optimizer,
 )
 from difnet_transformers.training.checkpoint import Checkpoint, Progress
 from difnet_transformers.training.resume import check_same_run, options_as_json
+from difnet_transformers.training.training_state import load_optimizer, optimizer_tensors
 from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration
 
 
@@ -98,6 +100,66 @@ class TestLabelSmoothing:
         assert validation["loss"] < 1.2 * plain["loss"]
 
 
+class TestWeightDecay:
+    def step(self, weight_decay: float) -> tuple[dict[str, torch.Tensor], torch.optim.Optimizer]:
+        """Weights after a step whose gradients are 0: what moves, decays."""
+        model = small_model()
+        optimizer = make_optimizer(model, (0.9, 0.98), 0.01, weight_decay)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        return model.state_dict(), optimizer
+
+    def test_without_it_the_optimizer_is_the_originals(self):
+        _, optimizer = self.step(0.0)
+        assert type(optimizer) is torch.optim.Adam
+        assert len(optimizer.param_groups) == 1
+
+    def test_matrices_decay_and_nothing_else(self):
+        before, after = small_model().state_dict(), self.step(0.5)[0]
+        for name, value in before.items():
+            decays = value.ndim >= 2 and "embed_positions" not in name
+            torch.testing.assert_close(after[name], value * (1 - 0.01 * 0.5) if decays else value, rtol=1e-6, atol=0)
+
+    def test_every_parameter_is_in_one_group(self):
+        model = small_model(use_segmentation=True, encoder_layers=2, tie_word_embeddings=True)
+        groups = make_optimizer(model, (0.9, 0.98), 0.01, 0.5).param_groups
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        decayed, plain = ([names[id(parameter)] for parameter in group["params"]] for group in groups)
+        assert sorted(decayed + plain) == sorted(names.values())
+        assert all(name.endswith("bias") or "norm" in name for name in plain)
+        assert not any(name.endswith("bias") or "norm" in name for name in decayed)
+        assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
+
+    def test_the_state_is_kept_by_name(self):
+        """A checkpoint of one grouping fits the other: names decide, not places."""
+        states = []
+        for weight_decay in (0.0, 0.5):
+            model = small_model()
+            optimizer = make_optimizer(model, (0.9, 0.98), 0.01, weight_decay)
+            for number, parameter in enumerate(model.parameters()):
+                parameter.grad = torch.full_like(parameter, number + 1.0)
+            optimizer.step()
+            states.append(optimizer_tensors(optimizer, model))
+        assert states[0].keys() == states[1].keys()
+        for name, value in states[0].items():
+            torch.testing.assert_close(states[1][name], value)
+        load_optimizer(optimizer, model, states[0], Path("optimizer.safetensors"), may_be_fresh=False)
+        assert all(torch.equal(value, states[0][name]) for name, value in optimizer_tensors(optimizer, model).items())
+
+    def test_each_stage_has_its_own(self, data, tmp_path):
+        reset_accelerator()
+        words = arguments(data, tmp_path / "run", "--weight-decay", "0.1", "--scst-weight-decay", "0.2")
+        trainer = SelfCriticalTrainer(args=config(*words, "--cpu"))
+        trainer.set_up()
+        found = []
+        for stage in ("xe", "scst"):
+            trainer.progress.stage = stage
+            found.append(trainer.make_optimizer().param_groups[0]["weight_decay"])
+        trainer.close()
+        assert found == [0.1, 0.2]
+
+
 class TestRunsThatResume:
     @pytest.mark.parametrize("stop", [3, 17, 26], ids=["in the first epoch", "in the second epoch", "in SCST"])
     def test_a_stopped_run_ends_with_the_weights_of_the_whole_run(self, stop, data, regularized_run, tmp_path):
@@ -118,7 +180,7 @@ class TestRunsThatResume:
         for name in ("last", "best", "best_xe"):
             assert same_weights(tmp_path / "run" / name, regularized_run / name), name
 
-    @pytest.mark.parametrize("flags", [REGULARIZED[:2]], ids=lambda flags: flags[0])
+    @pytest.mark.parametrize("flags", [REGULARIZED[:2], REGULARIZED[2:4]], ids=lambda flags: flags[0])
     def test_an_option_that_an_older_checkpoint_lacks_was_off(self, flags):
         """It has no say on an option of later versions, and resumes without it alone."""
         plain = config("--dataset", "d", "--output", "o")
@@ -139,6 +201,12 @@ class TestOptions:
     @pytest.mark.parametrize("value", [-0.1, 1.0, float("nan")])
     def test_shares_that_are_none(self, name, value):
         with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} must be at least 0 and less than 1"):
+            TrainingConfig(dataset="d", output="o", **{name: value})
+
+    @pytest.mark.parametrize("name", ["weight_decay", "scst_weight_decay"])
+    @pytest.mark.parametrize("value", [-0.1, float("inf"), float("nan")])
+    def test_numbers_that_are_below_0_or_none(self, name, value):
+        with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} must be 0 or a number above it"):
             TrainingConfig(dataset="d", output="o", **{name: value})
 
     def test_the_card_says_what_regularized_the_run(self, regularized_run, finished_run):

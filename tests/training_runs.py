@@ -30,7 +30,7 @@ QUICK = {
 }
 
 # All regularization that draws no random numbers, for runs that must be equal however they are cut into parts.
-REGULARIZED = ["--label-smoothing", "0.1"]
+REGULARIZED = ["--label-smoothing", "0.1", "--weight-decay", "0.1", "--scst-weight-decay", "0.2"]
 
 
 def make_data(folder: Path) -> Path:

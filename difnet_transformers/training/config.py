@@ -6,6 +6,7 @@ epochs 0 to 20, and it trains at most 100 epochs in all. `recipes/original.yaml`
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ POSITIVE = (
     "max_grad_norm",
 )
 PROBABILITIES = ("label_smoothing",)
+NOT_NEGATIVE = ("weight_decay", "scst_weight_decay")
 
 
 @dataclass
@@ -155,6 +157,13 @@ class TrainingConfig:
         metavar="P",
         help="of XE: share of each target that is spread over the vocabulary; the log has the plain cross-entropy too",
     )
+    weight_decay: float = field(
+        default=0.0,
+        group=REGULARIZATION,
+        metavar="X",
+        help="of XE: decoupled, of matrices (AdamW); 0 is the original's Adam",
+    )
+    scst_weight_decay: float = field(default=0.0, group=REGULARIZATION, metavar="X", help="the same, of SCST")
 
     mixed_precision: str | None = field(
         default=None,
@@ -190,6 +199,10 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise ValueError(f"{option_name(name)} must be at least 0 and less than 1, not {value}")
+        for name in NOT_NEGATIVE:
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{option_name(name)} must be 0 or a number above it, not {value}")
         if self.scst_num_captions < 2:
             raise ValueError(
                 "--scst-num-captions must be at least 2: the baseline is the mean over an image's captions"

@@ -1,11 +1,13 @@
 """The optimizer and the learning rate of both stages.
 
-Original file: `train.py` of mrwu-mac/DIFNet (CVPR 2022), `lambda_lr` and the two `Adam`. Other schedules are added.
+Original file: `train.py` of mrwu-mac/DIFNet (CVPR 2022), `lambda_lr` and the two `Adam`. Other schedules and weight
+decay are added.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,9 +15,27 @@ from torch import nn
 from .config import TrainingConfig
 
 
-def make_optimizer(model: nn.Module, betas: tuple[float, float], learning_rate: float) -> torch.optim.Adam:
-    """The original's Adam, in one kernel; a stage starts with a fresh one."""
-    return torch.optim.Adam(model.parameters(), lr=learning_rate, betas=(betas[0], betas[1]), fused=True)
+def make_optimizer(
+    model: nn.Module, betas: tuple[float, float], learning_rate: float, weight_decay: float = 0.0
+) -> torch.optim.Adam | torch.optim.AdamW:
+    """The original's Adam, in one kernel, or AdamW; a stage starts with a fresh one.
+
+    Args:
+        model: whose parameters it has.
+        betas: decay rates of the two moments.
+        learning_rate: of the first step.
+        weight_decay: what AdamW shrinks weights by at each step, times the learning rate (Loshchilov and Hutter, ICLR
+            2019); the original has none. Matrices decay: projections and word embeddings. Biases and the weights of
+            layer norms do not, and the position table is no parameter.
+    """
+    settings: dict[str, Any] = {"lr": learning_rate, "betas": (betas[0], betas[1]), "fused": True}
+    if not weight_decay:
+        return torch.optim.Adam(model.parameters(), **settings)
+    groups = [
+        {"params": [each for each in model.parameters() if each.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [each for each in model.parameters() if each.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, **settings)
 
 
 def original_xe_factor(epoch: int) -> float:

@@ -95,7 +95,7 @@ class DifnetTrainer:
     train_images: Dataset
     validation_images: Dataset
     progress: Progress
-    optimizer: Any  # Accelerate's, around Adam
+    optimizer: Any  # Accelerate's, around Adam or AdamW
     log: Log
 
     def __init__(
@@ -260,7 +260,8 @@ class DifnetTrainer:
         """A fresh optimizer for the stage that is under way."""
         stage = "scst" if self.progress.stage == "scst" else "xe"
         betas, rate = (getattr(self.args, f"{stage}_{name}") for name in ("adam_betas", "learning_rate"))
-        return self.accelerator.prepare_optimizer(make_optimizer(self.model, betas, rate))
+        weight_decay = self.args.scst_weight_decay if stage == "scst" else self.args.weight_decay
+        return self.accelerator.prepare_optimizer(make_optimizer(self.model, betas, rate, weight_decay))
 
     # Batches
 

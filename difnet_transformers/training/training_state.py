@@ -59,12 +59,18 @@ def set_random_states(states: dict[str, torch.Tensor]) -> None:
 OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")  # Adam's, of each parameter
 
 
+def optimized_parameters(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters of an optimizer with their names in the model, in the order of its groups."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [(names[id(parameter)], parameter) for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:
     """The optimizer's state as `{"<parameter's name>/<name in Adam>": tensor}`."""
-    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    parameters = optimized_parameters(optimizer, model)
     state = optimizer.state_dict()["state"]
     return {
-        f"{names[index]}/{key}": value.detach().cpu().contiguous()
+        f"{parameters[index][0]}/{key}": value.detach().cpu().contiguous()
         for index, values in state.items()
         for key, value in values.items()
     }
@@ -88,7 +94,7 @@ def load_optimizer(
     Raises:
         ValueError: the tensors belong to another model, are not all there, or are no state of this optimizer.
     """
-    parameters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    parameters = optimized_parameters(optimizer, model)
     state: dict[int, dict[str, torch.Tensor]] = {}
     index_of = {name: index for index, (name, _) in enumerate(parameters)}
     for key, tensor in tensors.items():
