@@ -23,12 +23,17 @@ from difnet_transformers.training import (
     TrainingConfig,
     TrainingStopped,
     cross_entropy_loss,
+    decode_for_scst,
     make_optimizer,
 )
 from difnet_transformers.training.checkpoint import Checkpoint, Progress
+from difnet_transformers.training.regularization import hide_cells, set_dropout
 from difnet_transformers.training.resume import check_same_run, options_as_json
 from difnet_transformers.training.training_state import load_optimizer, optimizer_tensors
 from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration
+
+# Regularization that draws random numbers.
+DRAWN = ["--scst-dropout", "0.3", "--grid-cell-dropout", "0.2"]
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +49,13 @@ def finished_run(data, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def regularized_run(data, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("runs") / "regularized"
-    assert run(*arguments(data, output), *REGULARIZED) == 0
+    assert run(*arguments(data, output), *REGULARIZED, *DRAWN) == 0
     return output
 
 
 def small_model(vocab_size: int = 50, **fields) -> DifnetForConditionalGeneration:
     torch.manual_seed(0)
-    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "use_segmentation": False}
+    sizes = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 1, "use_segmentation": False}
     return DifnetForConditionalGeneration(
         DifnetConfig(vocab_size=vocab_size, grid_feature_size=4, **{**sizes, **fields})
     )
@@ -122,7 +127,7 @@ class TestWeightDecay:
             torch.testing.assert_close(after[name], value * (1 - 0.01 * 0.5) if decays else value, rtol=1e-6, atol=0)
 
     def test_every_parameter_is_in_one_group(self):
-        model = small_model(use_segmentation=True, encoder_layers=2, tie_word_embeddings=True)
+        model = small_model(use_segmentation=True, tie_word_embeddings=True)
         groups = make_optimizer(model, (0.9, 0.98), 0.01, 0.5).param_groups
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         decayed, plain = ([names[id(parameter)] for parameter in group["params"]] for group in groups)
@@ -160,6 +165,82 @@ class TestWeightDecay:
         assert found == [0.1, 0.2]
 
 
+class TestDropoutOfSelfCriticalTraining:
+    def probabilities(self, model: nn.Module) -> set[float]:
+        of_states = {module.p for module in model.modules() if isinstance(module, nn.Dropout)}
+        return of_states | {module.attention_dropout for module in model.modules() if hasattr(module, "is_causal")}
+
+    def test_every_dropout_is_set(self):
+        model = small_model(use_segmentation=True)
+        assert self.probabilities(model) == {0.1}
+        set_dropout(model, 0.25)
+        assert self.probabilities(model) == {0.25}
+        assert (model.config.dropout, model.config.attention_dropout) == (0.1, 0.1)
+
+    def test_it_drops(self):
+        model, images = small_model(use_segmentation=True).train(), {"grid_features": torch.rand(2, 4, 4)}
+        images["segmentation_features"] = torch.rand(2, 133, 2, 2)
+        inputs = {**images, "decoder_input_ids": torch.tensor([[2, 7, 9]] * 2)}
+        set_dropout(model, 0.0)
+        assert torch.equal(model(**inputs).logits, model.eval()(**inputs).logits)
+        set_dropout(model.train(), 0.5)
+        assert not torch.allclose(model(**inputs).logits, model.eval()(**inputs).logits, atol=0.1)
+
+    def test_it_begins_with_the_stage(self, data, tmp_path):
+        found = []
+
+        class WatchedTrainer(SelfCriticalTrainer):
+            def training_step(trainer, batches):
+                found.append((trainer.progress.stage, self.probabilities(trainer.model)))
+                super().training_step(batches)
+
+        reset_accelerator()
+        words = arguments(data, tmp_path / "run", "--scst-dropout", "0.25", xe_epochs=1, max_steps=1)
+        WatchedTrainer(args=config(*words, "--cpu")).train()
+        assert found == [("xe", {0.1}), ("scst", {0.25})]
+        assert '"dropout": 0.1' in (tmp_path / "run" / "last" / "config.json").read_text()
+
+
+class TestHiddenCells:
+    def features(self, num_images: int = 200) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        return {
+            "grid_features": torch.rand(num_images, 9, 4),
+            "segmentation_features": torch.rand(num_images, 133, 3, 3),
+            "grid_attention_mask": (torch.arange(9) < 7).long().expand(num_images, 9),
+        }
+
+    def test_without_it_nothing_is_drawn(self):
+        features, state = self.features(2), torch.get_rng_state()
+        assert hide_cells(features, 0.0) is features
+        assert torch.equal(torch.get_rng_state(), state)
+
+    def test_cells_are_hidden_in_both_flows(self):
+        features = hide_cells(self.features(), 0.3)
+        mask = features["grid_attention_mask"]
+        assert torch.equal(mask, features["segmentation_attention_mask"])
+        assert mask[:, :7].float().mean().item() == pytest.approx(0.7, abs=0.04)
+        assert not mask[:, 7:].any(), "what was hidden stays hidden"
+
+    def test_no_image_is_hidden_whole(self):
+        mask = hide_cells(self.features(), 0.95)["grid_attention_mask"]
+        assert mask.any(-1).all()
+        assert not mask[:, 7:].any()
+        del (features := self.features())["grid_attention_mask"]
+        assert hide_cells(features, 0.95)["grid_attention_mask"].any(-1).all()
+
+    def test_captions_do_not_depend_on_hidden_cells(self):
+        model = small_model(use_segmentation=True).eval()
+        features = hide_cells(self.features(4), 0.4)
+        hidden = features["grid_attention_mask"] == 0
+        other = {**features, "grid_features": features["grid_features"].masked_fill(hidden[..., None], 7.0)}
+        other["segmentation_features"] = features["segmentation_features"].masked_fill(hidden.view(-1, 1, 3, 3), 0.0)
+        sequences = torch.tensor([[[2, 7, 9, 3]]] * 4)
+        log_probs = SequenceLogProbs(model)(sequences, **features)
+        torch.testing.assert_close(SequenceLogProbs(model)(sequences, **other), log_probs)
+        assert torch.equal(decode_for_scst(model, features), decode_for_scst(model, other))
+
+
 class TestRunsThatResume:
     @pytest.mark.parametrize("stop", [3, 17, 26], ids=["in the first epoch", "in the second epoch", "in SCST"])
     def test_a_stopped_run_ends_with_the_weights_of_the_whole_run(self, stop, data, regularized_run, tmp_path):
@@ -173,14 +254,14 @@ class TestRunsThatResume:
                     self.stop_request.time = 1.0
 
         reset_accelerator()
-        words = arguments(data, tmp_path / "run", *REGULARIZED)
+        words = arguments(data, tmp_path / "run", *REGULARIZED, *DRAWN)
         with pytest.raises(TrainingStopped):
             StoppedTrainer(args=config(*words, "--cpu")).train()
         assert run(*words, "--resume", "last") == 0
         for name in ("last", "best", "best_xe"):
             assert same_weights(tmp_path / "run" / name, regularized_run / name), name
 
-    @pytest.mark.parametrize("flags", [REGULARIZED[:2], REGULARIZED[2:4]], ids=lambda flags: flags[0])
+    @pytest.mark.parametrize("flags", [REGULARIZED[:2], REGULARIZED[2:4], DRAWN[2:]], ids=lambda flags: flags[0])
     def test_an_option_that_an_older_checkpoint_lacks_was_off(self, flags):
         """It has no say on an option of later versions, and resumes without it alone."""
         plain = config("--dataset", "d", "--output", "o")
@@ -197,7 +278,7 @@ class TestOptions:
     def test_the_defaults_are_the_papers(self):
         assert TrainingConfig(dataset="d", output="o").regularization() == {}
 
-    @pytest.mark.parametrize("name", ["label_smoothing"])
+    @pytest.mark.parametrize("name", ["label_smoothing", "scst_dropout", "grid_cell_dropout"])
     @pytest.mark.parametrize("value", [-0.1, 1.0, float("nan")])
     def test_shares_that_are_none(self, name, value):
         with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} must be at least 0 and less than 1"):

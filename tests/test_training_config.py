@@ -104,8 +104,10 @@ class TestRecipeOfTheOriginal:
         for name, value in read_recipe(TrainingConfig, "original").items():
             given = {"xe_batches": "images", "xe_schedule": "cosine", "scst_samples": "sample"}.get(name, "7")
             given = "0.5" if name in PROBABILITIES else given
+            given = "linear" if name == "scst_schedule" else given
             words = [given] if not isinstance(value, tuple) else ["0.5", "0.7"]
             words = [] if isinstance(value, bool) else words
+            words += ["--max-steps", "7"] if name == "scst_schedule" else []
             changed = config("--dataset", "d", "--output", "o", f"--{name.replace('_', '-')}", *words)
             assert getattr(changed, name) != getattr(TrainingConfig(dataset="d", output="o"), name)
 
@@ -117,6 +119,17 @@ class TestRecipeOfTheOriginal:
         words = ["--dataset", "d", "--output", "o", "--xe-schedule", schedule, "--xe-learning-rate", "2"]
         args = config(*words, "--warmup-steps", "1", "--xe-epochs", "3")
         rates = [learning_rate(args, "xe", 1 + step // 7, step, 7) / 2 for step in (0, 1, 11, 21)]
+        assert rates == pytest.approx(expected, abs=1e-9)
+
+    @pytest.mark.parametrize(
+        ("schedule", "expected"),
+        [("constant", [0.5, 1, 1, 1]), ("linear", [0.5, 1, 0.5, 0]), ("cosine", [0.5, 1, 0.5, 0])],
+    )
+    @pytest.mark.parametrize("end", [["--scst-epochs", "3"], ["--max-steps", "21"]], ids=["epochs", "steps"])
+    def test_schedules_of_scst(self, end, schedule, expected):
+        words = ["--dataset", "d", "--output", "o", "--scst-schedule", schedule, "--scst-learning-rate", "2"]
+        args = config(*words, "--scst-warmup-steps", "1", *end)
+        rates = [learning_rate(args, "scst", 1 + step // 7, step, 7) / 2 for step in (0, 1, 11, 21)]
         assert rates == pytest.approx(expected, abs=1e-9)
 
 
@@ -138,6 +151,8 @@ class TestConfiguration:
             ({"model": "m", "no_segmentation": True}, "--model has its own configuration"),
             ({"new_vocabulary": True}, "--new-vocabulary goes with --model"),
             ({"warmup_steps": 7}, "--warmup-steps goes with --xe-schedule constant, linear or cosine"),
+            ({"scst_schedule": "linear"}, "--scst-schedule linear has to know where it ends: give --scst-epochs or"),
+            ({"warmup_steps": -1}, "--warmup-steps must be 0 or a number above it"),
             ({"license": "Apache 2"}, "Apache 2 is no licen"),
         ],
     )

@@ -31,6 +31,7 @@ QUICK = {
 
 # All regularization that draws no random numbers, for runs that must be equal however they are cut into parts.
 REGULARIZED = ["--label-smoothing", "0.1", "--weight-decay", "0.1", "--scst-weight-decay", "0.2"]
+REGULARIZED += ["--scst-schedule", "cosine", "--scst-warmup-steps", "1"]
 
 
 def make_data(folder: Path) -> Path:

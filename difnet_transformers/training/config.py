@@ -25,6 +25,7 @@ CHOICES = {
     "stage": ["xe", "scst", "both"],
     "xe_batches": ["pairs", "images"],
     "xe_schedule": ["original", "constant", "linear", "cosine"],
+    "scst_schedule": ["constant", "linear", "cosine"],
     "scst_samples": ["beam", "sample"],
     "mixed_precision": ["no", "bf16", "fp16"],
 }
@@ -47,8 +48,8 @@ POSITIVE = (
     "scst_learning_rate",
     "max_grad_norm",
 )
-PROBABILITIES = ("label_smoothing",)
-NOT_NEGATIVE = ("weight_decay", "scst_weight_decay")
+PROBABILITIES = ("label_smoothing", "scst_dropout", "grid_cell_dropout")
+NOT_NEGATIVE = ("weight_decay", "scst_weight_decay", "warmup_steps", "scst_warmup_steps")
 
 
 @dataclass
@@ -125,7 +126,14 @@ class TrainingConfig:
         default=5, group=RECIPE, metavar="N", help="epochs without a better score that end the stage"
     )
     scst_batch_size: int = field(default=10, group=RECIPE, metavar="N", help="images")
-    scst_learning_rate: float = field(default=5e-6, group=RECIPE, metavar="X")
+    scst_learning_rate: float = field(default=5e-6, group=RECIPE, metavar="X", help="where the schedule is highest")
+    scst_schedule: str = field(
+        default="constant",
+        group=RECIPE,
+        choices=CHOICES["scst_schedule"],
+        help="linear and cosine end at 0 after --scst-epochs or --max-steps",
+    )
+    scst_warmup_steps: int = field(default=0, group=RECIPE, metavar="N", help="of each of these schedules")
     scst_adam_betas: tuple[float, float] = field(default=(0.9, 0.999), group=RECIPE, metavar="B")
     scst_epochs: int | None = field(
         default=None, group=RECIPE, metavar="N", help="at most (default: as the patience says)"
@@ -164,6 +172,12 @@ class TrainingConfig:
         help="of XE: decoupled, of matrices (AdamW); 0 is the original's Adam",
     )
     scst_weight_decay: float = field(default=0.0, group=REGULARIZATION, metavar="X", help="the same, of SCST")
+    scst_dropout: float | None = field(
+        default=None, group=REGULARIZATION, metavar="P", help="both dropouts during SCST (default: the model's)"
+    )
+    grid_cell_dropout: float = field(
+        default=0.0, group=REGULARIZATION, metavar="P", help="hide cells of training images, in both flows"
+    )
 
     mixed_precision: str | None = field(
         default=None,
@@ -216,6 +230,10 @@ class TrainingConfig:
         if self.warmup_steps and self.xe_schedule == "original":
             raise ValueError(
                 "--warmup-steps goes with --xe-schedule constant, linear or cosine; the original's has its own"
+            )
+        if self.scst_schedule != "constant" and self.scst_epochs is None and self.max_steps is None:
+            raise ValueError(
+                f"--scst-schedule {self.scst_schedule} has to know where it ends: give --scst-epochs or --max-steps"
             )
         check_license(self.license)
 

@@ -58,15 +58,17 @@ def learning_rate(config: TrainingConfig, stage: str, epoch: int, step: int, ste
         steps_per_epoch: optimizer steps of an epoch.
     """
     if stage == "scst":
-        return config.scst_learning_rate
-    if config.xe_schedule == "original":
-        return config.xe_learning_rate * original_xe_factor(epoch)
-    if step < config.warmup_steps:
-        return config.xe_learning_rate * (step + 1) / (config.warmup_steps + 1)
-    if config.xe_schedule == "constant":
-        return config.xe_learning_rate
-    last = config.xe_epochs * steps_per_epoch if config.max_steps is None else config.max_steps
-    done = min(1.0, (step - config.warmup_steps) / max(1, last - config.warmup_steps))
-    return config.xe_learning_rate * (
-        1 - done if config.xe_schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
-    )
+        rate, schedule, warmup_steps = config.scst_learning_rate, config.scst_schedule, config.scst_warmup_steps
+        epochs = config.scst_epochs
+    else:
+        rate, schedule, warmup_steps = config.xe_learning_rate, config.xe_schedule, config.warmup_steps
+        epochs = config.xe_epochs
+    if schedule == "original":
+        return rate * original_xe_factor(epoch)
+    if step < warmup_steps:
+        return rate * (step + 1) / (warmup_steps + 1)
+    if schedule == "constant":
+        return rate
+    last = config.max_steps if config.max_steps is not None else (epochs or 1) * steps_per_epoch
+    done = min(1.0, (step - warmup_steps) / max(1, last - warmup_steps))
+    return rate * (1 - done if schedule == "linear" else (1 + math.cos(math.pi * done)) / 2)

@@ -52,6 +52,7 @@ from .logging import Log
 from .losses import SequenceLogProbs, cross_entropy_loss, xe_sequences
 from .optimization import learning_rate, make_optimizer
 from .processes import StopRequest, all_or_none, end_training, make_accelerator, total
+from .regularization import hide_cells
 from .resume import check_same_data, check_same_run, options_as_json
 from .validation import caption_split, score_split, validation_loss
 
@@ -401,6 +402,7 @@ class DifnetTrainer:
         for batch in batches:
             with self.synchronised(is_last=batch is batches[-1]), self.log.timed("backward"):
                 sequences, features = xe_sequences(self.on_device(batch), self.config)
+                features = hide_cells(features, self.args.grid_cell_dropout)
                 if smoothing:
                     log_probs, means = self.scorer(sequences, with_vocabulary_mean=True, **features)
                     loss = cross_entropy_loss(log_probs, num_tokens, means, smoothing)
