@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from training_runs import (
     REGULARIZED,
@@ -18,6 +19,7 @@ from training_runs import (
 )
 
 from difnet_transformers.training import (
+    DifnetTrainer,
     SelfCriticalTrainer,
     SequenceLogProbs,
     TrainingConfig,
@@ -26,8 +28,8 @@ from difnet_transformers.training import (
     decode_for_scst,
     make_optimizer,
 )
-from difnet_transformers.training.checkpoint import Checkpoint, Progress
-from difnet_transformers.training.regularization import hide_cells, set_dropout
+from difnet_transformers.training.checkpoint import Checkpoint, Progress, copy_checkpoint, write_checksums
+from difnet_transformers.training.regularization import WeightAverage, hide_cells, set_dropout
 from difnet_transformers.training.resume import check_same_run, options_as_json
 from difnet_transformers.training.training_state import load_optimizer, optimizer_tensors
 from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration
@@ -50,6 +52,13 @@ def finished_run(data, tmp_path_factory) -> Path:
 def regularized_run(data, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("runs") / "regularized"
     assert run(*arguments(data, output), *REGULARIZED, *DRAWN) == 0
+    return output
+
+
+@pytest.fixture(scope="module")
+def averaged_run(data, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "averaged"
+    assert run(*arguments(data, output, "--stage", "xe", "--ema-decay", "0.7")) == 0
     return output
 
 
@@ -241,6 +250,114 @@ class TestHiddenCells:
         assert torch.equal(decode_for_scst(model, features), decode_for_scst(model, other))
 
 
+class TestAveragedWeights:
+    WORDS = ["--ema-decay", "0.7", "--cpu"]
+
+    def test_the_decay_rises_to_its_value(self):
+        model = small_model()
+        average, parameter = WeightAverage(model, 0.3), model.lm_head.weight
+        parameter.data.fill_(0.0)
+        average.restart()
+        expected = 0.0
+        for number, decay in enumerate([1 / 10, 2 / 11, 3 / 12, 0.3, 0.3]):
+            parameter.data.fill_(number + 1.0)
+            average.update(number)
+            expected = decay * expected + (1 - decay) * (number + 1)
+            assert average.weights["lm_head.weight"].unique().item() == pytest.approx(expected, rel=1e-6)
+
+    def test_the_model_has_them_for_a_while(self):
+        model = small_model()
+        average, before = WeightAverage(model, 0.9), model.lm_head.weight.detach().clone()
+        model.lm_head.weight.data += 1
+        with average.applied() as trained:
+            assert torch.equal(model.lm_head.weight, before)
+            assert torch.equal(trained["lm_head.weight"], before + 1)
+        assert torch.equal(model.lm_head.weight, before + 1)
+        with pytest.raises(KeyError), average.applied():
+            raise KeyError
+        assert torch.equal(model.lm_head.weight, before + 1)
+
+    def test_a_checkpoint_has_the_average_and_beside_it_what_is_trained(self, data, averaged_run, tmp_path):
+        expected: dict[str, torch.Tensor] = {}
+
+        class WatchedTrainer(DifnetTrainer):
+            def update(self, learning_rate: float) -> None:
+                weights = self.model.state_dict()
+                for name in {} if expected else weights:
+                    expected[name] = weights[name].double()
+                super().update(learning_rate)
+                decay = min(0.7, (1 + self.progress.step) / (10 + self.progress.step))
+                for name, value in self.model.state_dict().items():
+                    expected[name] = decay * expected[name] + (1 - decay) * value.double()
+
+        reset_accelerator()
+        trainer = WatchedTrainer(args=config(*arguments(data, tmp_path / "run", "--stage", "xe", *self.WORDS)))
+        trainer.train()
+        assert same_weights(tmp_path / "run" / "last", averaged_run / "last")
+        saved = load_file(averaged_run / "last" / "model.safetensors")
+        trained = load_file(averaged_run / "last" / "training_state" / "trained_weights.safetensors")
+        for name, value in saved.items():
+            torch.testing.assert_close(value, expected[name].float(), rtol=1e-4, atol=1e-6)
+            assert torch.equal(trainer.model.state_dict()[name], value), "what is in memory is what is on disk"
+        assert not torch.allclose(saved["lm_head.weight"], trained["lm_head.weight"])
+
+    def test_the_training_itself_is_as_without(self, averaged_run, finished_run):
+        trained = load_file(averaged_run / "last" / "training_state" / "trained_weights.safetensors")
+        plain = [line["loss"] for line in read_log(finished_run, "train") if line["stage"] == "xe"]
+        assert [line["loss"] for line in read_log(averaged_run, "train")] == plain
+        assert all(value.isfinite().all() for value in trained.values())
+
+    def test_what_is_saved_is_what_was_validated(self, data, averaged_run, tmp_path):
+        words = ["--stage", "scst", "--model", str(averaged_run / "best")]
+        assert run(*arguments(data, tmp_path / "run", *words, config=None, max_steps=1)) == 0
+        best = [line for line in read_log(averaged_run, "validation") if line["best"]][-1]
+        first, *_ = read_log(tmp_path / "run", "validation")
+        assert (first["cider_d"], first["loss"]) == (best["cider_d"], best["loss"])
+
+    @pytest.mark.parametrize("scores", [[0.1, 0.2, 0.3], [0.2, 0.1, 0.3]], ids=["the last", "an earlier one"])
+    def test_scst_starts_from_the_best_average(self, scores, data, tmp_path):
+        upcoming, begun = iter(scores), []
+
+        class ScriptedTrainer(SelfCriticalTrainer):
+            def validate(self) -> dict[str, float]:
+                return {"cider_d": next(upcoming)}
+
+            def start_scst(self, is_best: bool) -> None:
+                super().start_scst(is_best)
+                saved = load_file(self.args.output / "best_xe" / "model.safetensors")
+                begun.extend(torch.equal(value, saved[name]) for name, value in self.model.state_dict().items())
+                begun.extend(torch.equal(value, saved[name]) for name, value in self.average.weights.items())
+
+        reset_accelerator()
+        ScriptedTrainer(args=config(*arguments(data, tmp_path / "run", *self.WORDS))).train()
+        assert begun
+        assert all(begun)
+
+    @pytest.mark.parametrize("damage", ["missing", "nan", "shape", "name"])
+    def test_damaged_weights_are_refused(self, damage, data, averaged_run, tmp_path, capsys):
+        folder = tmp_path / "copy"
+        copy_checkpoint(averaged_run / "best", folder)
+        path = folder / "training_state" / "trained_weights.safetensors"
+        tensors = load_file(path)
+        path.unlink()
+        value = tensors.pop("lm_head.weight")
+        changed = {"nan": value.fill_(float("nan")), "shape": torch.zeros(3, 2), "name": value}
+        if damage != "missing":
+            tensors["lm_head.weights" if damage == "name" else "lm_head.weight"] = changed[damage]
+            save_file(tensors, path)
+        write_checksums(folder)
+        words = arguments(data, tmp_path / "run", "--stage", "xe", "--ema-decay", "0.7")
+        assert run(*words, "--resume", str(folder)) == 2
+        error = capsys.readouterr().err
+        assert str(path) in error
+        assert "Traceback" not in error
+
+    def test_a_run_without_an_average_is_not_resumed_with_one(self, data, finished_run, tmp_path, capsys):
+        words = arguments(data, tmp_path / "run", "--ema-decay", "0.7")
+        assert run(*words, "--resume", str(finished_run / "best_xe")) == 2
+        assert "this command says --ema-decay 0.7" in capsys.readouterr().err
+
+
 class TestRunsThatResume:
     @pytest.mark.parametrize("stop", [3, 17, 26], ids=["in the first epoch", "in the second epoch", "in SCST"])
     def test_a_stopped_run_ends_with_the_weights_of_the_whole_run(self, stop, data, regularized_run, tmp_path):
@@ -278,7 +395,7 @@ class TestOptions:
     def test_the_defaults_are_the_papers(self):
         assert TrainingConfig(dataset="d", output="o").regularization() == {}
 
-    @pytest.mark.parametrize("name", ["label_smoothing", "scst_dropout", "grid_cell_dropout"])
+    @pytest.mark.parametrize("name", ["label_smoothing", "scst_dropout", "grid_cell_dropout", "ema_decay"])
     @pytest.mark.parametrize("value", [-0.1, 1.0, float("nan")])
     def test_shares_that_are_none(self, name, value):
         with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} must be at least 0 and less than 1"):

@@ -48,7 +48,7 @@ POSITIVE = (
     "scst_learning_rate",
     "max_grad_norm",
 )
-PROBABILITIES = ("label_smoothing", "scst_dropout", "grid_cell_dropout")
+PROBABILITIES = ("label_smoothing", "scst_dropout", "grid_cell_dropout", "ema_decay")
 NOT_NEGATIVE = ("weight_decay", "scst_weight_decay", "warmup_steps", "scst_warmup_steps")
 
 
@@ -177,6 +177,12 @@ class TrainingConfig:
     )
     grid_cell_dropout: float = field(
         default=0.0, group=REGULARIZATION, metavar="P", help="hide cells of training images, in both flows"
+    )
+    ema_decay: float = field(
+        default=0.0,
+        group=REGULARIZATION,
+        metavar="X",
+        help="validate and save the moving average of the weights, of which a step keeps X; 0: the weights",
     )
 
     mixed_precision: str | None = field(

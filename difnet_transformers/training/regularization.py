@@ -1,4 +1,4 @@
-"""Regularization that acts on the network or its inputs: dropout of a stage, and hidden grid cells.
+"""Regularization that acts on the network or its inputs: averaged weights, dropout of a stage, hidden grid cells.
 
 The original (mrwu-mac/DIFNet, CVPR 2022) has one dropout for both stages and nothing else; these are off by default.
 Label smoothing is in `losses.py`, weight decay in `optimization.py`.
@@ -6,10 +6,63 @@ Label smoothing is in `losses.py`, weight decay in `optimization.py`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
 from modeling_difnet.modeling_difnet import DifnetAttention
+
+
+class WeightAverage:
+    """An exponential moving average of the weights that are trained (Polyak and Juditsky, 1992).
+
+    It starts from the weights as they are. Early averages follow the weights closely: the decay of update t, counted
+    from 0, is the lower one of `decay` and `(1 + t) / (10 + t)`, as in TensorFlow.
+
+    Args:
+        model: on its device. Every process of a run has the same weights, and so the same average.
+        decay: share of the average that an update keeps.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins anew with the weights of the model."""
+        self.weights = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+
+    @torch.no_grad()
+    def update(self, number: int) -> None:
+        """Adds the weights after an optimizer step; `number` counts the steps before it."""
+        decay = min(self.decay, (1 + number) / (10 + number))
+        for name, parameter in self.parameters.items():
+            self.weights[name].lerp_(parameter, 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[dict[str, torch.Tensor]]:
+        """The model has the averages while the block runs, which must not train it; no tensor is copied.
+
+        Yields:
+            The weights that are trained, by name.
+        """
+        trained = {name: parameter.data for name, parameter in self.parameters.items()}
+        try:
+            for name, parameter in self.parameters.items():
+                parameter.data = self.weights[name]
+            yield trained
+        finally:
+            for name, parameter in self.parameters.items():
+                parameter.data = trained[name]
+
+    @torch.no_grad()
+    def copy_to_model(self) -> None:
+        """The averages become the weights of the model."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self.weights[name])
 
 
 def set_dropout(model: nn.Module, probability: float) -> None:

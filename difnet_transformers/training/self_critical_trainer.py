@@ -140,11 +140,15 @@ class SelfCriticalTrainer(DifnetTrainer):
             super().finish_stage(is_best)
 
     def start_scst(self, is_best: bool) -> None:
-        """From the best XE weights, with a fresh optimizer; they stay on disk as `best_xe`."""
+        """From the best XE weights, averaged or not, with a fresh optimizer; they stay on disk as `best_xe`."""
         if not is_best:
             all_or_none(self.accelerator, self.keep_best_xe)
             best = all_or_none(self.accelerator, lambda: load_model(self.args.output / "best_xe"))
             self.model.load_state_dict(best.state_dict())
+        elif self.average is not None:
+            self.average.copy_to_model()
+        if self.average is not None:
+            self.average.restart()
         self.set_scst_dropout()
         self.optimizer = self.make_optimizer()
         self.save(("best", "best_xe") if is_best else ())

@@ -52,7 +52,7 @@ from .logging import Log
 from .losses import SequenceLogProbs, cross_entropy_loss, xe_sequences
 from .optimization import learning_rate, make_optimizer
 from .processes import StopRequest, all_or_none, end_training, make_accelerator, total
-from .regularization import hide_cells
+from .regularization import WeightAverage, hide_cells
 from .resume import check_same_data, check_same_run, options_as_json
 from .validation import caption_split, score_split, validation_loss
 
@@ -81,7 +81,7 @@ class DifnetTrainer:
         processing_class: the processor of `model`, which needs it.
 
     Attributes:
-        model: the network that is trained.
+        model: the network that is trained; after `train` its weights are those of the checkpoint `last`.
         progress: where the run stands.
 
     Raises:
@@ -122,6 +122,7 @@ class DifnetTrainer:
         self.stop_request = StopRequest()
         self.held = ExitStack()
         self.checkpoint: Checkpoint | None = None
+        self.average: WeightAverage | None = None
 
     def train(self) -> Progress:
         """Trains to the end of the last stage, or resumes as `args.resume` says.
@@ -140,6 +141,8 @@ class DifnetTrainer:
                 settings = {name: str(value) for name, value in vars(self.args).items()}
                 self.accelerator.init_trackers("difnet", settings)
                 finished = self.run_stages()
+                if finished and self.average is not None:
+                    self.average.copy_to_model()
                 end_training(self.accelerator)
         finally:
             self.close()
@@ -238,8 +241,11 @@ class DifnetTrainer:
         if checkpoint is not None:
             self.progress = checkpoint.progress
         self.optimizer = self.make_optimizer()
+        if args.ema_decay:
+            self.average = WeightAverage(self.model, args.ema_decay)  # of a checkpoint, whose model has the averages
         if checkpoint is not None and resumed is not None:
-            all_or_none(accelerator, lambda: load_state(accelerator, resumed, checkpoint, self.model, self.optimizer))
+            state = (accelerator, resumed, checkpoint, self.model, self.optimizer, self.average is not None)
+            all_or_none(accelerator, lambda: load_state(*state))
         all_or_none(accelerator, self.check_batches)
         for note in notes:
             accelerator.print(f"resuming: {note}", file=sys.stderr)
@@ -427,6 +433,8 @@ class DifnetTrainer:
         self.optimizer.zero_grad()
         if not self.optimizer.step_was_skipped:  # fp16, where the scale was too high
             self.log.add(gradient_norm=norm)
+            if self.average is not None:
+                self.average.update(self.progress.step)
         self.log.steps += 1
 
     # Validation, and what follows from it
@@ -468,7 +476,7 @@ class DifnetTrainer:
     def validate(self) -> dict[str, float]:
         """Loss and scores on the validation split, decoded as the original does: five beams, 20 tokens."""
         self.model.eval()
-        with self.accelerator.autocast():
+        with self.averaged(), self.accelerator.autocast():
             loss = validation_loss(self.model, self.validation_pairs, self.accelerator)
             captioned = caption_split(
                 self.model,
@@ -483,22 +491,28 @@ class DifnetTrainer:
         self.model.train()
         return {"loss": loss, **score_split(captioned)}
 
+    def averaged(self) -> AbstractContextManager[dict[str, torch.Tensor] | None]:
+        """The model has its averaged weights, if there are any; the context is those that are trained."""
+        return nullcontext() if self.average is None else self.average.applied()
+
     # Checkpoints
 
     def save(self, also_as: Sequence[str] = ()) -> None:
         """Writes the checkpoint `last`, and the same under other names."""
         self.log.check_finite()
-        save_checkpoint(
-            self.accelerator,
-            self.args.output,
-            self.progress,
-            options_as_json(self.args),
-            self.fingerprints,
-            self.model,
-            self.optimizer,
-            self.write_model,
-            also_as,
-        )
+        with self.averaged() as trained_weights:
+            save_checkpoint(
+                self.accelerator,
+                self.args.output,
+                self.progress,
+                options_as_json(self.args),
+                self.fingerprints,
+                self.model,
+                self.optimizer,
+                self.write_model,
+                also_as,
+                trained_weights,
+            )
 
     def write_model(self, folder: Path) -> None:
         """A complete folder for `from_pretrained`."""

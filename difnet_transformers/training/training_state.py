@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of random numbers and of the optimizer, as tensors: no pickle."""
+"""What a checkpoint keeps of random numbers, weights and the optimizer, as tensors: no pickle."""
 
 from __future__ import annotations
 
@@ -52,6 +52,30 @@ def set_random_states(states: dict[str, torch.Tensor]) -> None:
         raise TypeError(str(error)) from error
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
+
+
+# Weights
+
+
+@torch.no_grad()
+def load_trained_weights(model: nn.Module, tensors: dict[str, torch.Tensor], source: Path) -> None:
+    """Gives the parameters that are trained the values of a checkpoint.
+
+    Args:
+        model: whose frozen parameters stay.
+        tensors: by the names of the parameters.
+        source: the file that they come from, for messages.
+
+    Raises:
+        ValueError: the tensors are those of another model, or no numbers.
+    """
+    parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
+    for name in sorted(parameters.keys() | tensors.keys()):
+        if name not in parameters or name not in tensors or parameters[name].shape != tensors[name].shape:
+            raise ValueError(f"{source} does not fit the model: {printable(name)}. Resume from another one.")
+        if not tensors[name].isfinite().all():
+            raise ValueError(f"{source} is damaged: {name} holds NaN or infinity. Resume from another one.")
+        parameters[name].copy_(tensors[name])
 
 
 # The optimizer
