@@ -582,12 +582,14 @@ def vocabulary_log_probs(
     sequences: torch.LongTensor,
     grid_features: torch.Tensor | None = None,
     segmentation_features: torch.Tensor | None = None,
+    decoder_input_ids: torch.Tensor | None = None,
     **model_kwargs,
 ) -> tuple[torch.Tensor, torch.BoolTensor]:
     r"""Log-probabilities of all words of the vocabulary at each token of given captions, teacher-forced.
 
     Args:
         model, sequences, grid_features, segmentation_features, model_kwargs: as those of `sequence_log_probs`.
+        decoder_input_ids (`(B * K, L - 1)`): what the decoder reads, by default the captions themselves.
 
     Returns:
         The log-probabilities `(tokens, V)` of all captions' tokens, one caption's after another, and where these
@@ -597,7 +599,7 @@ def vocabulary_log_probs(
     states = model.model(
         grid_features,
         segmentation_features,
-        decoder_input_ids=flat[:, :-1],
+        decoder_input_ids=flat[:, :-1] if decoder_input_ids is None else decoder_input_ids,
         use_cache=False,
         return_dict=True,
         **model_kwargs,
@@ -625,7 +627,8 @@ def sequence_log_probs(
         sequences (`(B, K, L)` or `(B * K, L)`): K captions of each image, one image's after another: `<bos> w1 ..
             wn <eos> <pad> ..`, as `generate` returns them.
         grid_features (`(B, N, 2048)`), segmentation_features (`(B, 133, H, W)`): the images; or `encoder_outputs=`.
-        model_kwargs: further arguments of the model's `forward`, such as `grid_attention_mask`.
+        model_kwargs: further arguments of the model's `forward`, such as `grid_attention_mask`; with
+            `decoder_input_ids` `(B * K, L - 1)` the decoder reads these in the place of the captions.
 
     Returns:
         `(B, K, L - 1)` or `(B * K, L - 1)`: entry `t` belongs to token `t + 1`; 0 at `<pad>`.

@@ -29,13 +29,20 @@ from difnet_transformers.training import (
     make_optimizer,
 )
 from difnet_transformers.training.checkpoint import Checkpoint, Progress, copy_checkpoint, write_checksums
-from difnet_transformers.training.regularization import WeightAverage, hide_cells, set_dropout
+from difnet_transformers.training.losses import scheduled_inputs
+from difnet_transformers.training.regularization import (
+    WeightAverage,
+    freeze_parameters,
+    hide_cells,
+    sampling_probability,
+    set_dropout,
+)
 from difnet_transformers.training.resume import check_same_run, options_as_json
 from difnet_transformers.training.training_state import load_optimizer, optimizer_tensors
 from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration
 
 # Regularization that draws random numbers.
-DRAWN = ["--scst-dropout", "0.3", "--grid-cell-dropout", "0.2"]
+DRAWN = ["--scst-dropout", "0.3", "--grid-cell-dropout", "0.2", "--scheduled-sampling", "0.5"]
 
 
 @pytest.fixture(scope="module")
@@ -358,6 +365,94 @@ class TestAveragedWeights:
         assert "this command says --ema-decay 0.7" in capsys.readouterr().err
 
 
+class TestFrozenParts:
+    def test_modules_and_parameters_by_name(self):
+        model = small_model()
+        freeze_parameters(model, ["model.encoder.layers.1", "lm_head.weight"])
+        for name, parameter in model.named_parameters():
+            frozen = name.startswith("model.encoder.layers.1.") or name == "lm_head.weight"
+            assert parameter.requires_grad != frozen, name
+
+    def test_tied_weights_have_both_names(self):
+        model = small_model(tie_word_embeddings=True)
+        freeze_parameters(model, ["lm_head"])
+        assert not model.model.decoder.embed_tokens.weight.requires_grad
+
+    @pytest.mark.parametrize("name", ["model.encodr", "model.encoder.layers.11", "model.encoder.lay", "x", ""])
+    def test_names_that_match_nothing(self, name, data, tmp_path, capsys):
+        assert run(*arguments(data, tmp_path / "run", "--freeze", "model.encoder", name)) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert f"--freeze {name}: the model has no such part; near it: " in error
+        assert "Traceback" not in error
+
+    def test_something_has_to_be_trained(self):
+        with pytest.raises(ValueError, match="--freeze model lm_head: nothing is left that could be trained"):
+            freeze_parameters(small_model(), ["model", "lm_head"])
+
+    def test_frozen_weights_stay_and_others_move(self, data, tmp_path):
+        output, frozen = tmp_path / "run", ("model.encoder.grid_embedding.", "model.decoder.layers.0.self_attn.")
+        words = arguments(data, output, "--weight-decay", "0.5", max_steps=1, xe_epochs=1)
+        reset_accelerator()
+        trainer = SelfCriticalTrainer(args=config(*words, "--freeze", *(name[:-1] for name in frozen), "--cpu"))
+        trainer.set_up()
+        fresh = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+        trainer.close()
+        assert run(*words, "--freeze", *(name[:-1] for name in frozen)) == 0
+        before = fresh
+        for checkpoint in ("best_xe", "last"):
+            after = load_file(output / checkpoint / "model.safetensors")
+            for name, value in after.items():
+                stays = name.startswith(frozen) or "embed_positions" in name
+                assert torch.equal(value, before[name]) == stays, (checkpoint, name)
+            before = after
+        state = load_file(output / "last" / "training_state" / "optimizer.safetensors")
+        assert not any(name.startswith(frozen) for name in state)
+
+
+class TestScheduledSampling:
+    SEQUENCES = torch.tensor([[[2, 7, 9, 11, 3, 1], [2, 8, 3, 1, 1, 1]]] * 100)
+
+    def images(self) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        return {"grid_features": torch.rand(100, 4, 4)}
+
+    def test_words_are_replaced_and_nothing_else(self):
+        inputs = scheduled_inputs(small_model().eval(), self.SEQUENCES, self.images(), 0.3)
+        captions = self.SEQUENCES[..., :-1].flatten(0, 1)
+        is_word = captions > 3
+        assert torch.equal(inputs[~is_word], captions[~is_word])
+        assert not torch.isin(inputs[is_word], torch.tensor([1, 2, 3])).any()
+        # A word may be replaced by itself: one time in fifty.
+        assert (inputs != captions)[is_word].float().mean().item() == pytest.approx(0.3, abs=0.08)
+
+    def test_replaced_words_are_the_models_own(self):
+        """A network that is sure of itself leaves nothing to chance."""
+        model, images = small_model().eval(), self.images()
+        model.lm_head.weight.data *= 1e4
+        inputs = scheduled_inputs(model, self.SEQUENCES, images, 1.0)
+        captions = self.SEQUENCES.flatten(0, 1)
+        logits = model(**images, decoder_input_ids=captions[:, :-1]).logits
+        logits[..., [1, 2, 3]] = -torch.inf
+        expected = torch.where(captions[:, 1:-1] > 3, logits.argmax(-1)[:, :-1], captions[:, 1:-1])
+        assert torch.equal(inputs[:, 1:], expected)
+
+    def test_targets_stay(self):
+        scorer, images = SequenceLogProbs(small_model().eval()), self.images()
+        plain = scorer(self.SEQUENCES, **images)
+        captions = self.SEQUENCES[..., :-1].flatten(0, 1)
+        assert torch.equal(scorer(self.SEQUENCES, **images, decoder_input_ids=captions), plain)
+        inputs = scheduled_inputs(scorer.model, self.SEQUENCES, images, 1.0)
+        mixed = scorer(self.SEQUENCES, **images, decoder_input_ids=inputs)
+        assert torch.equal(mixed == 0, plain == 0)
+        torch.testing.assert_close(mixed[..., 0], plain[..., 0])
+        assert not torch.allclose(mixed[:, 0, 1], plain[:, 0, 1])
+
+    def test_the_probability_rises(self):
+        assert [sampling_probability(0.3, epoch, 4) for epoch in (1, 2, 3, 4)] == pytest.approx([0, 0.1, 0.2, 0.3])
+        assert sampling_probability(0.3, 1, 1) == 0
+        assert sampling_probability(0.0, 3, 4) == 0
+
+
 class TestRunsThatResume:
     @pytest.mark.parametrize("stop", [3, 17, 26], ids=["in the first epoch", "in the second epoch", "in SCST"])
     def test_a_stopped_run_ends_with_the_weights_of_the_whole_run(self, stop, data, regularized_run, tmp_path):
@@ -378,7 +473,9 @@ class TestRunsThatResume:
         for name in ("last", "best", "best_xe"):
             assert same_weights(tmp_path / "run" / name, regularized_run / name), name
 
-    @pytest.mark.parametrize("flags", [REGULARIZED[:2], REGULARIZED[2:4], DRAWN[2:]], ids=lambda flags: flags[0])
+    @pytest.mark.parametrize(
+        "flags", [REGULARIZED[:2], REGULARIZED[2:4], DRAWN[2:4], ["--freeze", "a", "b"]], ids=lambda flags: flags[0]
+    )
     def test_an_option_that_an_older_checkpoint_lacks_was_off(self, flags):
         """It has no say on an option of later versions, and resumes without it alone."""
         plain = config("--dataset", "d", "--output", "o")
@@ -395,7 +492,9 @@ class TestOptions:
     def test_the_defaults_are_the_papers(self):
         assert TrainingConfig(dataset="d", output="o").regularization() == {}
 
-    @pytest.mark.parametrize("name", ["label_smoothing", "scst_dropout", "grid_cell_dropout", "ema_decay"])
+    @pytest.mark.parametrize(
+        "name", ["label_smoothing", "scheduled_sampling", "scst_dropout", "grid_cell_dropout", "ema_decay"]
+    )
     @pytest.mark.parametrize("value", [-0.1, 1.0, float("nan")])
     def test_shares_that_are_none(self, name, value):
         with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} must be at least 0 and less than 1"):

@@ -21,10 +21,18 @@ RECIPE = "the recipe; the defaults are the paper's"
 REGULARIZATION = "regularization; the paper has dropout alone"
 MACHINE = "the machine"
 
+# Those of `transformers.SchedulerType` that go by the optimizer step alone and are not among ours.
+TRANSFORMERS_SCHEDULES = (
+    "polynomial",
+    "inverse_sqrt",
+    "cosine_with_restarts",
+    "cosine_with_min_lr",
+    "warmup_stable_decay",
+)
 CHOICES = {
     "stage": ["xe", "scst", "both"],
     "xe_batches": ["pairs", "images"],
-    "xe_schedule": ["original", "constant", "linear", "cosine"],
+    "xe_schedule": ["original", "constant", "linear", "cosine", *TRANSFORMERS_SCHEDULES],
     "scst_schedule": ["constant", "linear", "cosine"],
     "scst_samples": ["beam", "sample"],
     "mixed_precision": ["no", "bf16", "fp16"],
@@ -48,7 +56,7 @@ POSITIVE = (
     "scst_learning_rate",
     "max_grad_norm",
 )
-PROBABILITIES = ("label_smoothing", "scst_dropout", "grid_cell_dropout", "ema_decay")
+PROBABILITIES = ("label_smoothing", "scheduled_sampling", "scst_dropout", "grid_cell_dropout", "ema_decay")
 NOT_NEGATIVE = ("weight_decay", "scst_weight_decay", "warmup_steps", "scst_warmup_steps")
 
 
@@ -102,6 +110,12 @@ class TrainingConfig:
     new_vocabulary: bool = field(
         default=False, group=MODEL, help="give --model other words; those it knows keep their weights"
     )
+    freeze: list[str] = field(
+        default_factory=list,
+        group=MODEL,
+        metavar="NAME",
+        help="parts that keep their weights in both stages, such as model.encoder (default: none)",
+    )
 
     xe_batches: str = field(
         default="pairs",
@@ -117,7 +131,13 @@ class TrainingConfig:
         default="original",
         group=RECIPE,
         choices=CHOICES["xe_schedule"],
-        help="original: by epoch",
+        help="original: by epoch; the longer names are those of Transformers",
+    )
+    xe_schedule_options: list[str] = field(
+        default_factory=list,
+        group=RECIPE,
+        metavar="NAME=X",
+        help="arguments of a schedule of Transformers, such as power=2 or num_cycles=3",
     )
     warmup_steps: int = field(default=0, group=RECIPE, metavar="N", help="of the other schedules")
     xe_adam_betas: tuple[float, float] = field(default=(0.9, 0.98), group=RECIPE, metavar="B")
@@ -164,6 +184,13 @@ class TrainingConfig:
         group=REGULARIZATION,
         metavar="P",
         help="of XE: share of each target that is spread over the vocabulary; the log has the plain cross-entropy too",
+    )
+    scheduled_sampling: float = field(
+        default=0.0,
+        group=REGULARIZATION,
+        metavar="P",
+        help="of XE: the decoder reads words that it predicts in the place of the caption's; from 0 in the first "
+        "epoch to P in the last of --xe-epochs",
     )
     weight_decay: float = field(
         default=0.0,
@@ -235,13 +262,35 @@ class TrainingConfig:
             raise ValueError("--new-vocabulary goes with --model")
         if self.warmup_steps and self.xe_schedule == "original":
             raise ValueError(
-                "--warmup-steps goes with --xe-schedule constant, linear or cosine; the original's has its own"
+                "--warmup-steps goes with --xe-schedule constant, linear or cosine, or one of Transformers; the "
+                "original's has its own"
             )
+        if self.xe_schedule_options and self.xe_schedule not in TRANSFORMERS_SCHEDULES:
+            raise ValueError(
+                f"--xe-schedule-options go with --xe-schedule {', '.join(TRANSFORMERS_SCHEDULES)}; {self.xe_schedule} "
+                "has none"
+            )
+        self.schedule_options()
         if self.scst_schedule != "constant" and self.scst_epochs is None and self.max_steps is None:
             raise ValueError(
                 f"--scst-schedule {self.scst_schedule} has to know where it ends: give --scst-epochs or --max-steps"
             )
         check_license(self.license)
+
+    def schedule_options(self) -> tuple[tuple[str, float], ...]:
+        """The arguments of the XE schedule, with their names.
+
+        Raises:
+            ValueError: one is no number, or has no name.
+        """
+        found: dict[str, float] = {}
+        for word in self.xe_schedule_options:
+            name, _, text = word.partition("=")
+            try:
+                found[name] = int(text) if text.isdecimal() else float(text)
+            except ValueError:
+                raise ValueError(f"--xe-schedule-options {word}: write NAME=NUMBER, such as power=2") from None
+        return tuple(found.items())
 
     def regularization(self) -> dict[str, Any]:
         """The options of regularization that are not as in the paper, by name."""

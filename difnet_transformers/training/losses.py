@@ -117,6 +117,39 @@ def cross_entropy_loss(
 
 
 @torch.no_grad()
+def scheduled_inputs(
+    model: DifnetForConditionalGeneration,
+    sequences: torch.LongTensor,
+    features: dict[str, torch.Tensor],
+    probability: float,
+) -> torch.Tensor:
+    """What the decoder reads under scheduled sampling: captions some of whose words are the model's own.
+
+    Bengio et al., NeurIPS 2015, for a decoder that sees all positions at once (Mihaylova and Martins, ACL 2019): a
+    first pass over the captions predicts each word, a second one reads the mixture. The original has none.
+
+    Args:
+        model: the network; dropout is as its mode says.
+        sequences: captions (B, K, L) that begin with `<bos>`.
+        features: of B images, by the names of `forward`.
+        probability: of each word to be replaced by one that is drawn from the model's distribution.
+
+    Returns:
+        `decoder_input_ids` (B * K, L - 1).
+    """
+    config = model.config
+    special = torch.tensor([config.pad_token_id, config.bos_token_id, config.eos_token_id], device=sequences.device)
+    inputs = sequences[..., :-1].flatten(0, -2)  # (B * K, L - 1)
+    vocabulary, is_token = vocabulary_log_probs(model, sequences, **features)  # (tokens, V), (B * K, L - 1)
+    words = vocabulary.index_fill(1, special, -torch.inf).softmax(-1)
+    predicted = inputs.masked_scatter(is_token, torch.multinomial(words, 1))
+    # What is predicted at one position is read at the next.
+    is_word = ~torch.isin(inputs[:, 1:], special)
+    is_replaced = is_word & (torch.rand(is_word.shape, device=inputs.device) < probability)
+    return torch.cat([inputs[:, :1], torch.where(is_replaced, predicted[:, :-1], inputs[:, 1:])], dim=1)
+
+
+@torch.no_grad()
 def decode_for_scst(
     model: DifnetForConditionalGeneration,
     features: dict[str, torch.Tensor],

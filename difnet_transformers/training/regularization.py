@@ -1,18 +1,21 @@
-"""Regularization that acts on the network or its inputs: averaged weights, dropout of a stage, hidden grid cells.
+"""Regularization that acts on the network or its inputs: averaged and frozen weights, dropout, hidden grid cells.
 
 The original (mrwu-mac/DIFNet, CVPR 2022) has one dropout for both stages and nothing else; these are off by default.
-Label smoothing is in `losses.py`, weight decay in `optimization.py`.
+Label smoothing and scheduled sampling are in `losses.py`, weight decay in `optimization.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from modeling_difnet.modeling_difnet import DifnetAttention
+
+from ..files import printable
 
 
 class WeightAverage:
@@ -63,6 +66,34 @@ class WeightAverage:
         """The averages become the weights of the model."""
         for name, parameter in self.parameters.items():
             parameter.copy_(self.weights[name])
+
+
+def freeze_parameters(model: nn.Module, names: Sequence[str]) -> None:
+    """Keeps parameters as they are: those with these names, and those of modules with these names.
+
+    Args:
+        model: the network.
+        names: such as `model.encoder`, `model.decoder.layers.0` or `lm_head.weight`.
+
+    Raises:
+        ValueError: there is none of such a name, or none that would still be trained.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name in names:
+        matched = [each for key, each in parameters.items() if key == name or key.startswith(f"{name}.")]
+        if not matched:
+            modules = [key for key, module in model.named_modules() if key and any(True for _ in module.parameters())]
+            nearest = difflib.get_close_matches(name, [*modules, *parameters], 3, cutoff=0.0)
+            raise ValueError(f"--freeze {printable(name)}: the model has no such part; near it: {', '.join(nearest)}")
+        for parameter in matched:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        raise ValueError(f"--freeze {' '.join(map(printable, names))}: nothing is left that could be trained")
+
+
+def sampling_probability(highest: float, epoch: int, epochs: int) -> float:
+    """The probability of scheduled sampling in an epoch (from 1): from 0 in the first to `highest` in the last."""
+    return highest * min(1.0, (epoch - 1) / max(1, epochs - 1))
 
 
 def set_dropout(model: nn.Module, probability: float) -> None:

@@ -49,10 +49,10 @@ from .config import TrainingConfig
 from .data_checks import check_data, open_split
 from .initial_model import load_checkpoint, make_model
 from .logging import Log
-from .losses import SequenceLogProbs, cross_entropy_loss, xe_sequences
+from .losses import SequenceLogProbs, cross_entropy_loss, scheduled_inputs, xe_sequences
 from .optimization import learning_rate, make_optimizer
 from .processes import StopRequest, all_or_none, end_training, make_accelerator, total
-from .regularization import WeightAverage, hide_cells
+from .regularization import WeightAverage, freeze_parameters, hide_cells, sampling_probability
 from .resume import check_same_data, check_same_run, options_as_json
 from .validation import caption_split, score_split, validation_loss
 
@@ -198,6 +198,8 @@ class DifnetTrainer:
         )
         set_seed(args.seed)
         self.model, self.processor = self.load_model(resumed)
+        if args.freeze:
+            freeze_parameters(self.model, args.freeze)
         self.tokenizer = self.processor.tokenizer
         self.config = self.model.config
         for images in (self.train_images, self.validation_images):
@@ -329,7 +331,9 @@ class DifnetTrainer:
     def check_batches(self) -> None:
         """Every stage that is to come must have a batch for every process."""
         if self.progress.stage != "done":
-            self.remaining_batches()
+            batches = self.remaining_batches()
+            steps_per_epoch = math.ceil(len(batches) / self.args.gradient_accumulation_steps)
+            learning_rate(self.args, "xe", 1, self.args.warmup_steps, steps_per_epoch)  # refuses options that it lacks
             _ = self.validation_pairs  # a caption that is too long is found now, not after the first epoch
 
     def check_number(self, batches: Batches, stage: str) -> None:
@@ -405,10 +409,14 @@ class DifnetTrainer:
         """Gradients of the XE loss, over the batches of one optimizer step."""
         num_tokens = total(self.accelerator, sum(int((batch["labels"] != -100).sum()) for batch in batches))
         smoothing = self.args.label_smoothing
+        sampling = sampling_probability(self.args.scheduled_sampling, self.progress.epoch, self.args.xe_epochs)
         for batch in batches:
             with self.synchronised(is_last=batch is batches[-1]), self.log.timed("backward"):
                 sequences, features = xe_sequences(self.on_device(batch), self.config)
                 features = hide_cells(features, self.args.grid_cell_dropout)
+                if sampling:
+                    with self.accelerator.autocast():
+                        features["decoder_input_ids"] = scheduled_inputs(self.model, sequences, features, sampling)
                 if smoothing:
                     log_probs, means = self.scorer(sequences, with_vocabulary_mean=True, **features)
                     loss = cross_entropy_loss(log_probs, num_tokens, means, smoothing)
