@@ -577,6 +577,39 @@ class DifnetGenerationMixin(GenerationMixin):
 # Log-probabilities of given captions
 
 
+def vocabulary_log_probs(
+    model: "DifnetForConditionalGeneration",
+    sequences: torch.LongTensor,
+    grid_features: torch.Tensor | None = None,
+    segmentation_features: torch.Tensor | None = None,
+    decoder_input_ids: torch.Tensor | None = None,
+    **model_kwargs,
+) -> tuple[torch.Tensor, torch.BoolTensor]:
+    r"""Log-probabilities of all words of the vocabulary at each token of given captions, teacher-forced.
+
+    Args:
+        model, sequences, grid_features, segmentation_features, model_kwargs: as those of `sequence_log_probs`.
+        decoder_input_ids (`(B * K, L - 1)`): what the decoder reads, by default the captions themselves.
+
+    Returns:
+        The log-probabilities `(tokens, V)` of all captions' tokens, one caption's after another, and where these
+        tokens stand, `(B * K, L - 1)`. Padding is not projected.
+    """
+    flat = sequences.reshape(-1, sequences.shape[-1])  # (B * K, L)
+    states = model.model(
+        grid_features,
+        segmentation_features,
+        decoder_input_ids=flat[:, :-1] if decoder_input_ids is None else decoder_input_ids,
+        use_cache=False,
+        return_dict=True,
+        **model_kwargs,
+    ).last_hidden_state  # (B * K, L - 1, d_model)
+    is_token = flat[:, 1:] != model.config.pad_token_id
+    logits = model.lm_head(states[is_token])  # (tokens, V)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return nn.functional.log_softmax(logits, dim=-1), is_token
+
+
 def sequence_log_probs(
     model: "DifnetForConditionalGeneration",
     sequences: torch.LongTensor,
@@ -594,7 +627,8 @@ def sequence_log_probs(
         sequences (`(B, K, L)` or `(B * K, L)`): K captions of each image, one image's after another: `<bos> w1 ..
             wn <eos> <pad> ..`, as `generate` returns them.
         grid_features (`(B, N, 2048)`), segmentation_features (`(B, 133, H, W)`): the images; or `encoder_outputs=`.
-        model_kwargs: further arguments of the model's `forward`, such as `grid_attention_mask`.
+        model_kwargs: further arguments of the model's `forward`, such as `grid_attention_mask`; with
+            `decoder_input_ids` `(B * K, L - 1)` the decoder reads these in the place of the captions.
 
     Returns:
         `(B, K, L - 1)` or `(B * K, L - 1)`: entry `t` belongs to token `t + 1`; 0 at `<pad>`.
@@ -602,19 +636,10 @@ def sequence_log_probs(
     Raises:
         ValueError: as the model's `forward`.
     """
-    flat = sequences.reshape(-1, sequences.shape[-1])  # (B * K, L)
-    targets = flat[:, 1:]
-    states = model.model(
-        grid_features,
-        segmentation_features,
-        decoder_input_ids=flat[:, :-1],
-        use_cache=False,
-        return_dict=True,
-        **model_kwargs,
-    ).last_hidden_state  # (B * K, L - 1, d_model)
-    is_token = targets != model.config.pad_token_id
-    logits = model.lm_head(states[is_token])  # (tokens, V): padding is not projected
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    log_probs = logits.new_zeros(targets.shape)  # (B * K, L - 1)
-    log_probs[is_token] = -nn.functional.cross_entropy(logits, targets[is_token], reduction="none")
+    vocabulary, is_token = vocabulary_log_probs(
+        model, sequences, grid_features, segmentation_features, **model_kwargs
+    )  # (tokens, V), (B * K, L - 1)
+    targets = sequences[..., 1:].reshape(is_token.shape)
+    log_probs = vocabulary.new_zeros(targets.shape)  # (B * K, L - 1)
+    log_probs[is_token] = -nn.functional.nll_loss(vocabulary, targets[is_token], reduction="none")
     return log_probs.view(*sequences.shape[:-1], -1)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tiny_packed import write_packed
 from torch import nn
 from training_runs import (
+    REGULARIZED,
     REPOSITORY,
     SCRIPT,
     arguments,
@@ -141,28 +142,35 @@ for folder in sys.argv[1:]:
         config = json.loads((output / "best" / "config.json").read_text())
         assert config["use_segmentation"] == ("--no-segmentation" not in flags)
 
-    def test_accumulated_batches_equal_a_large_one(self, data, tmp_path):
+    @pytest.mark.parametrize("flags", [[], REGULARIZED], ids=["the paper's", "regularized"])
+    def test_accumulated_batches_equal_a_large_one(self, flags, data, tmp_path):
         for name, size, accumulated in (("large", 12, 1), ("accumulated", 4, 3)):
-            words = arguments(data, tmp_path / name, "--dropout", "0", xe_batch_size=size, scst_batch_size=size)
+            sizes = {"xe_batch_size": size, "scst_batch_size": size}
+            words = arguments(data, tmp_path / name, "--dropout", "0", *flags, **sizes)
             assert run(*words, "--gradient-accumulation-steps", str(accumulated)) == 0
         large, accumulated = (read_log(tmp_path / name) for name in ("large", "accumulated"))
         assert [line["step"] for line in large] == [line["step"] for line in accumulated]
         # A self-critical loss is a difference of terms near 1, which may cancel: float32 knows it to 1e-7.
         losses = pytest.approx([line["loss"] for line in accumulated], rel=1e-5, abs=1e-7)
         assert [line["loss"] for line in large] == losses
+        plain = [[line["cross_entropy"] for line in log if "cross_entropy" in line] for log in (large, accumulated)]
+        assert plain[0] == pytest.approx(plain[1], rel=1e-5)
+        assert bool(plain[0]) == ("--label-smoothing" in flags)
 
-    def test_two_processes_equal_one(self, data, tmp_path):
+    @pytest.mark.parametrize("flags", [[], REGULARIZED], ids=["the paper's", "regularized"])
+    def test_two_processes_equal_one(self, flags, data, tmp_path):
         """Half the batch each, in both stages; every image of the validation split is captioned once."""
-        words = arguments(data, tmp_path / "two", "--dropout", "0", xe_batch_size=5, scst_batch_size=5)
+        words = arguments(data, tmp_path / "two", "--dropout", "0", *flags, xe_batch_size=5, scst_batch_size=5)
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(SCRIPT), *words]
         environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "MASTER_PORT": "0"}
         result = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert result.returncode == 0, result.stderr[-2000:]
-        assert run(*arguments(data, tmp_path / "one", "--dropout", "0", scst_batch_size=10)) == 0
+        assert run(*arguments(data, tmp_path / "one", "--dropout", "0", *flags, scst_batch_size=10)) == 0
         one, two = read_log(tmp_path / "one"), read_log(tmp_path / "two")
         assert len(one) == len(two)
         for first, second in zip(one, two, strict=True):
             assert second["loss"] == pytest.approx(first["loss"], rel=1e-5, abs=1e-5)
+            assert second.get("cross_entropy", 0) == pytest.approx(first.get("cross_entropy", 0), rel=1e-5)
             if first["event"] == "validation":
                 assert second["cider_d"] == pytest.approx(first["cider_d"], abs=1e-9)
             elif first["stage"] == "scst":

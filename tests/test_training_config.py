@@ -1,8 +1,10 @@
 """`TrainingConfig` and recipes: the paper's numbers, and files that repeat a run."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 from training_runs import (
     arguments,
     config,
@@ -12,6 +14,7 @@ from training_runs import (
     run,
     same_weights,
 )
+from transformers import get_scheduler
 
 from difnet_transformers.cli import train
 from difnet_transformers.options import bundled_recipes, read_recipe
@@ -20,6 +23,7 @@ from difnet_transformers.training import (
     TrainingConfig,
     learning_rate,
 )
+from difnet_transformers.training.config import PROBABILITIES
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +106,14 @@ class TestRecipeOfTheOriginal:
     def test_every_value_can_be_changed(self):
         for name, value in read_recipe(TrainingConfig, "original").items():
             given = {"xe_batches": "images", "xe_schedule": "cosine", "scst_samples": "sample"}.get(name, "7")
+            given = "0.5" if name in PROBABILITIES else given
+            given = {"scst_schedule": "linear", "xe_schedule_options": "power=2"}.get(name, given)
             words = [given] if not isinstance(value, tuple) else ["0.5", "0.7"]
             words = [] if isinstance(value, bool) else words
+            words += {
+                "scst_schedule": ["--max-steps", "7"],
+                "xe_schedule_options": ["--xe-schedule", "polynomial"],
+            }.get(name, [])
             changed = config("--dataset", "d", "--output", "o", f"--{name.replace('_', '-')}", *words)
             assert getattr(changed, name) != getattr(TrainingConfig(dataset="d", output="o"), name)
 
@@ -115,6 +125,59 @@ class TestRecipeOfTheOriginal:
         words = ["--dataset", "d", "--output", "o", "--xe-schedule", schedule, "--xe-learning-rate", "2"]
         args = config(*words, "--warmup-steps", "1", "--xe-epochs", "3")
         rates = [learning_rate(args, "xe", 1 + step // 7, step, 7) / 2 for step in (0, 1, 11, 21)]
+        assert rates == pytest.approx(expected, abs=1e-9)
+
+    @pytest.mark.parametrize(
+        ("name", "options"),
+        [
+            ("polynomial", {}),
+            ("polynomial", {"power": 2, "lr_end": 1e-3}),
+            ("inverse_sqrt", {"timescale": 5}),
+            ("cosine_with_restarts", {"num_cycles": 3}),
+            ("cosine_with_min_lr", {"min_lr_rate": 0.1}),
+            ("warmup_stable_decay", {"num_decay_steps": 6, "min_lr_ratio": 0.1}),
+        ],
+    )
+    def test_schedules_of_transformers(self, name, options):
+        """Theirs after the warm-up, whose first step would have a learning rate of 0."""
+        words = ["--dataset", "d", "--output", "o", "--xe-schedule", name, "--xe-learning-rate", "2"]
+        words += ["--xe-schedule-options", *(f"{key}={value}" for key, value in options.items())] if options else []
+        args = config(*words, "--warmup-steps", "3", "--xe-epochs", "3")
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+        scheduler = get_scheduler(name, optimizer, 3, 21, options)
+        for step in range(25):
+            expected = scheduler.get_last_lr()[0] if step >= 3 else 2 * (step + 1) / 4
+            assert learning_rate(args, "xe", 1 + step // 7, step, 7) == pytest.approx(expected, abs=1e-12), step
+            optimizer.step()
+            scheduler.step()
+
+    @pytest.mark.parametrize(
+        ("name", "option", "said"),
+        [
+            ("polynomial", "colour=3", "--xe-schedule polynomial: .*colour.*; see --xe-schedule-options"),
+            ("polynomial", "lr_end=9", "--xe-schedule polynomial: .*lr_end"),
+            ("warmup_stable_decay", "num_cycles=1", "--xe-schedule warmup_stable_decay: .*num_decay_steps"),
+        ],
+    )
+    def test_arguments_that_a_schedule_lacks(self, name, option, said):
+        words = ["--dataset", "d", "--output", "o", "--xe-schedule", name, "--xe-schedule-options", option]
+        with pytest.raises(ValueError, match=said):
+            learning_rate(config(*words), "xe", 1, 0, 7)
+
+    @pytest.mark.parametrize("option", ["power", "power=", "power=two", "=", ""])
+    def test_arguments_without_a_number(self, option):
+        with pytest.raises(ValueError, match="write NAME=NUMBER"):
+            TrainingConfig(dataset="d", output="o", xe_schedule="polynomial", xe_schedule_options=[option])
+
+    @pytest.mark.parametrize(
+        ("schedule", "expected"),
+        [("constant", [0.5, 1, 1, 1]), ("linear", [0.5, 1, 0.5, 0]), ("cosine", [0.5, 1, 0.5, 0])],
+    )
+    @pytest.mark.parametrize("end", [["--scst-epochs", "3"], ["--max-steps", "21"]], ids=["epochs", "steps"])
+    def test_schedules_of_scst(self, end, schedule, expected):
+        words = ["--dataset", "d", "--output", "o", "--scst-schedule", schedule, "--scst-learning-rate", "2"]
+        args = config(*words, "--scst-warmup-steps", "1", *end)
+        rates = [learning_rate(args, "scst", 1 + step // 7, step, 7) / 2 for step in (0, 1, 11, 21)]
         assert rates == pytest.approx(expected, abs=1e-9)
 
 
@@ -136,6 +199,9 @@ class TestConfiguration:
             ({"model": "m", "no_segmentation": True}, "--model has its own configuration"),
             ({"new_vocabulary": True}, "--new-vocabulary goes with --model"),
             ({"warmup_steps": 7}, "--warmup-steps goes with --xe-schedule constant, linear or cosine"),
+            ({"scst_schedule": "linear"}, "--scst-schedule linear has to know where it ends: give --scst-epochs or"),
+            ({"xe_schedule_options": ["power=2"]}, "--xe-schedule-options go with --xe-schedule polynomial, "),
+            ({"warmup_steps": -1}, "--warmup-steps must be 0 or a number above it"),
             ({"license": "Apache 2"}, "Apache 2 is no licen"),
         ],
     )
@@ -169,6 +235,7 @@ class TestTheRecipeOfARun:
 
     def test_it_has_every_option(self, data, finished_run):
         saved = read_recipe(TrainingConfig, str(finished_run / "recipe.yaml"))
+        assert set(saved) >= {field.name for field in fields(TrainingConfig)} - {"resume"}
         assert TrainingConfig(**saved) == config(*arguments(data, finished_run, save_every=3), "--cpu")
 
     def test_that_of_a_resumed_run_starts_from_the_beginning(self, data, finished_run, tmp_path):

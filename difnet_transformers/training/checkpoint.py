@@ -6,6 +6,7 @@ depends on. The original (mrwu-mac/DIFNet, CVPR 2022) writes one `.pth`; nothing
     progress.json             stage, epoch, position in it, patience, best score, options of the run
     optimizer.safetensors     the optimizer's tensors, by the names of the parameters
     random_states.safetensors the states of the random numbers of torch, CUDA, numpy and Python, of each process
+    trained_weights.safetensors  with --ema-decay: the weights that are trained; the model's files have their average
     SHA256SUMS                of these and of the model's files, as `sha256sum -c training_state/SHA256SUMS` reads it
 
 A checkpoint is written beside the one it replaces and renamed when it is complete. At any moment a complete one is on
@@ -34,12 +35,19 @@ from torch import nn
 
 from ..command_line import describe
 from ..files import check_regular_file, name_file_in_errors, printable, read_file, read_json, sha256_of
-from .training_state import load_optimizer, optimizer_tensors, random_states, set_random_states
+from .training_state import (
+    load_optimizer,
+    load_trained_weights,
+    optimizer_tensors,
+    random_states,
+    set_random_states,
+)
 
 CHECKPOINTS = ("last", "best", "best_xe")
 STATE_FOLDER = "training_state"
 CHECKSUMS = f"{STATE_FOLDER}/SHA256SUMS"
 PROGRESS = f"{STATE_FOLDER}/progress.json"
+TRAINED_WEIGHTS = "trained_weights.safetensors"
 # Version 1 has neither checksums nor fingerprints of the data.
 VERSION = 2
 STAGES = ("xe", "scst", "done")
@@ -235,6 +243,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     write_model: Callable[[Path], None],
     also_as: Sequence[str] = (),
+    trained_weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Writes `last`, and the same checkpoint under the names `also_as`; every process calls it.
 
@@ -248,6 +257,7 @@ def save_checkpoint(
         optimizer: of the stage that is under way.
         write_model: makes a folder for `from_pretrained`.
         also_as: further names, such as "best".
+        trained_weights: by name, where those of `model` are an average.
 
     Raises:
         OSError: the folder cannot be written, for example because the disk is full; the checkpoints of before are
@@ -265,6 +275,9 @@ def save_checkpoint(
             save_file(optimizer_tensors(optimizer, model), folder / "optimizer.safetensors")
             named = {f"{process}/{key}": value for process, each in enumerate(states) for key, value in each.items()}
             save_file(named, folder / "random_states.safetensors")
+            if trained_weights is not None:
+                tensors = {name: value.cpu().contiguous() for name, value in trained_weights.items()}
+                save_file(tensors, folder / TRAINED_WEIGHTS)
             content = {
                 "version": VERSION,
                 "progress": asdict(progress),
@@ -368,8 +381,9 @@ def load_state(
     checkpoint: Checkpoint,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
+    has_average: bool = False,
 ) -> None:
-    """Puts the optimizer, the gradient scaler and this process's random numbers back.
+    """Puts the optimizer, the gradient scaler, this process's random numbers and, if averaged, the weights back.
 
     Args:
         accelerator: of the run.
@@ -377,6 +391,7 @@ def load_state(
         checkpoint: of `read_checkpoint`.
         model: whose parameters the optimizer has.
         optimizer: of the stage that is under way.
+        has_average: whether the weights of the checkpoint's model are an average of those that were trained.
 
     Raises:
         ValueError: a file is missing, damaged, or of another run.
@@ -386,6 +401,9 @@ def load_state(
     may_be_fresh = checkpoint.progress.step == 0 or checkpoint.gradient_scaler is not None
     try:
         load_optimizer(optimizer, model, read_tensors(path), path, may_be_fresh)
+        if has_average:
+            path = folder / STATE_FOLDER / TRAINED_WEIGHTS
+            load_trained_weights(model, read_tensors(path), path)
         path = folder / STATE_FOLDER / "random_states.safetensors"
         prefix = f"{accelerator.process_index}/"
         tensors = read_tensors(path)

@@ -6,8 +6,10 @@ epochs 0 to 20, and it trains at most 100 epochs in all. `recipes/original.yaml`
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from simple_parsing import field
 
@@ -16,12 +18,22 @@ from ..options import check_positive, debug_option, option_name
 
 MODEL = "the model"
 RECIPE = "the recipe; the defaults are the paper's"
+REGULARIZATION = "regularization; the paper has dropout alone"
 MACHINE = "the machine"
 
+# Those of `transformers.SchedulerType` that go by the optimizer step alone and are not among ours.
+TRANSFORMERS_SCHEDULES = (
+    "polynomial",
+    "inverse_sqrt",
+    "cosine_with_restarts",
+    "cosine_with_min_lr",
+    "warmup_stable_decay",
+)
 CHOICES = {
     "stage": ["xe", "scst", "both"],
     "xe_batches": ["pairs", "images"],
-    "xe_schedule": ["original", "constant", "linear", "cosine"],
+    "xe_schedule": ["original", "constant", "linear", "cosine", *TRANSFORMERS_SCHEDULES],
+    "scst_schedule": ["constant", "linear", "cosine"],
     "scst_samples": ["beam", "sample"],
     "mixed_precision": ["no", "bf16", "fp16"],
 }
@@ -44,6 +56,8 @@ POSITIVE = (
     "scst_learning_rate",
     "max_grad_norm",
 )
+PROBABILITIES = ("label_smoothing", "scheduled_sampling", "scst_dropout", "grid_cell_dropout", "ema_decay")
+NOT_NEGATIVE = ("weight_decay", "scst_weight_decay", "warmup_steps", "scst_warmup_steps")
 
 
 @dataclass
@@ -96,6 +110,12 @@ class TrainingConfig:
     new_vocabulary: bool = field(
         default=False, group=MODEL, help="give --model other words; those it knows keep their weights"
     )
+    freeze: list[str] = field(
+        default_factory=list,
+        group=MODEL,
+        metavar="NAME",
+        help="parts that keep their weights in both stages, such as model.encoder (default: none)",
+    )
 
     xe_batches: str = field(
         default="pairs",
@@ -111,7 +131,13 @@ class TrainingConfig:
         default="original",
         group=RECIPE,
         choices=CHOICES["xe_schedule"],
-        help="original: by epoch",
+        help="original: by epoch; the longer names are those of Transformers",
+    )
+    xe_schedule_options: list[str] = field(
+        default_factory=list,
+        group=RECIPE,
+        metavar="NAME=X",
+        help="arguments of a schedule of Transformers, such as power=2 or num_cycles=3",
     )
     warmup_steps: int = field(default=0, group=RECIPE, metavar="N", help="of the other schedules")
     xe_adam_betas: tuple[float, float] = field(default=(0.9, 0.98), group=RECIPE, metavar="B")
@@ -120,7 +146,14 @@ class TrainingConfig:
         default=5, group=RECIPE, metavar="N", help="epochs without a better score that end the stage"
     )
     scst_batch_size: int = field(default=10, group=RECIPE, metavar="N", help="images")
-    scst_learning_rate: float = field(default=5e-6, group=RECIPE, metavar="X")
+    scst_learning_rate: float = field(default=5e-6, group=RECIPE, metavar="X", help="where the schedule is highest")
+    scst_schedule: str = field(
+        default="constant",
+        group=RECIPE,
+        choices=CHOICES["scst_schedule"],
+        help="linear and cosine end at 0 after --scst-epochs or --max-steps",
+    )
+    scst_warmup_steps: int = field(default=0, group=RECIPE, metavar="N", help="of each of these schedules")
     scst_adam_betas: tuple[float, float] = field(default=(0.9, 0.999), group=RECIPE, metavar="B")
     scst_epochs: int | None = field(
         default=None, group=RECIPE, metavar="N", help="at most (default: as the patience says)"
@@ -145,6 +178,39 @@ class TrainingConfig:
         default=None, group=RECIPE, metavar="X", help="clip gradients (default: no clipping)"
     )
     gradient_accumulation_steps: int = field(default=1, group=RECIPE, metavar="N")
+
+    label_smoothing: float = field(
+        default=0.0,
+        group=REGULARIZATION,
+        metavar="P",
+        help="of XE: share of each target that is spread over the vocabulary; the log has the plain cross-entropy too",
+    )
+    scheduled_sampling: float = field(
+        default=0.0,
+        group=REGULARIZATION,
+        metavar="P",
+        help="of XE: the decoder reads words that it predicts in the place of the caption's; from 0 in the first "
+        "epoch to P in the last of --xe-epochs",
+    )
+    weight_decay: float = field(
+        default=0.0,
+        group=REGULARIZATION,
+        metavar="X",
+        help="of XE: decoupled, of matrices (AdamW); 0 is the original's Adam",
+    )
+    scst_weight_decay: float = field(default=0.0, group=REGULARIZATION, metavar="X", help="the same, of SCST")
+    scst_dropout: float | None = field(
+        default=None, group=REGULARIZATION, metavar="P", help="both dropouts during SCST (default: the model's)"
+    )
+    grid_cell_dropout: float = field(
+        default=0.0, group=REGULARIZATION, metavar="P", help="hide cells of training images, in both flows"
+    )
+    ema_decay: float = field(
+        default=0.0,
+        group=REGULARIZATION,
+        metavar="X",
+        help="validate and save the moving average of the weights, of which a step keeps X; 0: the weights",
+    )
 
     mixed_precision: str | None = field(
         default=None,
@@ -176,6 +242,14 @@ class TrainingConfig:
             if value is not None and value not in choices:
                 raise ValueError(f"{option_name(name)} {value}: choose from {', '.join(choices)}")
         check_positive(self, *POSITIVE)
+        for name in PROBABILITIES:
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"{option_name(name)} must be at least 0 and less than 1, not {value}")
+        for name in NOT_NEGATIVE:
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{option_name(name)} must be 0 or a number above it, not {value}")
         if self.scst_num_captions < 2:
             raise ValueError(
                 "--scst-num-captions must be at least 2: the baseline is the mean over an image's captions"
@@ -188,6 +262,41 @@ class TrainingConfig:
             raise ValueError("--new-vocabulary goes with --model")
         if self.warmup_steps and self.xe_schedule == "original":
             raise ValueError(
-                "--warmup-steps goes with --xe-schedule constant, linear or cosine; the original's has its own"
+                "--warmup-steps goes with --xe-schedule constant, linear or cosine, or one of Transformers; the "
+                "original's has its own"
+            )
+        if self.xe_schedule_options and self.xe_schedule not in TRANSFORMERS_SCHEDULES:
+            raise ValueError(
+                f"--xe-schedule-options go with --xe-schedule {', '.join(TRANSFORMERS_SCHEDULES)}; {self.xe_schedule} "
+                "has none"
+            )
+        self.schedule_options()
+        if self.scst_schedule != "constant" and self.scst_epochs is None and self.max_steps is None:
+            raise ValueError(
+                f"--scst-schedule {self.scst_schedule} has to know where it ends: give --scst-epochs or --max-steps"
             )
         check_license(self.license)
+
+    def schedule_options(self) -> tuple[tuple[str, float], ...]:
+        """The arguments of the XE schedule, with their names.
+
+        Raises:
+            ValueError: one is no number, or has no name.
+        """
+        found: dict[str, float] = {}
+        for word in self.xe_schedule_options:
+            name, _, text = word.partition("=")
+            try:
+                found[name] = int(text) if text.isdecimal() else float(text)
+            except ValueError:
+                raise ValueError(f"--xe-schedule-options {word}: write NAME=NUMBER, such as power=2") from None
+        return tuple(found.items())
+
+    def regularization(self) -> dict[str, Any]:
+        """The options of regularization that are not as in the paper, by name."""
+        groups = {entry.name: entry.metadata.get("custom_args", {}).get("group") for entry in fields(self)}
+        return {
+            entry.name: getattr(self, entry.name)
+            for entry in fields(self)
+            if groups[entry.name] == REGULARIZATION and getattr(self, entry.name) != entry.default
+        }

@@ -102,6 +102,7 @@ class Log:
         elapsed = time.perf_counter() - self.started
         line = {
             "loss": totals["loss"] / self.steps,
+            **({"cross_entropy": totals["cross_entropy"] / self.steps} if "cross_entropy" in totals else {}),
             "learning_rate": learning_rate,
             "gradient_norm": totals.get("gradient_norm", 0.0) / self.steps / processes,
         }

@@ -26,6 +26,7 @@ from modeling_difnet import (
     original_beam_search,
     sequence_log_probs,
 )
+from modeling_difnet.generation_difnet import vocabulary_log_probs
 
 FEATURES = ("grid_features", "segmentation_features", "grid_attention_mask")
 
@@ -41,9 +42,21 @@ class SequenceLogProbs(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, sequences: torch.LongTensor, **features: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities (B, K, L - 1) of the tokens of `sequences` (B, K, L); 0 at `<pad>`."""
-        return sequence_log_probs(self.model, sequences, **features)
+    def forward(
+        self, sequences: torch.LongTensor, with_vocabulary_mean: bool = False, **features: torch.Tensor
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities (B, K, L - 1) of the tokens of `sequences` (B, K, L), 0 at `<pad>`.
+
+        With `with_vocabulary_mean` a pair: these, and the mean log-probability of all words at each position.
+        """
+        if not with_vocabulary_mean:
+            return sequence_log_probs(self.model, sequences, **features)
+        vocabulary, is_token = vocabulary_log_probs(self.model, sequences, **features)  # (tokens, V), (B * K, L - 1)
+        targets = sequences[..., 1:].reshape(is_token.shape)[is_token]  # (tokens,)
+        of_tokens = -nn.functional.nll_loss(vocabulary, targets, reduction="none")
+        pair = torch.stack([of_tokens, vocabulary.mean(-1)])  # (2, tokens)
+        log_probs, means = pair.new_zeros(2, *is_token.shape).masked_scatter(is_token, pair)  # each (B * K, L - 1)
+        return log_probs.view(*sequences.shape[:-1], -1), means.view(*sequences.shape[:-1], -1)
 
 
 def xe_sequences(
@@ -75,17 +88,65 @@ def xe_sequences(
     return cast(torch.LongTensor, sequences), features  # (B, K, L)
 
 
-def cross_entropy_loss(log_probs: torch.Tensor, num_tokens: int | float | torch.Tensor) -> torch.Tensor:
+def cross_entropy_loss(
+    log_probs: torch.Tensor,
+    num_tokens: int | float | torch.Tensor,
+    vocabulary_means: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
     """The original's XE loss, the mean over all tokens that are to be predicted.
 
     Args:
         log_probs: (B, K, L - 1) of `SequenceLogProbs`.
         num_tokens: tokens of the whole batch, of which this may be one process's or one accumulation step's part.
+        vocabulary_means: (B, K, L - 1), of `SequenceLogProbs` too; label smoothing needs them.
+        label_smoothing: the share of a target that is spread evenly over the vocabulary, as in
+            `torch.nn.functional.cross_entropy` (Szegedy et al., CVPR 2016). The original has none.
 
     Returns:
         The loss, a scalar.
+
+    Raises:
+        ValueError: labels are to be smoothed and there are no `vocabulary_means`.
     """
-    return -log_probs.sum() / num_tokens
+    if not label_smoothing:
+        return -log_probs.sum() / num_tokens
+    if vocabulary_means is None:
+        raise ValueError("`label_smoothing` needs `vocabulary_means`: call `SequenceLogProbs` with_vocabulary_mean")
+    return -((1 - label_smoothing) * log_probs.sum() + label_smoothing * vocabulary_means.sum()) / num_tokens
+
+
+@torch.no_grad()
+def scheduled_inputs(
+    model: DifnetForConditionalGeneration,
+    sequences: torch.LongTensor,
+    features: dict[str, torch.Tensor],
+    probability: float,
+) -> torch.Tensor:
+    """What the decoder reads under scheduled sampling: captions some of whose words are the model's own.
+
+    Bengio et al., NeurIPS 2015, for a decoder that sees all positions at once (Mihaylova and Martins, ACL 2019): a
+    first pass over the captions predicts each word, a second one reads the mixture. The original has none.
+
+    Args:
+        model: the network; dropout is as its mode says.
+        sequences: captions (B, K, L) that begin with `<bos>`.
+        features: of B images, by the names of `forward`.
+        probability: of each word to be replaced by one that is drawn from the model's distribution.
+
+    Returns:
+        `decoder_input_ids` (B * K, L - 1).
+    """
+    config = model.config
+    special = torch.tensor([config.pad_token_id, config.bos_token_id, config.eos_token_id], device=sequences.device)
+    inputs = sequences[..., :-1].flatten(0, -2)  # (B * K, L - 1)
+    vocabulary, is_token = vocabulary_log_probs(model, sequences, **features)  # (tokens, V), (B * K, L - 1)
+    words = vocabulary.index_fill(1, special, -torch.inf).softmax(-1)
+    predicted = inputs.masked_scatter(is_token, torch.multinomial(words, 1))
+    # What is predicted at one position is read at the next.
+    is_word = ~torch.isin(inputs[:, 1:], special)
+    is_replaced = is_word & (torch.rand(is_word.shape, device=inputs.device) < probability)
+    return torch.cat([inputs[:, :1], torch.where(is_replaced, predicted[:, :-1], inputs[:, 1:])], dim=1)
 
 
 @torch.no_grad()

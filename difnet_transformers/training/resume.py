@@ -42,8 +42,10 @@ def check_same_run(checkpoint: Checkpoint, folder: Path, args: TrainingConfig, n
     Raises:
         ValueError: options or the number of processes differ.
     """
-    now, before, progress = options_as_json(args), checkpoint.options, checkpoint.progress
-    # Checkpoints of earlier versions have options that are gone, such as `recipe`.
+    now, progress = options_as_json(args), checkpoint.progress
+    # Checkpoints of earlier versions lack options, which were as the defaults are, and have some that are gone.
+    defaults = options_as_json(TrainingConfig(dataset=args.dataset, output=args.output))
+    before = {**defaults, **checkpoint.options}
     changed = [name for name, value in before.items() if name not in MAY_CHANGE and name in now and now[name] != value]
     notes = []
     for name in changed:

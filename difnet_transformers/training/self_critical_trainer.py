@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from caption_metrics import CiderReward
@@ -19,6 +20,7 @@ from ..data import ReferenceBatches
 from .checkpoint import check_files, copy_checkpoint, read_checkpoint
 from .losses import FEATURES, decode_for_scst, scst_advantages, self_critical_loss
 from .processes import all_or_none, total
+from .regularization import hide_cells, set_dropout
 from .rewards import caption_rewards, caption_statistics, watch_reward
 from .trainer import Batches, DifnetTrainer
 
@@ -42,6 +44,15 @@ class SelfCriticalTrainer(DifnetTrainer):
         if args.stage == "scst" and args.model is None and args.resume is None and self.given_model is None:
             raise ValueError("--stage scst starts from trained weights: give --model FOLDER")
         super().set_up()
+
+    def prepare(self, resumed: Path | None, notes: Sequence[str]) -> None:
+        super().prepare(resumed, notes)
+        if self.progress.stage == "scst":
+            self.set_scst_dropout()
+
+    def set_scst_dropout(self) -> None:
+        if self.args.scst_dropout is not None:
+            set_dropout(self.model, self.args.scst_dropout)
 
     @cached_property
     def scst_batches(self) -> ReferenceBatches:
@@ -93,6 +104,7 @@ class SelfCriticalTrainer(DifnetTrainer):
         reward_sum = 0.0
         for batch in batches:
             features = self.on_device({name: batch[name] for name in FEATURES if name in batch})
+            features = hide_cells(features, args.grid_cell_dropout)  # the same ones for decoding and gradient
             with log.timed("decoding"), self.accelerator.autocast():
                 sequences = decode_for_scst(
                     self.model, features, args.scst_samples, args.scst_num_captions, args.max_new_tokens
@@ -128,11 +140,16 @@ class SelfCriticalTrainer(DifnetTrainer):
             super().finish_stage(is_best)
 
     def start_scst(self, is_best: bool) -> None:
-        """From the best XE weights, with a fresh optimizer; they stay on disk as `best_xe`."""
+        """From the best XE weights, averaged or not, with a fresh optimizer; they stay on disk as `best_xe`."""
         if not is_best:
             all_or_none(self.accelerator, self.keep_best_xe)
             best = all_or_none(self.accelerator, lambda: load_model(self.args.output / "best_xe"))
             self.model.load_state_dict(best.state_dict())
+        elif self.average is not None:
+            self.average.copy_to_model()
+        if self.average is not None:
+            self.average.restart()
+        self.set_scst_dropout()
         self.optimizer = self.make_optimizer()
         self.save(("best", "best_xe") if is_best else ())
 

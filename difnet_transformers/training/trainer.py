@@ -58,9 +58,10 @@ from .initial_model import (
     records_of_processor,
 )
 from .logging import Log
-from .losses import SequenceLogProbs, cross_entropy_loss, xe_sequences
+from .losses import SequenceLogProbs, cross_entropy_loss, scheduled_inputs, xe_sequences
 from .optimization import learning_rate, make_optimizer
 from .processes import StopRequest, all_or_none, end_training, make_accelerator, total
+from .regularization import WeightAverage, freeze_parameters, hide_cells, sampling_probability
 from .resume import check_same_data, check_same_run, options_as_json
 from .validation import caption_split, score_split, validation_loss
 
@@ -89,7 +90,7 @@ class DifnetTrainer:
         processing_class: the processor of `model`, which needs it.
 
     Attributes:
-        model: the network that is trained.
+        model: the network that is trained; after `train` its weights are those of the checkpoint `last`.
         progress: where the run stands.
 
     Raises:
@@ -104,7 +105,7 @@ class DifnetTrainer:
     train_images: Dataset
     validation_images: Dataset
     progress: Progress
-    optimizer: Any  # Accelerate's, around Adam
+    optimizer: Any  # Accelerate's, around Adam or AdamW
     log: Log
 
     def __init__(
@@ -130,6 +131,7 @@ class DifnetTrainer:
         self.stop_request = StopRequest()
         self.held = ExitStack()
         self.checkpoint: Checkpoint | None = None
+        self.average: WeightAverage | None = None
 
     def train(self) -> Progress:
         """Trains to the end of the last stage, or resumes as `args.resume` says.
@@ -148,6 +150,8 @@ class DifnetTrainer:
                 settings = {name: str(value) for name, value in vars(self.args).items()}
                 self.accelerator.init_trackers("difnet", settings)
                 finished = self.run_stages()
+                if finished and self.average is not None:
+                    self.average.copy_to_model()
                 end_training(self.accelerator)
         finally:
             self.close()
@@ -203,6 +207,8 @@ class DifnetTrainer:
         )
         set_seed(args.seed)
         self.model, self.processor = self.load_model(resumed)
+        if args.freeze:
+            freeze_parameters(self.model, args.freeze)
         self.tokenizer = self.processor.tokenizer
         self.config = self.model.config
         for images in (self.train_images, self.validation_images):
@@ -260,8 +266,11 @@ class DifnetTrainer:
         if checkpoint is not None:
             self.progress = checkpoint.progress
         self.optimizer = self.make_optimizer()
+        if args.ema_decay:
+            self.average = WeightAverage(self.model, args.ema_decay)  # of a checkpoint, whose model has the averages
         if checkpoint is not None and resumed is not None:
-            all_or_none(accelerator, lambda: load_state(accelerator, resumed, checkpoint, self.model, self.optimizer))
+            state = (accelerator, resumed, checkpoint, self.model, self.optimizer, self.average is not None)
+            all_or_none(accelerator, lambda: load_state(*state))
         all_or_none(accelerator, self.check_batches)
         for note in notes:
             accelerator.print(f"resuming: {note}", file=sys.stderr)
@@ -283,7 +292,8 @@ class DifnetTrainer:
         """A fresh optimizer for the stage that is under way."""
         stage = "scst" if self.progress.stage == "scst" else "xe"
         betas, rate = (getattr(self.args, f"{stage}_{name}") for name in ("adam_betas", "learning_rate"))
-        return self.accelerator.prepare_optimizer(make_optimizer(self.model, betas, rate))
+        weight_decay = self.args.scst_weight_decay if stage == "scst" else self.args.weight_decay
+        return self.accelerator.prepare_optimizer(make_optimizer(self.model, betas, rate, weight_decay))
 
     # Batches
 
@@ -344,7 +354,9 @@ class DifnetTrainer:
     def check_batches(self) -> None:
         """Every stage that is to come must have a batch for every process."""
         if self.progress.stage != "done":
-            self.remaining_batches()
+            batches = self.remaining_batches()
+            steps_per_epoch = math.ceil(len(batches) / self.args.gradient_accumulation_steps)
+            learning_rate(self.args, "xe", 1, self.args.warmup_steps, steps_per_epoch)  # refuses options that it lacks
             _ = self.validation_pairs  # a caption that is too long is found now, not after the first epoch
 
     def check_number(self, batches: Batches, stage: str) -> None:
@@ -419,10 +431,22 @@ class DifnetTrainer:
     def training_step(self, batches: Sequence[dict[str, Any]]) -> None:
         """Gradients of the XE loss, over the batches of one optimizer step."""
         num_tokens = total(self.accelerator, sum(int((batch["labels"] != -100).sum()) for batch in batches))
+        smoothing = self.args.label_smoothing
+        sampling = sampling_probability(self.args.scheduled_sampling, self.progress.epoch, self.args.xe_epochs)
         for batch in batches:
             with self.synchronised(is_last=batch is batches[-1]), self.log.timed("backward"):
                 sequences, features = xe_sequences(self.on_device(batch), self.config)
-                loss = cross_entropy_loss(self.scorer(sequences, **features), num_tokens)
+                features = hide_cells(features, self.args.grid_cell_dropout)
+                if sampling:
+                    with self.accelerator.autocast():
+                        features["decoder_input_ids"] = scheduled_inputs(self.model, sequences, features, sampling)
+                if smoothing:
+                    log_probs, means = self.scorer(sequences, with_vocabulary_mean=True, **features)
+                    loss = cross_entropy_loss(log_probs, num_tokens, means, smoothing)
+                    # Comparable with other runs and with the validation loss, which are not smoothed.
+                    self.log.add(cross_entropy=cross_entropy_loss(log_probs.detach(), num_tokens))
+                else:
+                    loss = cross_entropy_loss(self.scorer(sequences, **features), num_tokens)
                 self.backward(loss)
             self.log.add(loss=loss, images=len(batch["grid_features"]))
 
@@ -440,6 +464,8 @@ class DifnetTrainer:
         self.optimizer.zero_grad()
         if not self.optimizer.step_was_skipped:  # fp16, where the scale was too high
             self.log.add(gradient_norm=norm)
+            if self.average is not None:
+                self.average.update(self.progress.step)
         self.log.steps += 1
 
     # Validation, and what follows from it
@@ -481,7 +507,7 @@ class DifnetTrainer:
     def validate(self) -> dict[str, float]:
         """Loss and scores on the validation split, decoded as the original does: five beams, 20 tokens."""
         self.model.eval()
-        with self.accelerator.autocast():
+        with self.averaged(), self.accelerator.autocast():
             loss = validation_loss(self.model, self.validation_pairs, self.accelerator)
             captioned = caption_split(
                 self.model,
@@ -496,22 +522,28 @@ class DifnetTrainer:
         self.model.train()
         return {"loss": loss, **score_split(captioned)}
 
+    def averaged(self) -> AbstractContextManager[dict[str, torch.Tensor] | None]:
+        """The model has its averaged weights, if there are any; the context is those that are trained."""
+        return nullcontext() if self.average is None else self.average.applied()
+
     # Checkpoints
 
     def save(self, also_as: Sequence[str] = ()) -> None:
         """Writes the checkpoint `last`, and the same under other names."""
         self.log.check_finite()
-        save_checkpoint(
-            self.accelerator,
-            self.args.output,
-            self.progress,
-            options_as_json(self.args),
-            self.fingerprints,
-            self.model,
-            self.optimizer,
-            self.write_model,
-            also_as,
-        )
+        with self.averaged() as trained_weights:
+            save_checkpoint(
+                self.accelerator,
+                self.args.output,
+                self.progress,
+                options_as_json(self.args),
+                self.fingerprints,
+                self.model,
+                self.optimizer,
+                self.write_model,
+                also_as,
+                trained_weights,
+            )
 
     def write_model(self, folder: Path) -> None:
         """A complete folder for `from_pretrained`."""
@@ -531,9 +563,11 @@ class DifnetTrainer:
     def training_summary(self) -> str:
         """What the model card says of the training."""
         args = self.args
+        given = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in args.regularization().items())
         return (
             f"{self.progress.total_epochs} epochs in all, seed {args.seed}. Cross-entropy with a learning rate of "
             f"{args.xe_learning_rate:g} (schedule `{args.xe_schedule}`)."
+            f"{f' Regularization: {given}.' if given else ''}"
         )
 
 

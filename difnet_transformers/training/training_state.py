@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of random numbers and of the optimizer, as tensors: no pickle."""
+"""What a checkpoint keeps of random numbers, weights and the optimizer, as tensors: no pickle."""
 
 from __future__ import annotations
 
@@ -54,17 +54,47 @@ def set_random_states(states: dict[str, torch.Tensor]) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
+# Weights
+
+
+@torch.no_grad()
+def load_trained_weights(model: nn.Module, tensors: dict[str, torch.Tensor], source: Path) -> None:
+    """Gives the parameters that are trained the values of a checkpoint.
+
+    Args:
+        model: whose frozen parameters stay.
+        tensors: by the names of the parameters.
+        source: the file that they come from, for messages.
+
+    Raises:
+        ValueError: the tensors are those of another model, or no numbers.
+    """
+    parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
+    for name in sorted(parameters.keys() | tensors.keys()):
+        if name not in parameters or name not in tensors or parameters[name].shape != tensors[name].shape:
+            raise ValueError(f"{source} does not fit the model: {printable(name)}. Resume from another one.")
+        if not tensors[name].isfinite().all():
+            raise ValueError(f"{source} is damaged: {name} holds NaN or infinity. Resume from another one.")
+        parameters[name].copy_(tensors[name])
+
+
 # The optimizer
 
 OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")  # Adam's, of each parameter
 
 
+def optimized_parameters(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters of an optimizer with their names in the model, in the order of its groups."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [(names[id(parameter)], parameter) for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:
     """The optimizer's state as `{"<parameter's name>/<name in Adam>": tensor}`."""
-    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    parameters = optimized_parameters(optimizer, model)
     state = optimizer.state_dict()["state"]
     return {
-        f"{names[index]}/{key}": value.detach().cpu().contiguous()
+        f"{parameters[index][0]}/{key}": value.detach().cpu().contiguous()
         for index, values in state.items()
         for key, value in values.items()
     }
@@ -88,7 +118,7 @@ def load_optimizer(
     Raises:
         ValueError: the tensors belong to another model, are not all there, or are no state of this optimizer.
     """
-    parameters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    parameters = optimized_parameters(optimizer, model)
     state: dict[int, dict[str, torch.Tensor]] = {}
     index_of = {name: index for index, (name, _) in enumerate(parameters)}
     for key, tensor in tensors.items():
