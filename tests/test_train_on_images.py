@@ -197,7 +197,17 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["--untrained", "--captions", "a.json"], "--captions takes the files of two or three splits"),
+            (["--untrained", "--captions", *"abcd"], "--captions takes the files of two or three splits"),
+            (
+                ["--untrained", "--captions", "a", "--split-files", "b"],
+                "--split-files takes the lists of two or three",
+            ),
+            (
+                ["--untrained", "--split-files", "b", "c", "--validation-images", "3"],
+                "--split-files and --validation-images both say the splits: give one",
+            ),
+            (["--untrained", "--hub-dataset", "a/b"], "leave --images and --captions out"),
+            (["--untrained", "--hub-revision", "main"], "--hub-config and --hub-revision go with --hub-dataset"),
             (["--captions", "a.json", "b.json"], "give --grid-backbone NAME, or --untrained"),
             (
                 ["--captions", "a.json", "b.json", "--untrained", "--grid-backbone", "x101"],
