@@ -37,15 +37,31 @@ class Preset:
     training: Mapping[str, object]
     min_word_count: int
 
-    def reason(self, num_images: int) -> str:
-        """One line that says what was chosen and why."""
-        row = "more" if self.max_images is None else f"up to {self.max_images:,}"
-        network = ", ".join(f"{name} {value}" for name, value in self.network.items())
+    def described(self) -> tuple[str, str, str]:
+        """Number of images, network and recipe in words."""
+        images = "more" if self.max_images is None else f"up to {self.max_images:,}"
+        sizes = self.network
+        network = (
+            f"d_model {sizes['d_model']}, {sizes['encoder_layers']} + {sizes['decoder_layers']} layers, "
+            f"{sizes['encoder_attention_heads']} heads of {sizes['head_dim']}, ffn {sizes['encoder_ffn_dim']}, "
+            f"dropout {sizes.get('dropout', 0.1)}"
+            if sizes
+            else "the paper's"
+        )
         recipe = " ".join(f"{name} {value}" for name, value in self.training.items())
+        return images, network, recipe or "the paper's"
+
+    def reason(self, num_images: int) -> str:
+        """One line that says what is chosen and why.
+
+        Args:
+            num_images: number of training images.
+        """
+        images, network, recipe = self.described()
+        row = "for any number" if self.max_images is None else f"for {images}"
         return (
-            f"{num_images:,} training images: network and recipe for {row} "
-            f"({network or 'the network of the paper'}; {recipe or 'the recipe of the paper'}; words that occur "
-            f"{self.min_word_count} times); options of difnet train after -- replace any of them"
+            f"{num_images:,} training images, so the network and recipe {row}: {network}; {recipe}; words that occur "
+            f"{self.min_word_count} times or more (options after -- replace each)"
         )
 
 

@@ -70,6 +70,8 @@ def short(words: list[str]) -> list[str]:
         arguments, training = (
             (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
         )
+        # Other sources of captions differ from COCO's in the first step alone.
+        arguments += [] if "--instances" in arguments or "--captions-only" in arguments else ["--captions-only"]
         return [*arguments, *([] if "--cpu" in arguments else ["--cpu"]), "--", *training, *SMALL_STEPS]
     if command == "evaluate":
         return [*words, "--cpu", "--max-new-tokens", "6"]

@@ -68,6 +68,10 @@ class TrainOnImagesOptions:
         default=None, metavar="FILE", help="training, validation[, test]; or one source with all splits"
     )
     output: Path = field(metavar="FOLDER", help="where everything goes")
+    captions_only: bool = field(
+        default=False,
+        help="read the captions, name what is wrong in them, say what would be trained, and stop: a check in seconds",
+    )
     name: str | None = field(
         default=None, metavar="NAME", help="what card and page call the data (default: the folder's name)"
     )
@@ -221,6 +225,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "train_on_pictures.py") 
                 cpu=options.cpu,
                 training_options=options.training,
                 strict=options.strict,
+                captions_only=options.captions_only,
             )
 
     return run_command(prog, run, options.debug, "the same command resumes")

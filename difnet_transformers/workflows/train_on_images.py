@@ -98,6 +98,7 @@ def train_on_images(
     cpu: bool = False,
     training_options: Sequence[str] = (),
     strict: bool = False,
+    captions_only: bool = False,
 ) -> int:
     """All steps from images to a captioner, its scores and a page. A step that was done before is resumed or skipped.
 
@@ -119,6 +120,7 @@ def train_on_images(
         cpu: whether to use the CPU even where there is a GPU.
         training_options: further options of `difnet train`, which replace those given here.
         strict: whether the exit code is 2 where an image was left out.
+        captions_only: whether to stop when the captions are read and the preset is chosen.
 
     Returns:
         The exit code.
@@ -133,8 +135,12 @@ def train_on_images(
     with timed(seconds, "captions"):
         images, prepared = read_captions(images, captions, hub_dataset, output, columns, split_rule, skip_missing)
     annotations = prepared.folder
-    preset = preset_for(prepared.counts.get("train", (0, 0))[0])
-    print(preset.reason(prepared.counts.get("train", (0, 0))[0]))
+    num_images, _ = prepared.counts.get("train", (0, 0))
+    preset = preset_for(num_images)
+    print(preset.reason(num_images), flush=True)
+    if captions_only:
+        print(f"captions in {printable(annotations, 300)}; the same command without --captions-only trains")
+        return 2 if strict and prepared.unusable else 0
     with timed(seconds, "extract"):
         extract_features(images, annotations, output, sources, cpu)
     with timed(seconds, "pack"):

@@ -42,7 +42,9 @@ def read_token_file(path: str | os.PathLike) -> CaptionSource:
             continue
         key = KEY.fullmatch(written.strip())
         if key is None:
-            rows.leave_out(place, f"{printable(written.strip())} is not image#number, such as 1000268201_693b08cb0e.jpg#0")
+            rows.leave_out(
+                place, f"{printable(written.strip())} is not image#number, such as 1000268201_693b08cb0e.jpg#0"
+            )
             continue
         known = seen.setdefault((key[1], key[2]), (place, caption.strip()))
         if known[1] == caption.strip():
