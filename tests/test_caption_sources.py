@@ -381,7 +381,7 @@ class TestSplits:
         source = self.source("in/a.jpg", "b.jpg", "c.jpg", "d.jpg")
         assign_splits(source, self.lists("\ufeffa.jpg\r\n", "b\n\n", "c.jpg"))
         assert splits_of(source) == {"in/a.jpg": "train", "b.jpg": "validation", "c.jpg": "test", "d.jpg": None}
-        assert source.notes[0].endswith("captions.csv: 1 images are in none of the split files, not used: d.jpg")
+        assert source.notes[0].endswith("captions.csv: images in none of the split files, not used: 1 (d.jpg)")
 
     def test_names_that_fit_nothing_or_two(self):
         source = self.source("x/a.jpg", "y/a.jpg", "b.jpg", "c.jpg")
@@ -458,7 +458,10 @@ class TestPreparedFiles:
             "1001773457_577c3a7d70.jpg": ("A black dog and a spotted dog are fighting",)
         }
         assert prepared.counts == {"train": (1, 2), "validation": (1, 1)}
-        assert "2 images are in none of the split files" in prepared.notes[0]
+        assert (
+            "images in none of the split files, not used: 2 (1002674143_1b742ab4b8.jpg, 2258277193_586949ec62.jpg.1)"
+            in prepared.notes[0]
+        )
         # Once more, with a split less than before: the same files, and no third.
         before = {path.name: path.read_bytes() for path in prepared.folder.iterdir()}
         write(prepared.folder / "captions_test.json", b"{}")

@@ -71,7 +71,7 @@ def short(words: list[str]) -> list[str]:
             (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
         )
         # Other sources of captions differ from COCO's in the first step alone.
-        arguments += [] if "--instances" in arguments or "--captions-only" in arguments else ["--captions-only"]
+        arguments += ["--captions-only"] if "--untrained" in arguments and "--instances" not in arguments else []
         return [*arguments, *([] if "--cpu" in arguments else ["--cpu"]), "--", *training, *SMALL_STEPS]
     if command == "evaluate":
         return [*words, "--cpu", "--max-new-tokens", "6"]

@@ -149,7 +149,8 @@ def test_from_images_to_captions(data, tmp_path):
     assert "split: train" not in card
     assert not (output / "model" / "training_state").exists()
     assert re.search(
-        r"\nminutes: captions \S+, extract \S+, pack \S+, train \S+, evaluate \S+, caption \S+\n", done.stdout
+        r"\nminutes: captions \S+, extract \S+, pack \S+, train \S+, evaluate \S+, caption \S+, together \S+\n",
+        done.stdout,
     )
     user = (
         "import sys, modeling_difnet\n"

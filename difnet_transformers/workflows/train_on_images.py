@@ -175,7 +175,8 @@ def train_on_images(
         f"model in {printable(model, 300)}, captions in {printable(output / 'captions.json', 300)}, all images in "
         f"{printable(page, 300)}"
     )
-    print("minutes: " + ", ".join(f"{step} {taken / 60:.1f}" for step, taken in seconds.items()))
+    minutes = [f"{step} {taken / 60:.1f}" for step, taken in seconds.items()]
+    print(f"minutes: {', '.join(minutes)}, together {sum(seconds.values()) / 60:.1f}")
     print_left_out(prepared, output)
     left_out = LeftOut("image")
     for image, reason in left_out_images(output):

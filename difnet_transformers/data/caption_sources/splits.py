@@ -92,7 +92,7 @@ def assign_by_files(source: CaptionSource, files: Sequence[Path]) -> None:
     rest = [image for image in source.images.values() if image.split is None]
     if rest:
         names = join_places([printable(image.file_name) for image in rest])
-        source.notes.append(f"{source.name}: {len(rest):,} images are in none of the split files, not used: {names}")
+        source.notes.append(f"{source.name}: images in none of the split files, not used: {len(rest):,} ({names})")
 
 
 def _names_of(file_names: Iterable[str]) -> list[dict[str, list[str]]]:
