@@ -7,7 +7,10 @@ import os
 import shutil
 from pathlib import Path
 
+import datasets
 import torch
+from datasets import Dataset
+from PIL import Image
 from test_convert_checkpoint import pickle_vocabulary
 from test_grid_backbone_difnet import backbone_layout, random_values
 from transformers import (
@@ -64,8 +67,10 @@ def make_world(folder: Path) -> Path:
     shutil.copy(annotations / "captions_val2014.json", folder)
     make_checkpoint(folder, DifnetTokenizer.from_captions(captions, min_count=1))
     make_images(folder)
+    make_flickr8k(folder)
     make_feature_networks(folder)
     make_captioner_with_records(folder)
+    make_caption_sources(folder)
     (folder / "network.json").write_text(json.dumps(SIZES))
     return folder
 
@@ -120,9 +125,21 @@ def make_images(folder: Path) -> None:
         (folder / f"{split}2017").mkdir()
         for number in numbers:
             shutil.copy(folder / "images" / f"{number}.png", folder / f"{split}2017")
-    from PIL import Image  # only drawn files are opened here
-
     Image.open(scenes[0]).save(folder / "image.jpg")
+
+
+def make_flickr8k(folder: Path) -> None:
+    """The files of Flickr8k, with four training images and two of validation."""
+    photographs = folder / "Flicker8k_Dataset"
+    photographs.mkdir()
+    names = []
+    for path in sorted((folder / "images").glob("*.png")):
+        names.append(f"{path.stem}_0123456789.jpg")
+        Image.open(path).convert("RGB").save(photographs / names[-1])
+    tokens = [f"{name}#{number}\tA dog on the grass .\n" for name in names for number in range(5)]
+    (folder / "Flickr8k.token.txt").write_text("".join(tokens))
+    for split, listed in {"train": names[:4], "dev": names[4:]}.items():
+        (folder / f"Flickr_8k.{split}Images.txt").write_text("".join(f"{name}\n" for name in listed))
 
 
 def make_feature_networks(folder: Path) -> None:
@@ -162,6 +179,37 @@ def make_feature_networks(folder: Path) -> None:
     SegformerForSemanticSegmentation(segformer).save_pretrained(name)
     SegformerImageProcessor(size={"height": 64, "width": 64}).save_pretrained(name)
     make_efficientnet_lite(folder)
+
+
+def make_caption_sources(folder: Path) -> None:
+    """The captions of `Flicker8k_Dataset/` and `images/` in other forms: files, a folder, a dataset of the Hub."""
+    names = sorted(path.name for path in (folder / "Flicker8k_Dataset").iterdir())
+    splits = ["train"] * 4 + ["val"] * 2
+    sentence = {"raw": "A dog on the grass ."}
+    entries = [
+        {"imgid": number, "filename": name, "split": split, "sentences": [sentence] * 5}
+        for number, (name, split) in enumerate(zip(names, splits, strict=True))
+    ]
+    (folder / "dataset_flickr8k.json").write_text(json.dumps({"images": entries}))
+    numbers = range(1, 7)
+    (folder / "captions.csv").write_text(
+        "image,caption\n" + "".join(f'{number}.png,"a dog, on the grass"\n' for number in numbers)
+    )
+    lines = [
+        {"photo": f"{number}.png", "captions": ["a dog", "a cat"], "split": split}
+        for number, split in zip(numbers, splits, strict=True)
+    ]
+    (folder / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for split, of_split in (("train", range(1, 5)), ("validation", range(5, 7))):
+        (folder / "photos" / split).mkdir(parents=True)
+        rows = [f"{number}.png,a dog on the grass\n" for number in of_split]
+        (folder / "photos" / split / "metadata.csv").write_text("file_name,text\n" + "".join(rows))
+        for number in of_split:
+            shutil.copy(folder / "images" / f"{number}.png", folder / "photos" / split)
+        columns = {f"caption_{number}": ["a dog"] * len(of_split) for number in range(5)}
+        images = [str(folder / "images" / f"{number}.png") for number in of_split]
+        dataset = Dataset.from_dict({"image": images, **columns}).cast_column("image", datasets.Image())
+        dataset.to_parquet(folder / "jxie" / "flickr8k" / f"{split}.parquet")
 
 
 def make_efficientnet_lite(folder: Path) -> None:

@@ -70,6 +70,8 @@ def short(words: list[str]) -> list[str]:
         arguments, training = (
             (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
         )
+        # Other sources of captions differ from COCO's in the first step alone.
+        arguments += ["--captions-only"] if "--untrained" in arguments and "--instances" not in arguments else []
         return [*arguments, *([] if "--cpu" in arguments else ["--cpu"]), "--", *training, *SMALL_STEPS]
     if command == "evaluate":
         return [*words, "--cpu", "--max-new-tokens", "6"]

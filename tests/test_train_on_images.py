@@ -2,19 +2,26 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
+from datasets import Dataset, Features, Value
 from PIL import Image
 
+from configuration_difnet import DifnetConfig
 from difnet_transformers.cli.train_on_images import RENAMED, TrainOnImagesOptions, main
+from difnet_transformers.data.captions import read_annotations
 from difnet_transformers.files import folder_lock
-from difnet_transformers.options import parse_options
+from difnet_transformers.options import parse_options, save_options
+from difnet_transformers.presets import PRESETS, preset_for
+from difnet_transformers.training.config import TrainingConfig
 from difnet_transformers.workflows.train_on_images import FeatureSources
 
 REPOSITORY = Path(__file__).parent.parent
@@ -149,6 +156,10 @@ def test_from_images_to_captions(data, tmp_path):
     assert "split: validation" in card
     assert "split: train" not in card
     assert not (output / "model" / "training_state").exists()
+    assert re.search(
+        r"\nminutes: captions \S+, extract \S+, pack \S+, train \S+, evaluate \S+, caption \S+, together \S+\n",
+        done.stdout,
+    )
     user = (
         "import sys, modeling_difnet\n"
         "from transformers import AutoModel, AutoProcessor\n"
@@ -186,6 +197,116 @@ def test_the_earlier_name_of_an_option_and_those_of_training():
     assert options.training == ["--dropout", "0"]
 
 
+class TestPresets:
+    @pytest.mark.parametrize(
+        ("images", "largest"),
+        [(1, 1_000), (1_000, 1_000), (1_001, 20_000), (20_001, 100_000), (100_001, None), (10**9, None)],
+    )
+    def test_the_number_of_training_images_chooses(self, images, largest):
+        assert preset_for(images).max_images == largest
+        assert f"{images:,} training images, so the network and recipe for " in preset_for(images).reason(images)
+
+    @pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: str(preset.max_images))
+    def test_every_value_is_one_that_training_knows(self, preset):
+        DifnetConfig(**preset.network)
+        words = [str(word) for option in preset.training.items() for word in option]
+        words = ["--dataset", "d", "--output", "o", *words]
+        parse_options(TrainingConfig, words, prog="", description="")
+
+    def test_the_last_one_is_the_papers(self):
+        assert (PRESETS[-1].network, PRESETS[-1].training) == ({}, {})
+        assert PRESETS[-1].min_word_count == TrainingConfig(dataset="d", output="o").min_word_count
+
+    def test_the_docs_show_them(self):
+        page = (REPOSITORY / "docs" / "own_images.md").read_text()
+        for preset in PRESETS:
+            images, network, recipe = preset.described()
+            recipe = f"`{recipe}`" if preset.training else recipe
+            assert f"\n| {images} | {network} | {recipe} | {preset.min_word_count} times |\n" in page
+
+
+def caption_words(data: Path, output: Path, *words: object) -> list[str]:
+    return [str(word) for word in ("--untrained", "--cpu", "--captions-only", "--output", output, *words)]
+
+
+class TestCaptionSources:
+    """What the command does with the readers of `test_caption_sources.py`."""
+
+    def test_a_table_with_mistakes(self, data, tmp_path, capsys):
+        table = tmp_path / "captions.csv"
+        lines = ["image,caption", *(f"{color} image {n}.png,a {color} dog" for n, color in enumerate(COLOURS, 1))]
+        table.write_text("\n".join([*lines, lines[1], "cut.png,", "empty.jpg,a, b"]) + "\n")
+        words = ["--images", data / "images" / "train", "--captions", table, "--validation-images", 1]
+        assert main(caption_words(data, tmp_path / "mine", *words)) == 0
+        said = capsys.readouterr().out
+        assert "train: 2 images, 2 captions\nvalidation: 1 images, 1 captions\n" in said
+        assert f"{table}: 1 duplicate row left out: line 5\n" in said
+        assert f"left out: {table}: line 6: cut.png: an empty caption; write it, or remove the entry\n" in said
+        assert f"left out: {table}: line 7: 3 fields where line 1 has 2; put captions with commas into" in said
+        assert "2 of 6 entries of the captions left out (listed above)" in said
+        assert "2 training images, so the network and recipe for up to 1,000: d_model 128, 2 + 2 layers" in said
+        read = read_annotations(str(tmp_path / "mine" / "annotations"))
+        assert {split: len(rows) for split, rows in read.splits.items()} == {"train": 2, "validation": 1}
+        assert main(caption_words(data, tmp_path / "mine", *words, "--strict")) == 2
+
+    def test_many_mistakes_are_in_a_file(self, data, tmp_path, capsys):
+        table = tmp_path / "captions.tsv"
+        table.write_text("image\tcaption\n" + "".join(f"{n}.png\tx\n" for n in range(200)) + "a.png\t\n" * 150)
+        words = ["--images", data / "images", "--captions", table, "--validation-images", 20]
+        assert main(caption_words(data, tmp_path / "mine", *words)) == 0
+        said = capsys.readouterr().out
+        assert said.count("left out: ") == 101
+        assert f"left out: 50 more; see {tmp_path}/mine/captions_left_out.txt" in said
+        assert len((tmp_path / "mine" / "captions_left_out.txt").read_text().splitlines()) == 150
+
+    @pytest.mark.parametrize("option", ["--images", "--captions"])
+    def test_an_imagefolder_says_its_captions(self, data, tmp_path, option):
+        for split in ("train", "val"):
+            (tmp_path / "photos" / split).mkdir(parents=True)
+            (tmp_path / "photos" / split / "metadata.csv").write_text(f"file_name,text\na.png,a {split} dog\n")
+        assert main(caption_words(data, tmp_path / "mine", option, tmp_path / "photos")) == 0
+        read = read_annotations(str(tmp_path / "mine" / "annotations"))
+        assert [row.captions for rows in read.splits.values() for row in rows] == [("a train dog",), ("a val dog",)]
+
+    @pytest.mark.parametrize(
+        ("option", "message"),
+        [
+            ("--images", "no metadata.csv or metadata.jsonl in this folder says the captions; give --captions"),
+            ("--captions", "not a folder of images with captions; give --images"),
+        ],
+    )
+    def test_a_folder_without_captions(self, data, tmp_path, capsys, option, message):
+        assert main(caption_words(data, tmp_path / "mine", option, data / "images")) == 2
+        assert f"{data}/images: {message}\n" in capsys.readouterr().err
+
+    def test_a_hub_dataset(self, data, tmp_path, capsys):
+        """Written once, and the same command says the same of it."""
+        features = Features({"image": datasets.Image(), "text": Value("string")})
+        files = sorted((data / "images").rglob("*image*.png"))
+        rows = [{"image": {"bytes": path.read_bytes(), "path": path.name}, "text": path.name[:3]} for path in files]
+        rows.append({"image": None, "text": "nothing"})
+        Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "dataset")
+        words = ["--hub-dataset", tmp_path / "dataset", "--validation-images", 2]
+        assert main(caption_words(data, tmp_path / "mine", *words)) == 0
+        said = capsys.readouterr().out
+        assert "train: 4 images, 4 captions\nvalidation: 2 images, 2 captions\n" in said
+        assert f"left out: {tmp_path}/dataset: train, row 6: no image; remove the row\n" in said
+        assert "1 of 7 entries of the captions left out (listed above)" in said
+        assert {path.name for path in (tmp_path / "mine" / "images").glob("*.png")} == {path.name for path in files}
+        assert main(caption_words(data, tmp_path / "mine", *words)) == 0
+        assert capsys.readouterr().out == said
+
+    def test_the_recipe_of_a_run_repeats_it(self, data, tmp_path):
+        words = ["--hub-dataset", "a/b", "--validation-images", "2", "--caption-column", "x", "y"]
+        words = ["--output", str(tmp_path), "--untrained", *words]
+        options = parse_options(TrainOnImagesOptions, words, prog="", description="")
+        save_options(options, tmp_path / "recipe.yaml")
+        again = parse_options(
+            TrainOnImagesOptions, ["--recipe", str(tmp_path / "recipe.yaml")], prog="", description=""
+        )
+        assert again == options
+
+
 class TestMistakes:
     def test_a_command_that_fails_ends_the_run(self, data, tmp_path, capfd):
         """Images that the captions name are missing: packing says which and how to do without."""
@@ -205,7 +326,17 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["--untrained", "--captions", "a.json"], "--captions takes the files of two or three splits"),
+            (["--untrained", "--captions", *"abcd"], "--captions takes the files of two or three splits"),
+            (
+                ["--untrained", "--captions", "a", "--split-files", "b"],
+                "--split-files takes the lists of two or three",
+            ),
+            (
+                ["--untrained", "--split-files", "b", "c", "--validation-images", "3"],
+                "--split-files and --validation-images both say the splits: give one",
+            ),
+            (["--untrained", "--hub-dataset", "a/b"], "leave --images and --captions out"),
+            (["--untrained", "--hub-revision", "main"], "--hub-config and --hub-revision go with --hub-dataset"),
             (["--captions", "a.json", "b.json"], "give --grid-backbone NAME, or --untrained"),
             (
                 ["--captions", "a.json", "b.json", "--untrained", "--grid-backbone", "x101"],

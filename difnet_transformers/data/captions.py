@@ -63,7 +63,7 @@ def read_annotations(path: str) -> Captions:
         raise DataError(
             f"{printable(path)}: no such file or folder; --annotations takes a folder or dataset_coco.json"
         )
-    splits, files, problems = _read_folder(source) if source.is_dir() else _read_karpathy(source)
+    splits, files, problems = _read_folder(source) if source.is_dir() else read_karpathy_file(source)
     split_of: dict[int, str] = {}
     duplicates = []
     for split, rows in splits.items():
@@ -101,7 +101,7 @@ def _read_folder(folder: Path) -> Captions:
         )
     if len(karpathy) > 1:
         raise DataError(f"{printable(folder)}: {' and '.join(karpathy)} are in it; give one of them by its name")
-    return _read_karpathy(folder / karpathy[0])
+    return read_karpathy_file(folder / karpathy[0])
 
 
 # The original's form
@@ -152,17 +152,33 @@ def _read_files_of_splits(files: Mapping[str, Path]) -> Captions:
     splits: dict[str, list[ImageRow]] = {}
     problems: list[Problem] = []
     for name, path in files.items():
-        file = _CaptionFile(path)
-        problems += file.problems
-        rows = file.rows(file.annotations.values(), restval=name == "restval")
-        described = {row.image_id for row in rows}
-        rows += [
-            ImageRow(image_id, file_name, False, ())
-            for image_id, file_name in file.file_names.items()
-            if image_id not in described
-        ]
-        splits.setdefault(SPLIT_NAMES.get(name, name), []).extend(file.without_broken(rows, problems))
+        rows, broken = read_coco_captions(path, restval=name == "restval")
+        splits.setdefault(SPLIT_NAMES.get(name, name), []).extend(rows)
+        problems += broken
     return Captions(splits, list(files.values()), problems)
+
+
+def read_coco_captions(path: Path, restval: bool = False) -> tuple[list[ImageRow], list[Problem]]:
+    """The images of a COCO caption file, also those without captions, and what cannot be used.
+
+    Args:
+        path: such as `captions_train2017.json`.
+        restval: whether they are COCO's validation images that training uses.
+
+    Raises:
+        ValueError: it is no such file; the text names it.
+        OSError: it cannot be read.
+    """
+    file = _CaptionFile(path)
+    problems = list(file.problems)
+    rows = file.rows(file.annotations.values(), restval)
+    described = {row.image_id for row in rows}
+    rows += [
+        ImageRow(image_id, file_name, False, ())
+        for image_id, file_name in file.file_names.items()
+        if image_id not in described
+    ]
+    return file.without_broken(rows, problems), problems
 
 
 class _Image(NamedTuple):
@@ -231,7 +247,7 @@ class _CaptionFile:
         if image_id in self.file_names:
             raise DataError(f"{printable(self.path)}: duplicate image id {image_id}")
         try:
-            self.file_names[image_id] = _storable_name(entry.file_name)
+            self.file_names[image_id] = storable_name(entry.file_name)
         except ValueError as error:
             self.file_names[image_id] = ""
             self.broken[image_id] = f'an entry of "images" lacks a usable "file_name": {error}'
@@ -287,7 +303,12 @@ class _CaptionFile:
         return [row for row in rows if row.image_id not in self.broken]
 
 
-def _storable_name(name: Any) -> str:
+def storable_name(name: Any) -> str:
+    """`normalize_file_name` of a name that can be written as UTF-8.
+
+    Raises:
+        ValueError: it is no such name.
+    """
     name = normalize_file_name(name)
     try:
         name.encode()
@@ -320,10 +341,14 @@ def _reduce_karpathy(entry: dict) -> Any:
     return entry
 
 
-def _read_karpathy(path: Path) -> Captions:
+def read_karpathy_file(path: Path) -> Captions:
     """Karpathy's `dataset_coco.json`, or his `dataset_flickr8k.json` and `dataset_flickr30k.json`.
 
     The Flickr files have no `cocoid`; there `imgid` is the image id.
+
+    Raises:
+        ValueError: it is no such file; the text names it.
+        OSError: it cannot be read.
     """
     content = read_json(path, _reduce_karpathy)
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
@@ -348,7 +373,7 @@ def _read_karpathy(path: Path) -> Captions:
             if not isinstance(sentences, list) or not all(isinstance(each, _KarpathySentence) for each in sentences):
                 raise ValueError('has "sentences" without "raw"')
             captions = tuple(normalize_caption(sentence.raw) for sentence in sentences)
-            row = ImageRow(image_id, _storable_name(image.filename), split == "restval", captions)
+            row = ImageRow(image_id, storable_name(image.filename), split == "restval", captions)
         except ValueError as error:
             problems.append(Problem(printable(path), str(error), image_id))
             continue

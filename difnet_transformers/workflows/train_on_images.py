@@ -1,7 +1,8 @@
 """From images with captions to a captioner of one's own: other `difnet` commands, one after another.
 
 The original (mrwu-mac/DIFNet, CVPR 2022) starts from feature files that others made. Nothing happens here that the
-printed commands do not do; this module knows their order and their settings for a few hundred images.
+printed commands do not do, except that captions in other forms are written as COCO's; this module knows the order of
+the commands and their settings (`presets.py`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,34 +21,26 @@ from processing_difnet import DifnetTokenizer
 
 from ..child_process import run_difnet
 from ..command_line import LeftOut
+from ..data.caption_sources.coco_files import PreparedCaptions, prepare_captions
+from ..data.caption_sources.hub import HubDataset, save_hub_dataset
+from ..data.caption_sources.image_folders import is_image_folder
+from ..data.caption_sources.rows import CaptionSource
+from ..data.caption_sources.splits import NO_RULE, SPLITS, SplitRule
+from ..data.caption_sources.tables import USUAL_COLUMNS, ColumnNames
 from ..data.captions import read_annotations
 from ..data.feature_files import GridFiles
 from ..data.image_files import find_images, match_images
 from ..data.packed_dataset import load_packed_split
-from ..files import atomic_output, atomic_write, check_regular_file, printable, read_file, read_json
+from ..files import atomic_output, atomic_write, printable, read_json
 from ..model_card import METRICS, check_license
 from ..options import option_name
-from ..presets import SMALL_NETWORK
+from ..presets import Preset, preset_for
 from ..reports.pages import SheetImage, Table, html_sheet
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-SPLITS = ("train", "validation", "test")
-
-# For a few hundred images and the small network, in minutes on a CPU.
-TRAINING = {
-    "--xe-batches": "images",
-    "--xe-batch-size": 4,
-    "--xe-schedule": "constant",
-    "--xe-learning-rate": 1e-3,
-    "--xe-epochs": 40,
-    "--xe-patience": 10,
-    "--scst-epochs": 30,
-    "--scst-patience": 10,
-    "--scst-learning-rate": 2e-4,
-    "--log-every": 20,
-}
+MOST_LINES = 100  # of entries of captions that are left out; a file has all of them
 
 
 @dataclass(frozen=True)
@@ -91,32 +86,41 @@ def train_on_images(
     output: Path,
     sources: FeatureSources,
     *,
+    hub_dataset: HubDataset | None = None,
+    columns: ColumnNames = USUAL_COLUMNS,
+    split_rule: SplitRule = NO_RULE,
     name: str | None = None,
     skip_missing: bool = False,
     choose_by: str = "validation",
-    min_word_count: int = 1,
+    min_word_count: int | None = None,
     license: str | None = None,
     seed: int = 0,
     cpu: bool = False,
     training_options: Sequence[str] = (),
     strict: bool = False,
+    captions_only: bool = False,
 ) -> int:
     """All steps from images to a captioner, its scores and a page. A step that was done before is resumed or skipped.
 
     Args:
-        images: image files, or folders of them.
-        captions: COCO caption files of the training, the validation and perhaps the test split.
+        images: image files, or folders of them; empty where `captions` is an imagefolder.
+        captions: as `prepare_captions` takes them; empty where `images` is an imagefolder.
         output: folder of everything.
         sources: where the features come from.
+        hub_dataset: images and captions in place of `images` and `captions`.
+        columns: the names in a table of captions; by default the usual ones.
+        split_rule: says the splits where the captions do not.
         name: what card and page call the data (default: the name of `output`).
-        skip_missing: whether images without features are left out even where they are more than half of a split.
+        skip_missing: whether images without features, and entries of captions that cannot be used, are left out even
+            where they are more than half.
         choose_by: split whose CIDEr-D says which checkpoint is best, "validation" or "train".
-        min_word_count: how often the captions must have a word.
+        min_word_count: how often the captions must have a word; by default the preset's.
         license: of the weights, for the card.
         seed: of the training.
         cpu: whether to use the CPU even where there is a GPU.
         training_options: further options of `difnet train`, which replace those given here.
         strict: whether the exit code is 2 where an image was left out.
+        captions_only: whether to stop when the captions are read and the preset is chosen.
 
     Returns:
         The exit code.
@@ -127,17 +131,33 @@ def train_on_images(
     """
     check_license(license)
     name = name or output.resolve().name
-    annotations = copy_annotations(captions, output / "annotations")
-    extract_features(images, annotations, output, sources, cpu)
-    pack(annotations, output, skip_missing)
-    vocabulary = make_vocabulary(annotations, output / "vocab.json", min_word_count)
+    seconds: dict[str, float] = {}
+    with timed(seconds, "captions"):
+        images, prepared = read_captions(images, captions, hub_dataset, output, columns, split_rule, skip_missing)
+    annotations = prepared.folder
+    num_images, _ = prepared.counts.get("train", (0, 0))
+    preset = preset_for(num_images)
+    print(preset.reason(num_images), flush=True)
+    if captions_only:
+        print(f"captions in {printable(annotations, 300)}; the same command without --captions-only trains")
+        return 2 if strict and prepared.unusable else 0
+    with timed(seconds, "extract"):
+        extract_features(images, annotations, output, sources, cpu)
+    with timed(seconds, "pack"):
+        pack(annotations, output, skip_missing)
+    vocabulary = make_vocabulary(
+        annotations, output / "vocab.json", preset.min_word_count if min_word_count is None else min_word_count
+    )
     options: list[object] = ["--validation-split", choose_by, "--seed", seed]
     options += ["--license", license] if license else []
     options += ["--report-to", "none", *(["--cpu"] if cpu else []), *training_options]
-    train(vocabulary, output, options)
+    with timed(seconds, "train"):
+        train(vocabulary, output, preset, options)
     model = copy_best_checkpoint(output)
-    reports = evaluate(model, output, SPLITS[: len(captions)], name, cpu)
-    results = caption_all(model, output, cpu)
+    with timed(seconds, "evaluate"):
+        reports = evaluate(model, output, [split for split in SPLITS if split in prepared.counts], name, cpu)
+    with timed(seconds, "caption"):
+        results = caption_all(model, output, cpu)
     page = output / "captions.html"
     warnings = []
     if sources.grid_backbone is None:
@@ -155,36 +175,84 @@ def train_on_images(
         f"model in {printable(model, 300)}, captions in {printable(output / 'captions.json', 300)}, all images in "
         f"{printable(page, 300)}"
     )
+    minutes = [f"{step} {taken / 60:.1f}" for step, taken in seconds.items()]
+    print(f"minutes: {', '.join(minutes)}, together {sum(seconds.values()) / 60:.1f}")
+    print_left_out(prepared, output)
     left_out = LeftOut("image")
     for image, reason in left_out_images(output):
         left_out.add(image, reason)
-    return left_out.report(sum(report["images"] for report in reports.values()), strict)
+    exit_code = left_out.report(sum(report["images"] for report in reports.values()), strict)
+    return 2 if strict and prepared.unusable else exit_code
+
+
+@contextmanager
+def timed(seconds: dict[str, float], step: str) -> Iterator[None]:
+    """Notes how long a step takes."""
+    start = time.monotonic()
+    yield
+    seconds[step] = time.monotonic() - start
 
 
 # The steps
 
 
-def copy_annotations(captions: Sequence[Path], folder: Path) -> Path:
-    """Copies the caption files to names that say their splits; returns `folder`.
+def read_captions(
+    images: Sequence[Path],
+    captions: Sequence[Path],
+    hub_dataset: HubDataset | None,
+    output: Path,
+    columns: ColumnNames,
+    split_rule: SplitRule,
+    skip_missing: bool,
+) -> tuple[Sequence[Path], PreparedCaptions]:
+    """Writes the captions as COCO files in `output`/annotations, and the images of a Hub dataset in `output`/images.
 
-    Raises:
-        ValueError: one of them holds no captions; the text names it.
+    Args:
+        images, captions, hub_dataset, output, columns, split_rule, skip_missing: of `train_on_images`.
+
+    Returns:
+        The places of the images, and the captions.
     """
-    sources = {}
-    for split, source in zip(SPLITS, captions, strict=False):
-        if not source.exists():
-            raise ValueError(f"{printable(source, 300)}: no such file; --captions takes COCO caption files")
-        check_regular_file(source)
-        sources[folder / f"captions_{split}.json"] = source
-        atomic_write(folder / f"captions_{split}.json", read_file(source))
-    try:
-        read_annotations(str(folder))
-    except ValueError as error:
-        text = str(error)
-        for copy, source in sources.items():
-            text = text.replace(printable(copy), printable(source, 300))
-        raise ValueError(text) from error
-    return folder
+    saved: CaptionSource | None = None
+    if hub_dataset is not None:
+        saved = save_hub_dataset(hub_dataset, columns, output / "images", skip_missing)
+        images = captions = [output / "images"]
+        columns = USUAL_COLUMNS
+    elif not captions:
+        if len(images) != 1 or not is_image_folder(images[0]):
+            raise ValueError(
+                f"{printable(images[0], 300)}: no metadata.csv or metadata.jsonl in this folder says the captions; "
+                "give --captions"
+            )
+        captions = images
+    elif not images:
+        if len(captions) != 1 or not is_image_folder(captions[0]):
+            raise ValueError(f"{printable(captions[0], 300)}: not a folder of images with captions; give --images")
+        images = captions
+    prepared = prepare_captions(captions, output / "annotations", columns, split_rule, skip_missing)
+    if saved is not None:
+        prepared.unusable[:0], prepared.notes[:0] = saved.unusable, saved.notes
+        prepared.num_entries = saved.num_entries
+    for split, (num_images, num_captions) in prepared.counts.items():
+        print(f"{split}: {num_images:,} images, {num_captions:,} captions")
+    print_left_out(prepared, output)
+    return images, prepared
+
+
+def print_left_out(prepared: PreparedCaptions, output: Path) -> None:
+    """Names the entries of the captions that are left out; where they are many, a file has all of them."""
+    for note in prepared.notes:
+        print(note)
+    for entry in prepared.unusable[:MOST_LINES]:
+        print(f"left out: {entry}")
+    if len(prepared.unusable) > MOST_LINES:
+        path = output / "captions_left_out.txt"
+        atomic_write(path, "".join(f"{entry}\n" for entry in prepared.unusable))
+        print(f"left out: {len(prepared.unusable) - MOST_LINES:,} more; see {printable(path, 300)}")
+    if prepared.unusable:
+        print(
+            f"{len(prepared.unusable):,} of {prepared.num_entries:,} entries of the captions left out (listed above)"
+        )
 
 
 def extract_features(
@@ -241,12 +309,12 @@ def make_vocabulary(annotations: Path, path: Path, min_word_count: int) -> Path:
     return path
 
 
-def train(vocabulary: Path, output: Path, options: Sequence[object]) -> None:
+def train(vocabulary: Path, output: Path, preset: Preset, options: Sequence[object]) -> None:
     """Cross-entropy and self-critical training in `output`/training, resumed where it was stopped."""
     run, config = output / "training", output / "config.json"
-    atomic_write(config, json.dumps(SMALL_NETWORK, indent=1) + "\n")
+    atomic_write(config, json.dumps(dict(preset.network), indent=1) + "\n")
     words: list[object] = ["--dataset", output / "packed", "--output", run, "--config", config, "--vocab", vocabulary]
-    words += [word for option in TRAINING.items() for word in option]
+    words += [word for option in preset.training.items() for word in option]
     words += options
     if any((run / name).exists() for name in ("last", "last.previous")):
         words += ["--resume", "last"]
