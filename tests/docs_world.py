@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from PIL import Image
 from test_convert_checkpoint import pickle_vocabulary
 from test_grid_backbone_difnet import backbone_layout, random_values
 from transformers import (
@@ -56,6 +57,7 @@ def make_world(folder: Path) -> Path:
     shutil.copy(annotations / "captions_val2014.json", folder)
     make_checkpoint(folder, DifnetTokenizer.from_captions(captions, min_count=1))
     make_images(folder)
+    make_flickr8k(folder)
     make_feature_networks(folder)
     (folder / "network.json").write_text(json.dumps(SIZES))
     return folder
@@ -95,9 +97,21 @@ def make_images(folder: Path) -> None:
         (folder / f"{split}2017").mkdir()
         for number in numbers:
             shutil.copy(folder / "images" / f"{number}.png", folder / f"{split}2017")
-    from PIL import Image  # only drawn files are opened here
-
     Image.open(scenes[0]).save(folder / "image.jpg")
+
+
+def make_flickr8k(folder: Path) -> None:
+    """The files of Flickr8k, with four training images and two of validation."""
+    photographs = folder / "Flicker8k_Dataset"
+    photographs.mkdir()
+    names = []
+    for path in sorted((folder / "images").glob("*.png")):
+        names.append(f"{path.stem}_0123456789.jpg")
+        Image.open(path).convert("RGB").save(photographs / names[-1])
+    tokens = [f"{name}#{number}\tA dog on the grass .\n" for name in names for number in range(5)]
+    (folder / "Flickr8k.token.txt").write_text("".join(tokens))
+    for split, listed in {"train": names[:4], "dev": names[4:]}.items():
+        (folder / f"Flickr_8k.{split}Images.txt").write_text("".join(f"{name}\n" for name in listed))
 
 
 def make_feature_networks(folder: Path) -> None:

@@ -133,6 +133,9 @@ def add_results_of_other_pages(page: Path) -> None:
         packing = ["--features", "coco_grid_feats2.hdf5", "--segmentation", "segmentations"]
         packing += ["--annotations", "annotations", "--output", "coco_packed"]
         assert exit_code(difnet_main, ["pack", *packing]) == 0
+    if page.name == "flickr8k.md":
+        (program,) = (block.text for block in blocks_of(ROOT / "docs" / "caption.md") if "def make()" in block.text)
+        Path("efficientnet_lite.py").write_text(program)
     if page.name == "relevance.md":
         Path("demo_output/run").mkdir(parents=True)
         Path("demo_output/packed").symlink_to(Path("coco_packed").absolute())
@@ -143,8 +146,8 @@ def add_results_of_other_pages(page: Path) -> None:
 @pytest.mark.parametrize(
     "page",
     [
-        # Its commands run all the others, each in a process of its own.
-        pytest.param(page, marks=pytest.mark.slow if page.name == "own_images.md" else ())
+        # Their commands run all the others, each in a process of its own.
+        pytest.param(page, marks=pytest.mark.slow if page.name in ("own_images.md", "flickr8k.md") else ())
         for page in PAGES
         if page.name not in PAGES_WITH_A_TEST_OF_THEIR_OWN
     ],
