@@ -3,11 +3,11 @@
     python benchmarks/two_flows.py --images images/ --captions captions.json --instances instances.json \
         --grid-backbone efficientnet_lite:make
 
-The paper's comparison (Table 1 there: DIFNet and the baseline, on COCO) for as few images as a laptop trains on in
-minutes. The images of all files are shuffled and cut into folds, once for each seed. A captioner learns from all folds
-but two, one of the two says which of its checkpoints is best, and the other is captioned. So every image is captioned
-once for each seed, by a network that has not seen it, and the scores are of all images together. Both forms, DIFNet
-and the paper's baseline (`--no-segmentation`), see the same images, captions, seeds and settings.
+The paper's comparison of DIFNet and its baseline on COCO, for as few images as a laptop trains on in minutes. The
+images of all files are shuffled and cut into folds, once for each seed. A captioner learns from all folds but two, one
+of the two says which of its checkpoints is best, and the other is captioned. So every image is captioned once for each
+seed, by a network that has not seen it, and the scores are of all images together. Both forms, DIFNet and the paper's
+baseline (`--no-segmentation`), see the same images, captions, seeds and settings.
 
 Everything is done by `difnet extract`, `difnet pack`, `difnet train` and `difnet evaluate`, in one process. A stopped
 study resumes with the same command.
@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from common import header, make_parser, markdown_table, results_path, write_report
 
 from caption_metrics import score_captions
@@ -51,7 +52,9 @@ TRAINING: dict[str, object] = {
     "log-every": 100,
     "report-to": "none",
 }
-QUICK = {"xe-epochs": 1, "min-word-count": 1}
+# Of every seed and form: "images", "seconds", "scores" and "cider_d_of_images".
+Results = dict[int, dict[str, dict[str, Any]]]
+QUICK = {"xe-batch-size": 2, "xe-epochs": 1, "min-word-count": 1}
 
 
 def run_difnet(command: str, *words: object) -> None:
@@ -76,6 +79,7 @@ class Study:
     Args:
         folder: of features and runs.
         captions: COCO caption files; the splits they name are not used.
+        grid_backbone: as `difnet extract` takes it; `None` for a random network.
         num_folds: at least 3.
         training: options of `difnet train`.
 
@@ -83,13 +87,21 @@ class Study:
         SystemExit: the folder holds a study with other settings.
     """
 
-    def __init__(self, folder: Path, captions: Sequence[Path], num_folds: int, training: dict[str, object]) -> None:
-        self.folder, self.num_folds, self.training = folder, num_folds, training
+    def __init__(
+        self,
+        folder: Path,
+        captions: Sequence[Path],
+        grid_backbone: str | None,
+        num_folds: int,
+        training: dict[str, object],
+    ) -> None:
+        self.folder, self.grid_backbone, self.num_folds, self.training = folder, grid_backbone, num_folds, training
         files = [read_json(path) for path in captions]
         self.images = {image["id"]: image for file in files for image in file["images"]}
         self.annotations = [annotation for file in files for annotation in file["annotations"]]
         settings = {
             "images": sorted(self.images),
+            "grid_backbone": grid_backbone,
             "num_folds": num_folds,
             "network": SMALL_NETWORK,
             "training": training,
@@ -101,13 +113,13 @@ class Study:
         atomic_write(settings_file, json.dumps(settings))
         atomic_write(folder / "network.json", json.dumps(SMALL_NETWORK))
 
-    def extract(self, images: Sequence[Path], grid_backbone: str | None, instances: Sequence[Path]) -> None:
-        """Grid features, and the instances as class shares, of all images; without a backbone a random one."""
+    def extract(self, images: Sequence[Path], instances: Sequence[Path]) -> None:
+        """Grid features, and the instances as class shares, of all images."""
         if (self.folder / "features").exists():
             return
-        network = ["--untrained"] if grid_backbone is None else ["--grid-backbone", grid_backbone]
-        run_difnet("extract", *images, *network, "--instance-annotations", *instances, "--coco-json", *instances,
-                   *("--device", "cpu", "--output", self.folder / "features"))  # fmt: skip
+        network = ["--untrained"] if self.grid_backbone is None else ["--grid-backbone", self.grid_backbone]
+        words: list[object] = [*images, *network, "--instance-annotations", *instances, "--coco-json", *instances]
+        run_difnet("extract", *words, "--device", "cpu", "--output", self.folder / "features")
 
     def folds(self, seed: int) -> list[list[int]]:
         """The image ids of each fold."""
@@ -133,8 +145,8 @@ class Study:
             atomic_write(path, json.dumps(content))
         features = self.folder / "features"
         grids = features / "grid_features.hdf5"
-        run_difnet("pack", "--features", grids, "--segmentation", features / "segmentations", *sizes_of(grids),
-                   *("--annotations", folder / "annotations", "--output", folder / "packed"))  # fmt: skip
+        words: list[object] = ["--features", grids, "--segmentation", features / "segmentations", *sizes_of(grids)]
+        run_difnet("pack", *words, "--annotations", folder / "annotations", "--output", folder / "packed")
         return folder
 
     def caption(self, folder: Path, form: str, seed: int) -> dict[str, Any]:
@@ -145,10 +157,10 @@ class Study:
             start = time.monotonic()
             resumed = ["--resume", "last"] if (run / "last").exists() else []
             options = [word for name, value in self.training.items() for word in (f"--{name}", value)]
-            run_difnet("train", "--dataset", folder / "packed", "--output", run, "--seed", seed, "--cpu",
-                       *("--config", self.folder / "network.json", *options, *FORMS[form], *resumed))  # fmt: skip
-            run_difnet("evaluate", "--model", run / "best", "--dataset", folder / "packed", "--cpu",
-                       *("--output", run / "results"))  # fmt: skip
+            words = ["--dataset", folder / "packed", "--output", run, "--config", self.folder / "network.json"]
+            run_difnet("train", *words, "--seed", seed, "--cpu", *options, *FORMS[form], *resumed)
+            words = ["--model", run / "best", "--dataset", folder / "packed", "--output", run / "results"]
+            run_difnet("evaluate", *words, "--cpu")
             seconds = time.monotonic() - start
             captions = {
                 row["image_id"]: row["caption"] for row in read_json(run / "results/captions_test_results.json")
@@ -156,12 +168,12 @@ class Study:
             atomic_write(done, json.dumps({"captions": captions, "seconds": seconds}))
         return read_json(done)
 
-    def run(self, seeds: Sequence[int]) -> dict[int, dict[str, dict[str, Any]]]:
+    def run(self, seeds: Sequence[int]) -> Results:
         """Scores and seconds by seed and form."""
         references: dict[int, list[str]] = {}
         for annotation in self.annotations:
             references.setdefault(annotation["image_id"], []).append(annotation["caption"])
-        results: dict[int, dict[str, dict[str, Any]]] = {}
+        results: Results = {}
         for seed in seeds:
             results[seed] = {}
             folders = [self.pack(seed, fold) for fold in range(self.num_folds)]
@@ -182,39 +194,37 @@ class Study:
         return results
 
 
-def report(results: dict[int, dict[str, dict[str, Any]]], num_folds: int, backbone: str) -> list[str]:
+def report(results: Results, study: Study) -> list[str]:
     """The table of what `Study.run` returns, and whether two flows gain."""
-    columns = [(form, metric) for metric in METRICS for form in FORMS]
-    scores = [[result[form]["scores"][metric] for form, metric in columns] for result in results.values()]
-    minutes = [[result[form]["seconds"] / 60 for form in FORMS] for result in results.values()]
-    table = [(*row, *times) for row, times in zip(scores, minutes, strict=True)]
-    summary = {"mean": statistics.mean}
-    if len(results) > 1:
-        summary["standard deviation"] = statistics.stdev
-    rows = [*zip(map(str, results), table, strict=True)]
-    rows += [(name, [function(column) for column in zip(*table, strict=True)]) for name, function in summary.items()]
+    columns = {f"{name}, {form}": (form, metric) for metric, name in METRICS.items() for form in FORMS}
+    table = [
+        [*(result[form]["scores"][metric] for form, metric in columns.values())]
+        + [result[form]["seconds"] / 60 for form in FORMS]
+        for result in results.values()
+    ]
+    rows = dict(zip(map(str, results), table, strict=True))
+    rows["mean"] = [statistics.mean(column) for column in zip(*table, strict=True)]
+    if len(table) > 1:
+        rows["standard deviation"] = [statistics.stdev(column) for column in zip(*table, strict=True)]
     num_images = next(iter(results.values()))["two flows"]["images"]
     notes = [
-        f"{num_images} photographs, {num_folds} folds: {num_folds - 2} to learn from, one to choose the checkpoint, "
-        "one held out; every photograph is held out once for each seed, and scores are of all of them together",
-        f"grid features: {backbone}; second flow: annotated instances of COCO's classes",
-        f"settings: {' '.join(f'--{name} {value}' for name, value in TRAINING.items())}",
+        f"{num_images} photographs in {study.num_folds} folds: {study.num_folds - 2} to learn from, one to choose the "
+        "checkpoint, one held out; every photograph is held out once for each seed, and scores are of all together",
+        f"grid features: {study.grid_backbone or 'of a random network'}; second flow: annotated instances of COCO",
+        f"settings: {' '.join(f'--{name} {value}' for name, value in study.training.items())}",
+        "minutes: of training and captioning all folds",
     ]
     lines = [
         *header("One flow and two on photographs", f"two_flows.py --seeds {' '.join(map(str, results))}", notes=notes),
         *markdown_table(
-            [
-                "seed",
-                *(f"{METRICS[metric]}, {form}" for form, metric in columns),
-                *(f"minutes, {form}" for form in FORMS),
-            ],
+            ["seed", *columns, *(f"minutes, {form}" for form in FORMS)],
             [
                 [
                     name,
-                    *(f"{value:.3f}" for value in row[: len(columns)]),
-                    *(f"{value:.1f}" for value in row[len(columns) :]),
+                    *(f"{value:.3f}" for value in values[: len(columns)]),
+                    *(f"{value:.1f}" for value in values[len(columns) :]),
                 ]
-                for name, row in rows
+                for name, values in rows.items()
             ],
         ),
         "",
@@ -235,24 +245,16 @@ def report(results: dict[int, dict[str, dict[str, Any]]], num_folds: int, backbo
     return lines
 
 
-def gain_of_images(results: dict[int, dict[str, dict[str, Any]]]) -> tuple[float, float]:
+def gain_of_images(results: Results) -> tuple[float, float]:
     """How much the CIDEr-D of an image is higher with two flows: the mean over images, and its standard error."""
-    gains = [
-        statistics.mean(two - one for two, one in pairs)
-        for pairs in zip(
-            *(
-                zip(result["two flows"]["cider_d_of_images"], result["one flow"]["cider_d_of_images"], strict=True)
-                for result in results.values()
-            ),
-            strict=True,
-        )
-    ]
-    return statistics.mean(gains), statistics.stdev(gains) / math.sqrt(len(gains))
+    scores = {form: np.array([result[form]["cider_d_of_images"] for result in results.values()]) for form in FORMS}
+    gains = (scores["two flows"] - scores["one flow"]).mean(0)  # (images,)
+    return gains.mean().item(), (gains.std(ddof=1) / math.sqrt(len(gains))).item()
 
 
 def verdict(mean: float, error: float) -> str:
     """What a gain and its standard error say."""
-    if abs(mean) < 2 * error:
+    if abs(mean) <= 2 * error:
         return "no difference that so few photographs can show"
     return "two flows are better" if mean > 0 else "one flow is better"
 
@@ -277,10 +279,12 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="one epoch: whether it runs, not what it finds")
     options = parser.parse_args(argv)
-    study = Study(options.output, options.captions, options.folds, TRAINING | (QUICK if options.quick else {}))
-    study.extract(options.images, options.grid_backbone, options.instances)
-    results = study.run(options.seeds)
-    lines = report(results, options.folds, options.grid_backbone or "a random network")
+    if options.folds < 3:
+        parser.error("--folds must be at least 3: to learn from, to choose the checkpoint, to hold out")
+    training = TRAINING | (QUICK if options.quick else {})
+    study = Study(options.output, options.captions, options.grid_backbone, options.folds, training)
+    study.extract(options.images, options.instances)
+    lines = report(study.run(options.seeds), study)
     write_report(lines, options.table or results_path("two_flows", "cpu"))
 
 

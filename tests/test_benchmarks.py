@@ -67,7 +67,7 @@ def test_the_study_of_two_flows_says_for_each_metric_in_how_many_seeds_they_gain
     words += ["--output", tmp_path / "study", "--table", tmp_path / "table.md"]
     run_benchmark("two_flows.py", *words)
     table = (tmp_path / "table.md").read_text()
-    assert "6 photographs, 3 folds" in table
+    assert "6 photographs in 3 folds" in table
     assert "- two flows above one, CIDEr-D: in" in table
     # The same command again finds all folds done; with other settings it is refused.
     seconds = {path: path.read_text() for path in (tmp_path / "study").rglob("done.json")}
