@@ -203,6 +203,23 @@ def test_every_guide_is_in_the_index() -> None:
     assert sorted(linked) == sorted(path.name for path in (ROOT / "docs").glob("*.md") if path.name != "index.md")
 
 
+HUB_OWNERS = "apple|facebook|google|hustvl|microsoft|nvidia|openai|PekingU|shi-labs|timm|tue-mps"
+
+
+def test_every_network_that_is_named_is_on_the_page_of_licences() -> None:
+    licences = (ROOT / "docs" / "networks.md").read_text(encoding="utf-8")
+    folders = ["benchmarks", "difnet_transformers", "docs", "examples", "modeling_difnet", "scripts", "tests"]
+    files = [ROOT / "README.md", *(path for folder in folders for path in (ROOT / folder).rglob("*.*"))]
+    named = {
+        (name, path.name)
+        for path in files
+        if path.suffix in (".py", ".md", ".yaml") and path != Path(__file__).resolve()
+        for name in re.findall(rf"(?<![\w/.-])(?:{HUB_OWNERS})/[\w.-]*\w", path.read_text(encoding="utf-8"))
+    }
+    assert {name for name, _ in named} >= {"facebook/dinov2-base", "facebook/mask2former-swin-large-coco-panoptic"}
+    assert {name: file for name, file in named if name not in licences} == {}
+
+
 def test_the_front_page_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
