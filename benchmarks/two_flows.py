@@ -253,10 +253,10 @@ def gain_of_images(results: Results) -> tuple[float, float]:
 
 
 def verdict(mean: float, error: float) -> str:
-    """What a gain and its standard error say."""
+    """What a gain and its standard error say, and no more: photographs of a fold share a network."""
     if abs(mean) <= 2 * error:
-        return "no difference that so few photographs can show"
-    return "two flows are better" if mean > 0 else "one flow is better"
+        return "within two standard errors, no difference that so few photographs show"
+    return f"{'two flows' if mean > 0 else 'one flow'} ahead by more than two standard errors"
 
 
 def main(argv: list[str] | None = None) -> None:
