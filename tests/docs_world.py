@@ -219,7 +219,9 @@ def make_efficientnet_lite(folder: Path) -> None:
         "class EfficientNet(torch.nn.Conv2d):\n"
         "    @classmethod\n"
         "    def from_pretrained(cls, name, weights_path):\n"
-        "        return cls(3, 1280, 32, stride=32)\n"
+        "        with torch.random.fork_rng():\n"
+        "            torch.manual_seed(0)  # the same weights in every process, as from a file\n"
+        "            return cls(3, 1280, 32, stride=32)\n"
         "    def extract_features(self, pixel_values):\n"
         "        return self(pixel_values)\n"
     )

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from docs_world import make_world
 
 REPOSITORY = Path(__file__).parent.parent
 SHORT = {
@@ -61,6 +62,24 @@ def test_the_study_of_the_demo_and_the_relevance_of_its_model(tmp_path):
     assert "words that name a drawn object, in captions of 4 validation scenes" in found
 
 
+@pytest.mark.slow
+def test_the_study_of_two_flows_says_for_each_metric_in_how_many_seeds_they_gain(tmp_path):
+    world = make_world(tmp_path / "world")
+    words = ["--images", world / "images", "--captions", *sorted(world.glob("captions_*2017.json"))]
+    words += ["--instances", *sorted(world.glob("instances_*2017.json")), "--quick", "--folds", 3, "--seeds", 4]
+    words += ["--output", tmp_path / "study", "--table", tmp_path / "table.md"]
+    run_benchmark("two_flows.py", *words)
+    table = (tmp_path / "table.md").read_text()
+    assert "6 photographs in 3 folds" in table
+    assert "- two flows above one, CIDEr-D: in" in table
+    # The same command again finds all folds done; with other settings it is refused.
+    seconds = {path: path.read_text() for path in (tmp_path / "study").rglob("done.json")}
+    assert len(seconds) == 6
+    run_benchmark("two_flows.py", *words)
+    assert {path: path.read_text() for path in (tmp_path / "study").rglob("done.json")} == seconds
+    assert run_benchmark("two_flows.py", *words, "--folds", 4, exit_codes=(1,)) == ""
+
+
 def test_every_benchmark_is_run_here():
     scripts = {path.name for path in (REPOSITORY / "benchmarks").glob("*.py")}
-    assert scripts == {*SHORT, "common.py", "demo_study.py", "relevance_on_objects.py"}
+    assert scripts == {*SHORT, "common.py", "demo_study.py", "relevance_on_objects.py", "two_flows.py"}

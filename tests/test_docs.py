@@ -135,6 +135,9 @@ def add_results_of_other_pages(page: Path) -> None:
         packing = ["--features", "coco_grid_feats2.hdf5", "--segmentation", "segmentations"]
         packing += ["--annotations", "annotations", "--output", "coco_packed"]
         assert exit_code(difnet_main, ["pack", *packing]) == 0
+    if page.name == "flickr8k.md":
+        (program,) = (block.text for block in blocks_of(ROOT / "docs" / "caption.md") if "def make()" in block.text)
+        Path("efficientnet_lite.py").write_text(program)
     if page.name == "relevance.md":
         Path("demo_output/run").mkdir(parents=True)
         Path("demo_output/packed").symlink_to(Path("coco_packed").absolute())
@@ -145,8 +148,8 @@ def add_results_of_other_pages(page: Path) -> None:
 @pytest.mark.parametrize(
     "page",
     [
-        # Its commands run all the others, each in a process of its own.
-        pytest.param(page, marks=pytest.mark.slow if page.name == "own_images.md" else ())
+        # Their commands run all the others, each in a process of its own.
+        pytest.param(page, marks=pytest.mark.slow if page.name in ("own_images.md", "flickr8k.md") else ())
         for page in PAGES
         if page.name not in PAGES_WITH_A_TEST_OF_THEIR_OWN
     ],
@@ -200,6 +203,23 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 def test_every_guide_is_in_the_index() -> None:
     linked = re.findall(r"\]\((\w+\.md)\)", (ROOT / "docs" / "index.md").read_text(encoding="utf-8"))
     assert sorted(linked) == sorted(path.name for path in (ROOT / "docs").glob("*.md") if path.name != "index.md")
+
+
+HUB_OWNERS = "apple|facebook|google|hustvl|microsoft|nvidia|openai|PekingU|shi-labs|timm|tue-mps"
+
+
+def test_every_network_that_is_named_is_on_the_page_of_licences() -> None:
+    licences = (ROOT / "docs" / "networks.md").read_text(encoding="utf-8")
+    folders = ["benchmarks", "difnet_transformers", "docs", "examples", "modeling_difnet", "scripts", "tests"]
+    files = [ROOT / "README.md", *(path for folder in folders for path in (ROOT / folder).rglob("*.*"))]
+    named = {
+        (name, path.name)
+        for path in files
+        if path.suffix in (".py", ".md", ".yaml") and path != Path(__file__).resolve()
+        for name in re.findall(rf"(?<![\w/.-])(?:{HUB_OWNERS})/[\w.-]*\w", path.read_text(encoding="utf-8"))
+    }
+    assert {name for name, _ in named} >= {"facebook/dinov2-base", "facebook/mask2former-swin-large-coco-panoptic"}
+    assert {name: file for name, file in named if name not in licences} == {}
 
 
 def test_the_front_page_is_short() -> None:

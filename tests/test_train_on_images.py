@@ -151,6 +151,10 @@ def test_from_images_to_captions(data, tmp_path):
     assert page.count("chosen by its scores on the images that it learnt from") == 1
     assert f"{scores['cider_d']:.3f}" in page
 
+    examples = (output / "results" / "examples_validation.html").read_text()
+    assert examples.count("<small>rank ") == examples.count("data:image/jpeg;base64,") == 3
+    assert not (output / "results" / "examples_train.html").exists(), "examples are of images that are held out"
+
     # The card knows of the images that were not learnt from, and of no others.
     card = (output / "model" / "README.md").read_text()
     assert "split: validation" in card

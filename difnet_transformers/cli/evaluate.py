@@ -17,11 +17,15 @@ Caption every image of a split and score the captions.
 
   difnet evaluate --model ./difnet --dataset coco_packed --output results
   difnet evaluate --model seed1 seed2 seed3 --dataset coco_packed --output results/ensemble
+  difnet evaluate --model ./difnet --dataset coco_packed --output results --page examples.html --images val2014/
   accelerate launch scripts/evaluate_captions.py ..   or   torchrun --nproc_per_node 8 scripts/evaluate_captions.py ..
 
 Writes OUTPUT/captions_SPLIT_results.json, [{"image_id": 42, "caption": "a dog runs"}, ..] as for the COCO server, and
 OUTPUT/scores_SPLIT.json: BLEU-1 to 4, ROUGE-L, CIDEr-D, how the captions were made, images per second. Both appear
 complete or not at all; OUTPUT/recipe_SPLIT.yaml repeats the run. Scores of single images: difnet metrics --per-image.
+
+--page writes a page of examples that are not picked: images at equally spaced ranks of their CIDEr-D, from the best
+to the worst, equal ones by image id. It holds the images, in a small form: mind their licences before passing it on.
 
 Several models are an ensemble: at each step the mean of their probabilities. They may differ in size and some may be
 the baseline without segmentation; they need one vocabulary.
@@ -70,6 +74,16 @@ class EvaluationOptions:
         group="scores",
     )
 
+    page: Path | None = field(
+        default=None, metavar="FILE", help="write examples by rank: .html", group="a page of examples"
+    )
+    examples: int = field(
+        default=12, metavar="N", help="images on the page, at least 2 (default: 12)", group="a page of examples"
+    )
+    images: list[Path] | None = field(
+        default=None, metavar="FOLDER", help="of --page: the images, or folders of them", group="a page of examples"
+    )
+
     batch_size: int = field(default=50, metavar="N", help="images of one process at a time", group="the machine")
     dtype: str = field(default="float32", choices=DTYPES, help="of weights and features", group="the machine")
     cpu: bool = field(default=False, help="even where there is a GPU", group="the machine")
@@ -83,6 +97,11 @@ class EvaluationOptions:
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "num_beams", "max_new_tokens", "batch_size")
+        check_at_least(self, 2, "examples")
+        if (self.page is None) != (self.images is None):
+            raise ValueError("--page and --images go together")
+        if self.page is not None and self.page.suffix != ".html":
+            raise ValueError("--page must end with .html")
         if self.update_card and len(self.model) > 1:
             raise ValueError("--update-card takes one --model: an ensemble has no card")
 
@@ -97,6 +116,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate_captions.py") 
         from ..training.processes import end_training
 
         quiet_transformers()
+        if options.page is not None and options.images is not None:
+            from ..reports.examples import check_examples
+
+            check_examples(options.page, options.images)
         accelerator = Accelerator(cpu=options.cpu)
         exit_code = evaluate_split(
             accelerator,
@@ -119,6 +142,12 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate_captions.py") 
         )
         if accelerator.is_main_process:
             save_options(options, options.output / f"recipe_{options.split}.yaml")
+            if options.page is not None and options.images is not None:
+                from ..reports.examples import write_examples
+
+                write_examples(
+                    options.page, options.output, options.dataset, options.split, options.images, options.examples
+                )
         end_training(accelerator)
         return exit_code
 

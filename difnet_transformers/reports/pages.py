@@ -115,6 +115,7 @@ def html_sheet(
     summary: str | None = None,
     warnings: Sequence[str] = (),
     table: Table | None = None,
+    open_references: bool = False,
 ) -> str:
     """A contact sheet as an HTML page that holds the images.
 
@@ -124,8 +125,17 @@ def html_sheet(
         summary: one paragraph above the images.
         warnings: shown above everything else.
         table: shown above the images, such as scores.
+        open_references: whether reference captions are shown without a click.
     """
-    return render("captions.html.j2", title=title, warnings=warnings, summary=summary, table=table, sections=sections)
+    return render(
+        "captions.html.j2",
+        title=title,
+        warnings=warnings,
+        summary=summary,
+        table=table,
+        sections=sections,
+        open_references=open_references,
+    )
 
 
 def png_sheet(

@@ -155,7 +155,7 @@ def train_on_images(
         train(vocabulary, output, preset, options)
     model = copy_best_checkpoint(output)
     with timed(seconds, "evaluate"):
-        reports = evaluate(model, output, [split for split in SPLITS if split in prepared.counts], name, cpu)
+        reports = evaluate(model, output, [split for split in SPLITS if split in prepared.counts], name, images, cpu)
     with timed(seconds, "caption"):
         results = caption_all(model, output, cpu)
     page = output / "captions.html"
@@ -330,13 +330,18 @@ def copy_best_checkpoint(output: Path) -> Path:
     return model
 
 
-def evaluate(model: Path, output: Path, splits: Sequence[str], name: str, cpu: bool) -> dict[str, dict[str, Any]]:
-    """The score reports of the splits. The card gets those of images that training has not seen."""
+def evaluate(
+    model: Path, output: Path, splits: Sequence[str], name: str, images: Sequence[Path], cpu: bool
+) -> dict[str, dict[str, Any]]:
+    """The score reports of the splits. Those that training has not seen get into the card, and a page of examples."""
     reports = {}
     for split in splits:
         words: list[object] = ["--model", model, "--dataset", output / "packed", "--dataset-name", name]
         words += ["--split", split, "--output", output / "results"]
-        words += (["--cpu"] if cpu else []) + (["--update-card"] if split != "train" else [])
+        words += ["--cpu"] if cpu else []
+        if split != "train":
+            page = output / "results" / f"examples_{split}.html"
+            words += ["--update-card", "--page", page, "--images", *images]
         run_difnet("evaluate", words)
         reports[split] = read_json(output / "results" / f"scores_{split}.json")
     return reports
