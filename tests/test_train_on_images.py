@@ -21,8 +21,9 @@ from difnet_transformers.data.captions import read_annotations
 from difnet_transformers.files import folder_lock
 from difnet_transformers.options import parse_options, save_options
 from difnet_transformers.presets import PRESETS, preset_for
+from difnet_transformers.reports.pages import SheetImage
 from difnet_transformers.training.config import TrainingConfig
-from difnet_transformers.workflows.train_on_images import FeatureSources
+from difnet_transformers.workflows.train_on_images import FeatureSources, equally_spaced
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -227,6 +228,13 @@ class TestPresets:
             images, network, recipe = preset.described()
             recipe = f"`{recipe}`" if preset.training else recipe
             assert f"\n| {images} | {network} | {recipe} | {preset.min_word_count} times |\n" in page
+
+
+class TestThePageOfALargeSplit:
+    @pytest.mark.parametrize(("number", "shown"), [(11, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]), (6, [0, 2, 4, 6, 8, 10])])
+    def test_its_images_are_equally_spaced(self, number, shown):
+        rows = [SheetImage(Path(f"{index}.jpg"), ["a dog"]) for index in range(11)]
+        assert equally_spaced(rows, number) == [rows[index] for index in shown]
 
 
 def caption_words(data: Path, output: Path, *words: object) -> list[str]:

@@ -45,7 +45,7 @@ The steps, each a command of its own, which is printed:
   difnet train     OUTPUT/training   cross-entropy, then self-critical training
                    OUTPUT/model      the best checkpoint, for from_pretrained
   difnet evaluate  OUTPUT/results    captions and scores of every split
-  difnet caption   OUTPUT/captions.json and captions.html, the page with all images
+  difnet caption   OUTPUT/captions.json and captions.html, the page with the images
 
 It can be killed at any time: the same command resumes, and one at a time works in OUTPUT. Images that are broken are
 left out and named, again at the end; with --strict the exit code is 2 then. Network and recipe are chosen by the

@@ -172,7 +172,7 @@ def train_on_images(
     for split, report in reports.items():
         print(f"{split}: {report['images']:,} images, CIDEr-D {report['scores']['cider_d']:.4f}")
     print(
-        f"model in {printable(model, 300)}, captions in {printable(output / 'captions.json', 300)}, all images in "
+        f"model in {printable(model, 300)}, captions in {printable(output / 'captions.json', 300)}, images in "
         f"{printable(page, 300)}"
     )
     minutes = [f"{step} {taken / 60:.1f}" for step, taken in seconds.items()]
@@ -373,6 +373,9 @@ def left_out_images(output: Path) -> list[tuple[str, str]]:
 
 # The page
 
+PAGE_IMAGES = 500
+"""Images of a split that the page shows: each is about 15 KB of it."""
+
 HEADINGS = {
     "train": "Images that the model has learnt from",
     "validation": "Held-out images",
@@ -389,7 +392,9 @@ def write_page(
     captions: Mapping[int, str],
     reports: Mapping[str, dict[str, Any]],
 ) -> None:
-    """One page: the scores, and every image with its caption and the reference captions.
+    """One page: the scores, and the images with their captions and the reference captions.
+
+    Of a split with more than `PAGE_IMAGES` images, so many at equal distances are shown.
 
     Args:
         path: of the page.
@@ -401,9 +406,21 @@ def write_page(
         reports: of `evaluate`.
     """
     files = find_images(map(str, images))
-    sections = {HEADINGS[split]: sheet_images(load_packed_split(packed, split), files, captions) for split in reports}
+    sections = {}
+    for split in reports:
+        rows = sheet_images(load_packed_split(packed, split), files, captions)
+        shown = equally_spaced(rows, PAGE_IMAGES)
+        part = f" ({len(shown):,} of {len(rows):,}, equally spaced)" if len(shown) < len(rows) else ""
+        sections[HEADINGS[split] + part] = shown
     page = html_sheet(sections, title=name, warnings=warnings, table=score_table(reports))
     atomic_write(path, page)
+
+
+def equally_spaced(rows: Sequence[SheetImage], number: int) -> list[SheetImage]:
+    """`number` of the rows at equal distances, the first and the last among them; all of fewer rows."""
+    if len(rows) <= number:
+        return list(rows)
+    return [rows[round(place * (len(rows) - 1) / (number - 1))] for place in range(number)]
 
 
 def score_table(reports: Mapping[str, dict[str, Any]]) -> Table:
