@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from docs_world import make_world
+from tiny_packed import write_packed
 
 REPOSITORY = Path(__file__).parent.parent
 SHORT = {
@@ -80,6 +81,22 @@ def test_the_study_of_two_flows_says_for_each_metric_in_how_many_seeds_they_gain
     assert run_benchmark("two_flows.py", *words, "--folds", 4, exit_codes=(1,)) == ""
 
 
+@pytest.mark.slow
+def test_the_study_of_recipes_has_a_row_for_each_change_and_resumes(tmp_path):
+    write_packed(tmp_path / "packed", {"train": 40, "validation": 10})
+    words = ["--dataset", tmp_path / "packed", "--rows", "dropout 0.3", "SCST: the recipe", "--seeds", 5, "--quick"]
+    words += ["--cpu", "--output", tmp_path / "runs", "--table", tmp_path / "table.md"]
+    run_benchmark("recipes.py", *words)
+    table = (tmp_path / "table.md").read_text()
+    assert re.search(r"^\| dropout 0.3 \| \d\.\d{4} \| ", table, flags=re.MULTILINE)
+    assert re.search(r"^\| SCST: the recipe \| \d\.\d{4} \| ", table, flags=re.MULTILINE)
+    # The recipe's own cross-entropy, from which SCST starts, is done too; the same command finds all runs done.
+    done = {path: path.read_text() for path in (tmp_path / "runs").rglob("done.json")}
+    assert len(done) == 3
+    run_benchmark("recipes.py", *words)
+    assert {path: path.read_text() for path in (tmp_path / "runs").rglob("done.json")} == done
+
+
 def test_every_benchmark_is_run_here():
     scripts = {path.name for path in (REPOSITORY / "benchmarks").glob("*.py")}
-    assert scripts == {*SHORT, "common.py", "demo_study.py", "relevance_on_objects.py", "two_flows.py"}
+    assert scripts == {*SHORT, "common.py", "demo_study.py", "recipes.py", "relevance_on_objects.py", "two_flows.py"}
