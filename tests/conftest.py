@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import setuptools  # noqa: F401  (torch.compile fails where something imported distutils before it)
 import torch
 import transformers
 from safetensors.torch import load_file

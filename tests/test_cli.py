@@ -176,7 +176,7 @@ WITHOUT_EXTRAS = {
     "train": ("--dataset none --output out", "train"),
     "evaluate": ("--model none --dataset none --output out", "train"),
     "caption": ("none.jpg --model none --untrained", "images"),
-    "explain": ("none.jpg --model none --untrained --output out", "data"),
+    "explain": ("none.jpg --model none --untrained --output out", "images"),
     "train-on-images": ("--images none --captions none.json none.json --untrained --output out", "data"),
     "metrics": ("--predictions none.json --references none.json", None),
     "demo": ("--output out", "data"),
