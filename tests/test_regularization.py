@@ -19,8 +19,8 @@ from training_runs import (
 )
 
 from difnet_transformers.training import (
+    DifnetSelfCriticalTrainer,
     DifnetTrainer,
-    SelfCriticalTrainer,
     SequenceLogProbs,
     TrainingConfig,
     TrainingStopped,
@@ -171,7 +171,7 @@ class TestWeightDecay:
     def test_each_stage_has_its_own(self, data, tmp_path):
         reset_accelerator()
         words = arguments(data, tmp_path / "run", "--weight-decay", "0.1", "--scst-weight-decay", "0.2")
-        trainer = SelfCriticalTrainer(args=config(*words, "--cpu"))
+        trainer = DifnetSelfCriticalTrainer(args=config(*words, "--cpu"))
         trainer.set_up()
         found = []
         for stage in ("xe", "scst"):
@@ -205,7 +205,7 @@ class TestDropoutOfSelfCriticalTraining:
     def test_it_begins_with_the_stage(self, data, tmp_path):
         found = []
 
-        class WatchedTrainer(SelfCriticalTrainer):
+        class WatchedTrainer(DifnetSelfCriticalTrainer):
             def training_step(trainer, batches):
                 found.append((trainer.progress.stage, self.probabilities(trainer.model)))
                 super().training_step(batches)
@@ -325,7 +325,7 @@ class TestAveragedWeights:
     def test_scst_starts_from_the_best_average(self, scores, data, tmp_path):
         upcoming, begun = iter(scores), []
 
-        class ScriptedTrainer(SelfCriticalTrainer):
+        class ScriptedTrainer(DifnetSelfCriticalTrainer):
             def validate(self) -> dict[str, float]:
                 return {"cider_d": next(upcoming)}
 
@@ -393,7 +393,7 @@ class TestFrozenParts:
         output, frozen = tmp_path / "run", ("model.encoder.grid_embedding.", "model.decoder.layers.0.self_attn.")
         words = arguments(data, output, "--weight-decay", "0.5", max_steps=1, xe_epochs=1)
         reset_accelerator()
-        trainer = SelfCriticalTrainer(args=config(*words, "--freeze", *(name[:-1] for name in frozen), "--cpu"))
+        trainer = DifnetSelfCriticalTrainer(args=config(*words, "--freeze", *(name[:-1] for name in frozen), "--cpu"))
         trainer.set_up()
         fresh = {name: value.clone() for name, value in trainer.model.state_dict().items()}
         trainer.close()
@@ -456,7 +456,7 @@ class TestScheduledSampling:
 class TestRunsThatResume:
     @pytest.mark.parametrize("stop", [3, 17, 26], ids=["in the first epoch", "in the second epoch", "in SCST"])
     def test_a_stopped_run_ends_with_the_weights_of_the_whole_run(self, stop, data, regularized_run, tmp_path):
-        class StoppedTrainer(SelfCriticalTrainer):
+        class StoppedTrainer(DifnetSelfCriticalTrainer):
             steps_taken = 0
 
             def update(self, learning_rate: float) -> None:

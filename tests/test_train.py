@@ -33,9 +33,9 @@ from difnet_transformers import training
 from difnet_transformers.data import load_packed_split
 from difnet_transformers.files import folder_lock
 from difnet_transformers.training import (
+    DifnetSelfCriticalTrainer,
     DifnetTrainer,
     Progress,
-    SelfCriticalTrainer,
 )
 from difnet_transformers.training.checkpoint import (
     copy_checkpoint,
@@ -70,7 +70,7 @@ class TestARun:
         assert run(*arguments(data, output, max_steps=1, xe_epochs=1)) == 0
         trained = {name: load_file(output / name / "model.safetensors") for name in ("best_xe", "last")}
         reset_accelerator()
-        trainer = SelfCriticalTrainer(args=config(*arguments(data, tmp_path / "fresh"), "--cpu"))
+        trainer = DifnetSelfCriticalTrainer(args=config(*arguments(data, tmp_path / "fresh"), "--cpu"))
         trainer.set_up()
         trainer.close()
         fresh = trainer.model.state_dict()
@@ -183,7 +183,7 @@ class TestFromPython:
     def test_a_trainer_is_the_command(self, data, finished_run, tmp_path):
         reset_accelerator()
         args = config(*arguments(data, tmp_path / "run", save_every=3), "--cpu")
-        progress = SelfCriticalTrainer(args=args).train()
+        progress = DifnetSelfCriticalTrainer(args=args).train()
         assert (progress.stage, progress.total_epochs) == ("done", 3)
         assert same_weights(tmp_path / "run" / "last", finished_run / "last")
 
@@ -193,10 +193,10 @@ class TestFromPython:
         words = ["--stage", "scst", "--cpu"]
         by_name = config(*arguments(data, tmp_path / "names", *words, config=None, model=source))
         reset_accelerator()
-        SelfCriticalTrainer(args=by_name).train()
+        DifnetSelfCriticalTrainer(args=by_name).train()
         model = AutoModel.from_pretrained(source)
         reset_accelerator()
-        trainer = SelfCriticalTrainer(
+        trainer = DifnetSelfCriticalTrainer(
             model=model,
             args=config(*arguments(data, tmp_path / "objects", *words, config=None)),
             train_dataset=load_packed_split(data / "packed", "train"),
@@ -214,7 +214,7 @@ class TestFromPython:
         reset_accelerator()
         words = arguments(data, tmp_path / "run", save_every=3)
         model = AutoModel.from_pretrained(finished_run / "last")
-        trainer = SelfCriticalTrainer(
+        trainer = DifnetSelfCriticalTrainer(
             model=model,
             args=config(*words, "--resume", str(finished_run / "best_xe"), "--cpu"),
             processing_class=AutoProcessor.from_pretrained(finished_run / "last"),
@@ -236,15 +236,15 @@ class TestFromPython:
 
     def test_what_is_no_trainer(self, data, tmp_path):
         args = config(*arguments(data, tmp_path / "run"), "--cpu")
-        with pytest.raises(ValueError, match=r"DifnetTrainer has no stage 'both': .* SelfCriticalTrainer"):
+        with pytest.raises(ValueError, match=r"DifnetTrainer has no stage 'both': .* DifnetSelfCriticalTrainer"):
             DifnetTrainer(args=args)
         with pytest.raises(ValueError, match="`model` and `processing_class` go together"):
-            SelfCriticalTrainer(args=args, model=DifnetForConditionalGeneration(DifnetConfig()))
+            DifnetSelfCriticalTrainer(args=args, model=DifnetForConditionalGeneration(DifnetConfig()))
 
     def test_the_names_that_the_package_exports(self):
         documented = {"xe_sequences", "cross_entropy_loss", "decode_for_scst", "scst_advantages", "self_critical_loss"}
         documented |= {"SequenceLogProbs", "make_optimizer", "learning_rate", "TrainingConfig", "Progress"}
-        documented |= {"DifnetTrainer", "SelfCriticalTrainer", "TrainingFailed", "TrainingStopped"}
+        documented |= {"DifnetTrainer", "DifnetSelfCriticalTrainer", "TrainingFailed", "TrainingStopped"}
         assert documented <= set(training.__all__)
         assert all(hasattr(training, name) for name in training.__all__)
 
@@ -338,7 +338,7 @@ class TestFineTuning:
         reset_accelerator()
         model = finished_run / "best"
         options = arguments(data, tmp_path / "run", config=None, model=model, vocab=tmp_path / "vocab.json")
-        trainer = SelfCriticalTrainer(args=config(*options, "--new-vocabulary", "--cpu"))
+        trainer = DifnetSelfCriticalTrainer(args=config(*options, "--new-vocabulary", "--cpu"))
         trainer.set_up()
         trainer.close()
         renewed = trainer.model

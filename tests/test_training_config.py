@@ -19,7 +19,7 @@ from transformers import get_scheduler
 from difnet_transformers.cli import train
 from difnet_transformers.options import bundled_recipes, read_recipe
 from difnet_transformers.training import (
-    SelfCriticalTrainer,
+    DifnetSelfCriticalTrainer,
     TrainingConfig,
     learning_rate,
 )
@@ -60,7 +60,7 @@ class TestRecipeOfTheOriginal:
         upcoming = iter(scores)
         weights_of_epoch, optimizers = [], []
 
-        class ScriptedTrainer(SelfCriticalTrainer):
+        class ScriptedTrainer(DifnetSelfCriticalTrainer):
             def train_epoch(self) -> bool:
                 for parameter in self.model.parameters():
                     parameter.data.fill_(len(weights_of_epoch) + 1)

@@ -12,7 +12,7 @@ from ..files import printable
 from .config import TrainingConfig
 from .logging import TrainingFailed
 from .processes import is_first_process
-from .self_critical_trainer import SelfCriticalTrainer
+from .self_critical_stage import DifnetSelfCriticalTrainer
 from .trainer import DifnetTrainer, TrainingStopped
 
 
@@ -29,7 +29,7 @@ def train(args: TrainingConfig) -> int:
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    trainer_class = DifnetTrainer if args.stage == "xe" else SelfCriticalTrainer
+    trainer_class = DifnetTrainer if args.stage == "xe" else DifnetSelfCriticalTrainer
     try:
         trainer = trainer_class(args=args)
         progress = trainer.train()

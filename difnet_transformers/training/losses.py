@@ -3,7 +3,8 @@
 Original file: `train_xe` and `train_scst` in `train.py` of mrwu-mac/DIFNet (CVPR 2022). SCST is that of Rennie et al.
 (CVPR 2017) with the beams as samples and their mean as the baseline, as in Cornia et al. (CVPR 2020). What differs:
 the captions are decoded without a graph, and one teacher-forced pass over those that came out is differentiated
-(`SequenceLogProbs`); the original keeps the graph of all 20 decoding steps. The gradient is the same.
+(`SequenceLogProbs`); the original keeps the graph of all 20 decoding steps. The gradient is the same. `decoding.py`
+has the decoding, `advantages.py` the baselines.
 
     sequences, features = xe_sequences(batch, model.config)
     loss = cross_entropy_loss(SequenceLogProbs(model)(sequences, **features), num_tokens)
@@ -15,17 +16,12 @@ the captions are decoded without a graph, and one teacher-forced pass over those
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
 
-from modeling_difnet import (
-    DifnetConfig,
-    DifnetForConditionalGeneration,
-    original_beam_search,
-    sequence_log_probs,
-)
+from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration, sequence_log_probs
 from modeling_difnet.generation_difnet import vocabulary_log_probs
 
 FEATURES = ("grid_features", "segmentation_features", "grid_attention_mask")
@@ -147,55 +143,6 @@ def scheduled_inputs(
     is_word = ~torch.isin(inputs[:, 1:], special)
     is_replaced = is_word & (torch.rand(is_word.shape, device=inputs.device) < probability)
     return torch.cat([inputs[:, :1], torch.where(is_replaced, predicted[:, :-1], inputs[:, 1:])], dim=1)
-
-
-@torch.no_grad()
-def decode_for_scst(
-    model: DifnetForConditionalGeneration,
-    features: dict[str, torch.Tensor],
-    samples: str = "beam",
-    num_captions: int = 5,
-    max_new_tokens: int = 20,
-) -> torch.LongTensor:
-    """The captions that SCST rewards: all beams of the original's search, or samples of the model's distribution.
-
-    Dropout is as the model's mode says; the original decodes in training mode.
-
-    Args:
-        model: the network.
-        features: of B images, by the names of `forward`.
-        samples: "beam" or "sample".
-        num_captions: K, the captions of an image.
-        max_new_tokens: length of a caption at most, `<eos>` counted.
-
-    Returns:
-        Sequences (B, K, L) that begin with `<bos>`.
-    """
-    how: dict[str, Any] = {"custom_generate": original_beam_search, "num_beams": num_captions, "do_sample": False}
-    if samples == "sample":
-        how = {"num_beams": 1, "do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
-    images: dict[str, Any] = dict(features)
-    sequences = model.generate(
-        **images, **how, num_return_sequences=num_captions, max_new_tokens=max_new_tokens
-    )  # (B * K, L)
-    return sequences.unflatten(0, (-1, num_captions))
-
-
-def scst_advantages(rewards: torch.Tensor, samples: str = "beam") -> torch.Tensor:
-    """Rewards minus their baseline.
-
-    Args:
-        rewards: (B, K), of K captions of each image.
-        samples: "beam": the baseline is the mean over all captions of the image, as in the original. "sample": the
-            mean over the other ones, which makes the gradient of independent samples unbiased.
-
-    Returns:
-        Advantages (B, K).
-    """
-    if samples == "beam":
-        return rewards - rewards.mean(-1, keepdim=True)
-    others = (rewards.sum(-1, keepdim=True) - rewards) / (rewards.shape[-1] - 1)
-    return rewards - others
 
 
 def self_critical_loss(

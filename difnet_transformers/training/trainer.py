@@ -5,7 +5,7 @@ Original file: `train.py` of mrwu-mac/DIFNet (CVPR 2022). The recipe is the orig
 * The data is the packed dataset of `difnet pack`.
 * Any number of processes and machines, mixed precision, accumulation; a run resumes exactly where it stopped.
 
-`self_critical_trainer.py` adds the second stage, self-critical sequence training (SCST); `losses.py` has the losses.
+`self_critical_stage.py` adds the second stage, self-critical sequence training (SCST); `losses.py` has the losses.
 Read on from `train`: a run is set up, then `train_epoch` and `finish_epoch` alternate until the last stage is done.
 """
 
@@ -120,7 +120,7 @@ class DifnetTrainer:
         if args.stage not in self.stages:
             raise ValueError(
                 f"{type(self).__name__} has no stage {args.stage!r}: give stage={self.stages[0]!r}, or take "
-                "SelfCriticalTrainer, which has all stages"
+                "DifnetSelfCriticalTrainer, which has all stages"
             )
         if (model is None) != (processing_class is None):
             raise ValueError("`model` and `processing_class` go together: give both, or neither")

@@ -1,4 +1,4 @@
-"""`SelfCriticalTrainer`: self-critical sequence training (SCST), after cross-entropy or from trained weights.
+"""`DifnetSelfCriticalTrainer`: self-critical sequence training (SCST), after cross-entropy or from trained weights.
 
 Original file: `train_scst` and the change of stage in `train.py` of mrwu-mac/DIFNet (CVPR 2022). What differs: the
 captions are decoded without a graph and scored while the device runs the teacher-forced pass that their rewards weigh;
@@ -17,19 +17,21 @@ from caption_metrics import CiderReward
 
 from ..checkpoints import load_model
 from ..data import ReferenceBatches
+from .advantages import scst_advantages
 from .checkpoint import check_files, copy_checkpoint, read_checkpoint
-from .losses import FEATURES, decode_for_scst, scst_advantages, self_critical_loss
+from .decoding import decode_for_scst
+from .losses import FEATURES, self_critical_loss
 from .processes import all_or_none, total
 from .regularization import hide_cells, set_dropout
 from .rewards import caption_rewards, caption_statistics, watch_reward
 from .trainer import Batches, DifnetTrainer
 
 
-class SelfCriticalTrainer(DifnetTrainer):
+class DifnetSelfCriticalTrainer(DifnetTrainer):
     """Trains DIFNet as the paper does: cross-entropy, then SCST. With `args.stage` "scst", SCST at once.
 
         args = TrainingConfig(dataset="coco_packed", output="runs/difnet")
-        SelfCriticalTrainer(args=args).train()
+        DifnetSelfCriticalTrainer(args=args).train()
 
     The XE stage ends with the best weights in `best_xe`, from which SCST starts with a fresh optimizer.
 
