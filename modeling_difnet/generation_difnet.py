@@ -34,6 +34,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from .cache_difnet import CACHE_NAME, add_start_tokens, count_leading_padding, move_padding_left, resolve_cache
 from .checks_difnet import check_beams, check_drafts, check_original_beam_search, check_request, check_settings
 from .configuration_difnet import DifnetConfig
+from .token_log_probs_difnet import TokenLogProbs, token_log_probs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -577,23 +578,23 @@ class DifnetGenerationMixin(GenerationMixin):
 # Log-probabilities of given captions
 
 
-def vocabulary_log_probs(
+def caption_states(
     model: "DifnetForConditionalGeneration",
     sequences: torch.LongTensor,
     grid_features: torch.Tensor | None = None,
     segmentation_features: torch.Tensor | None = None,
     decoder_input_ids: torch.Tensor | None = None,
     **model_kwargs,
-) -> tuple[torch.Tensor, torch.BoolTensor]:
-    r"""Log-probabilities of all words of the vocabulary at each token of given captions, teacher-forced.
+) -> tuple[torch.Tensor, torch.LongTensor, torch.BoolTensor]:
+    r"""The decoder's states at the tokens of given captions, teacher-forced; padding is left out.
 
     Args:
         model, sequences, grid_features, segmentation_features, model_kwargs: as those of `sequence_log_probs`.
         decoder_input_ids (`(B * K, L - 1)`): what the decoder reads, by default the captions themselves.
 
     Returns:
-        The log-probabilities `(tokens, V)` of all captions' tokens, one caption's after another, and where these
-        tokens stand, `(B * K, L - 1)`. Padding is not projected.
+        The states `(tokens, d_model)` of all captions' tokens, one caption's after another, these tokens `(tokens,)`,
+        and where they stand, `(B * K, L - 1)`.
     """
     flat = sequences.reshape(-1, sequences.shape[-1])  # (B * K, L)
     states = model.model(
@@ -605,9 +606,39 @@ def vocabulary_log_probs(
         **model_kwargs,
     ).last_hidden_state  # (B * K, L - 1, d_model)
     is_token = flat[:, 1:] != model.config.pad_token_id
-    logits = model.lm_head(states[is_token])  # (tokens, V)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return nn.functional.log_softmax(logits, dim=-1), is_token
+    return states[is_token], flat[:, 1:][is_token], is_token
+
+
+def sequence_statistics(
+    model: "DifnetForConditionalGeneration",
+    sequences: torch.LongTensor,
+    grid_features: torch.Tensor | None = None,
+    segmentation_features: torch.Tensor | None = None,
+    with_mean: bool = False,
+    with_entropy: bool = False,
+    **model_kwargs,
+) -> TokenLogProbs:
+    r"""`sequence_log_probs` and, where asked for, the mean and the entropy over the vocabulary, with gradient.
+
+    Args:
+        model, sequences, grid_features, segmentation_features, model_kwargs: as those of `sequence_log_probs`.
+        with_mean, with_entropy: what else is computed.
+
+    Returns:
+        Log-probabilities, means and entropies, each in the shape that `sequence_log_probs` returns; 0 at `<pad>`.
+    """
+    states, targets, is_token = caption_states(
+        model, sequences, grid_features, segmentation_features, **model_kwargs
+    )  # (tokens, d_model), (tokens,), (B * K, L - 1)
+    of_tokens = token_log_probs(model.lm_head, states, targets, with_mean, with_entropy)
+
+    def at_tokens(values: torch.Tensor | None) -> torch.Tensor | None:
+        if values is None:
+            return None
+        placed = values.new_zeros(is_token.shape).masked_scatter(is_token, values)  # (B * K, L - 1)
+        return placed.view(*sequences.shape[:-1], -1)
+
+    return TokenLogProbs(*map(at_tokens, of_tokens))
 
 
 def sequence_log_probs(
@@ -626,7 +657,8 @@ def sequence_log_probs(
         model: a `DifnetForConditionalGeneration`.
         sequences (`(B, K, L)` or `(B * K, L)`): K captions of each image, one image's after another: `<bos> w1 ..
             wn <eos> <pad> ..`, as `generate` returns them.
-        grid_features (`(B, N, 2048)`), segmentation_features (`(B, 133, H, W)`): the images; or `encoder_outputs=`.
+        grid_features (`(B, N, 2048)`), segmentation_features (`(B, 133, H, W)`): the images; or `encoder_outputs=`,
+            the output of `model.get_encoder()`, with its graph where it has one.
         model_kwargs: further arguments of the model's `forward`, such as `grid_attention_mask`; with
             `decoder_input_ids` `(B * K, L - 1)` the decoder reads these in the place of the captions.
 
@@ -636,10 +668,4 @@ def sequence_log_probs(
     Raises:
         ValueError: as the model's `forward`.
     """
-    vocabulary, is_token = vocabulary_log_probs(
-        model, sequences, grid_features, segmentation_features, **model_kwargs
-    )  # (tokens, V), (B * K, L - 1)
-    targets = sequences[..., 1:].reshape(is_token.shape)
-    log_probs = vocabulary.new_zeros(targets.shape)  # (B * K, L - 1)
-    log_probs[is_token] = -nn.functional.nll_loss(vocabulary, targets[is_token], reduction="none")
-    return log_probs.view(*sequences.shape[:-1], -1)
+    return sequence_statistics(model, sequences, grid_features, segmentation_features, **model_kwargs).log_probs

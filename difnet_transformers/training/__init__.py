@@ -13,6 +13,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "losses": [
             "SequenceLogProbs",
             "cross_entropy_loss",
+            "encode_images",
             "self_critical_loss",
             "xe_sequences",
         ],

@@ -1,8 +1,8 @@
 """`DifnetSelfCriticalTrainer`: self-critical sequence training (SCST), after cross-entropy or from trained weights.
 
 Original file: `train_scst` and the change of stage in `train.py` of mrwu-mac/DIFNet (CVPR 2022). What differs: the
-captions are decoded without a graph and scored while the device runs the teacher-forced pass that their rewards weigh;
-rewards come without Java; a run whose reward collapses ends.
+captions are decoded without a graph and scored while the device runs the teacher-forced pass that their rewards weigh
+(the encoder runs once for both, as in the original); rewards come without Java; a run whose reward collapses ends.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..data import ReferenceBatches
 from .advantages import scst_advantages
 from .checkpoint import check_files, copy_checkpoint, read_checkpoint
 from .decoding import decode_for_scst
-from .losses import FEATURES, self_critical_loss
+from .losses import FEATURES, encode_images, self_critical_loss
 from .processes import all_or_none, total
 from .regularization import hide_cells, set_dropout
 from .rewards import caption_rewards, caption_statistics, watch_reward
@@ -107,9 +107,12 @@ class DifnetSelfCriticalTrainer(DifnetTrainer):
         for batch in batches:
             features = self.on_device({name: batch[name] for name in FEATURES if name in batch})
             features = hide_cells(features, args.grid_cell_dropout)  # the same ones for decoding and gradient
+            # Each in an autocast of its own, which keeps the weights that it casts: those of decoding have no graph.
+            with log.timed("backward"), self.accelerator.autocast():
+                encoded = encode_images(self.model, features)
             with log.timed("decoding"), self.accelerator.autocast():
                 sequences = decode_for_scst(
-                    self.model, features, args.scst_samples, args.scst_num_captions, args.max_new_tokens
+                    self.model, encoded, args.scst_samples, args.scst_num_captions, args.max_new_tokens
                 )  # (B, K, L)
                 on_cpu = sequences.cpu()
             # The reward is found while the device works on the pass that it will weigh.
@@ -118,7 +121,7 @@ class DifnetSelfCriticalTrainer(DifnetTrainer):
             )
             with self.synchronised(is_last=batch is batches[-1]):
                 with log.timed("backward"):
-                    log_probs = self.scorer(sequences, **features)  # (B, K, L - 1)
+                    log_probs = self.scorer(sequences, **encoded)  # (B, K, L - 1)
                 with log.timed("reward"):
                     rewards, captions = reward.result()  # (B, K)
                 with log.timed("backward"):
