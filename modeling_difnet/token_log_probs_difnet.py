@@ -1,8 +1,8 @@
 """Log-probabilities of given tokens, without the matrix of all words at all tokens.
 
-The original's `train.py` computes `(B, L, V)` log-probabilities and picks one of each row (`NLLLoss`). With 10,201 words
-that matrix, its log-softmax and their gradients are the largest tensors of a training step. Here the vocabulary is
-read in blocks, forward and backward, and each block's logits are computed twice; values and gradients are the same.
+The original's `train.py` computes `(B, L, V)` log-probabilities and picks one of each row (`NLLLoss`). With 10,201
+words that matrix, its log-softmax and their gradients are the largest tensors of a training step. Here the vocabulary
+is read in blocks, forward and backward, and each block's logits are computed twice; values and gradients are the same.
 """
 
 import math
@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+
+from .linear_difnet import Linear, linear
 
 # Logits that exist at a time: 8 MB in float32, which stay in a CPU's cache. A block has at least `MIN_BLOCK` words.
 MAX_LOGITS, MIN_BLOCK = 2**21, 512
@@ -80,7 +82,7 @@ def is_plain_projection(lm_head: nn.Module) -> bool:
     """Whether a projection is its matrix and nothing else."""
     hooks = (lm_head._forward_hooks, lm_head._forward_pre_hooks, lm_head._backward_hooks, lm_head._backward_pre_hooks)
     return (
-        type(lm_head) is nn.Linear
+        type(lm_head) in (nn.Linear, Linear)
         and lm_head.bias is None
         and type(lm_head.weight) is nn.Parameter
         and "forward" not in vars(lm_head)
@@ -105,7 +107,7 @@ class BlockedLogProbs(torch.autograd.Function):
         target_logits, logits_sum, expected = states.new_zeros(3, len(states), dtype=precision)  # (T,) each
         log_sum = torch.full_like(target_logits, -torch.inf)  # (T,): log of the sum of exp(logits), so far
         for start in range(0, len(weight), block_size):
-            logits = nn.functional.linear(states, weight[start : start + block_size]).to(precision)  # (T, block)
+            logits = linear(states, weight[start : start + block_size]).to(precision)  # (T, block)
             is_here, column = in_block(targets, start, logits.shape[1])
             target_logits += logits.gather(1, column).squeeze(1).masked_fill(~is_here, 0)
             block_log_sum = logits.logsumexp(-1)
@@ -131,7 +133,7 @@ class BlockedLogProbs(torch.autograd.Function):
         of_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         for start in range(0, len(weight), ctx.block_size):
             block = weight[start : start + ctx.block_size]
-            logits = nn.functional.linear(states, block).to(log_sum.dtype)  # (T, block)
+            logits = linear(states, block).to(log_sum.dtype)  # (T, block)
             of_logits = (logits - log_sum.unsqueeze(1)).exp_()  # the probabilities
             # Of a log-probability: 1 at the token, minus the probabilities. Of the mean: 1 / V at each word, minus the
             # probabilities. Of the entropy: minus the probabilities times what a logit is above the expected one.
@@ -146,9 +148,9 @@ class BlockedLogProbs(torch.autograd.Function):
             of_logits.scatter_add_(1, column, of_log_probs.masked_fill(~is_here, 0).unsqueeze(1))
             of_logits = of_logits.to(states.dtype)
             if of_states is not None:
-                of_states += of_logits @ block
+                of_states += linear(of_logits, block.t())
             if of_weight is not None:
-                of_weight[start : start + ctx.block_size] = of_logits.t() @ states
+                of_weight[start : start + ctx.block_size] = linear(of_logits.t(), states.t())
         return None if of_states is None else of_states.to(states.dtype), of_weight, None, None, None, None
 
 
