@@ -12,7 +12,16 @@ from simple_parsing import field
 
 from ..command_line import run_command
 from ..files import printable
-from ..options import check_at_least, debug_option, option_name, parse_options, save_options, strict_option
+from ..options import (
+    check_at_least,
+    debug_option,
+    grid_size_of,
+    grid_size_option,
+    parse_options,
+    save_options,
+    sides_of,
+    strict_option,
+)
 
 DESCRIPTION = """\
 Pack grid features, segmentation features and captions into one dataset.
@@ -71,7 +80,7 @@ class PackOptions:
     cut: bool = field(
         default=False, help="keep the first cells of larger grids, as the original does, without the rest"
     )
-    grid_size: int = field(default=7, metavar="N", help="cells along a side")
+    grid_size: str | None = grid_size_option()
     grid_feature_size: int = field(default=2048, metavar="N", help="values of a cell")
     num_segmentation_classes: int | None = field(
         default=None, metavar="N", help="classes of the segmentation features (default: what they say, or 133)"
@@ -82,11 +91,11 @@ class PackOptions:
     def __post_init__(self) -> None:
         if self.pool and self.cut:
             raise ValueError("--pool and --cut are two ways to fit a grid: give one")
-        check_at_least(self, 1, "num_proc", "shard_size", "grid_size", "grid_feature_size", "num_segmentation_classes")
-        largest = {"grid_size": LARGEST_GRID_SIZE, "grid_feature_size": LARGEST_GRID_FEATURE_SIZE}
-        for name, limit in largest.items():
-            if getattr(self, name) > limit:
-                raise ValueError(f"{option_name(name)} must be at most {limit:,}")
+        check_at_least(self, 1, "num_proc", "shard_size", "grid_feature_size", "num_segmentation_classes")
+        if max(sides_of(self.grid_size or "7")) > LARGEST_GRID_SIZE:
+            raise ValueError(f"--grid-size must be at most {LARGEST_GRID_SIZE:,}")
+        if self.grid_feature_size > LARGEST_GRID_FEATURE_SIZE:
+            raise ValueError(f"--grid-feature-size must be at most {LARGEST_GRID_FEATURE_SIZE:,}")
 
     def save(self, path: Path) -> None:
         """Writes a recipe of the packing, without what has no influence on the result and the folder of the output."""
@@ -112,7 +121,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "pack_coco.py") -> int:
             segmentation=None if options.segmentation is None else one_or_several(options.segmentation),
             annotations=options.annotations,
             dtype=options.dtype,
-            grid_size=options.grid_size,
+            grid_size=grid_size_of(options.grid_size) or 7,
             grid_feature_size=options.grid_feature_size,
             num_segmentation_classes=options.num_segmentation_classes,
             skip_missing=options.skip_missing,
@@ -136,7 +145,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "pack_coco.py") -> int:
             print(f"{output} is complete already; --verify compares it with its sources")
         for split, counts in provenance["splits"].items():
             print(f"{split}: {counts['images']:,} images, {counts['captions']:,} captions")
-        for line in fitted_lines(provenance.get("grids_of_another_size", {}), options.grid_size):
+        for line in fitted_lines(provenance.get("grids_of_another_size", {}), config.grid_size):
             print(line)
         left_out = provenance["left_out"]
         for problem in left_out[:LINES_OF_LEFT_OUT]:

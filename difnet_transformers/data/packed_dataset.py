@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy as np
 
 from ..command_line import requires
 from ..files import check_regular_file, path_inside, printable, read_json
+from .grids import grid_shape
 
 with requires("data"):
     from datasets import (
@@ -47,17 +49,21 @@ FINGERPRINTED_BYTES = 2**28  # of the grid features of a split; a second of work
 
 
 def packed_features(
-    dtype: str = "float16", grid_size: int = 7, grid_feature_size: int = 2048, with_segmentation: bool = True
+    dtype: str = "float16",
+    grid_size: int | Sequence[int] = 7,
+    grid_feature_size: int = 2048,
+    with_segmentation: bool = True,
 ) -> Features:
     """The columns of a packed dataset, one row an image.
 
-    `grid_cells` counts the cells that the source had (at most `grid_size**2`); the rows of `grid_features` behind them
-    are zeros. `segmentation_features` is what `encode_segmentation` makes; the paper's baseline goes without.
+    `grid_cells` counts the cells that the source had (at most those of `grid_size`); the rows of `grid_features`
+    behind them are zeros. `segmentation_features` is what `encode_segmentation` makes; the paper's baseline goes
+    without.
     `restval` says whether a training image comes from the part of COCO's validation images that is used for training.
 
     Args:
         dtype: of the features, "float16" or "float32".
-        grid_size: cells along a side.
+        grid_size: cells along a side, or rows and columns.
         grid_feature_size: values of a cell.
         with_segmentation: whether there are segmentation features.
     """
@@ -65,7 +71,7 @@ def packed_features(
         "image_id": Value("int64"),
         "file_name": Value("string"),
         "restval": Value("bool"),
-        "grid_features": Array2D((grid_size**2, grid_feature_size), dtype),
+        "grid_features": Array2D((math.prod(grid_shape(grid_size)), grid_feature_size), dtype),
         "grid_cells": Value("uint16"),
         "segmentation_features": Value("binary"),
         "captions": List(Value("string")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shlex
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from ..files import atomic_write, printable, read_json, sha256_of
 from .errors import DataError, Problem
 from .feature_files import GridFiles
 from .feature_records import FeatureRecords, recorded_classes
+from .grids import grid_shape, grid_text
 from .packing_plan import PackingConfig, Plan, recorded_segmentation
 from .shards import FITTED, Shard, ShardReport
 
@@ -128,7 +130,9 @@ def packing_command(config: PackingConfig, output: Path, parquet: bool, shard_si
     words += [f"--{config.grid_fit}"] * (config.grid_fit != "refuse")
     for name in ("grid_size", "grid_feature_size", "num_segmentation_classes"):
         if getattr(config, name) != getattr(PackingConfig, name):
-            words += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
+            value = getattr(config, name)
+            text = "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            words += [f"--{name.replace('_', '-')}", text]
     return shlex.join(words)
 
 
@@ -147,12 +151,15 @@ def read_provenance(folder: Path) -> dict[str, Any]:
         ) from None
     # Folders of the first version were packed before the choice existed.
     content = {"grid_fit": "cut", **content} if isinstance(content, dict) else {}
-    sizes = [content.get(name) for name in ("grid_size", "grid_feature_size")]
+    grid_size = content.get("grid_size")
+    if isinstance(grid_size, list) and len(grid_size) == 2:
+        content["grid_size"] = tuple(grid_size)
+    sides = grid_size if isinstance(grid_size, list) and len(grid_size) == 2 else [grid_size]
     shards, splits, left_out = (content.get(name) for name in ("shards", "splits", "left_out"))
     is_whole = (
         content.get("dtype") in ("float16", "float32")
         and content.get("grid_fit") in GRID_FITS
-        and all(isinstance(size, int) and 0 < size < 2**16 for size in sizes)
+        and all(isinstance(size, int) and 0 < size < 2**16 for size in (*sides, content.get("grid_feature_size")))
         and isinstance(shards, dict)
         and all(isinstance(shard, dict) and isinstance(shard.get("sha256"), str) for shard in shards.values())
         and isinstance(splits, dict)
@@ -167,17 +174,18 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     return content
 
 
-def fitted_lines(counts: Mapping[str, int], grid_size: int) -> list[str]:
+def fitted_lines(counts: Mapping[str, int], grid_size: int | Sequence[int]) -> list[str]:
     """What became of grids of another size, one line for each kind.
 
     Args:
         counts: `"grids_of_another_size"` of a provenance.
-        grid_size: cells along a side.
+        grid_size: cells along a side, or rows and columns.
     """
+    size = grid_text(grid_size)
     done = {
-        "padded": f"had fewer than {grid_size} x {grid_size} cells and were padded with zeros at the end",
-        "pooled": f"were averaged to {grid_size} x {grid_size} cells (--pool)",
-        "cut": f"were cut to the first {grid_size**2} cells (--cut)",
+        "padded": f"had fewer than {size} cells and were padded with zeros at the end",
+        "pooled": f"were averaged to {size} cells (--pool)",
+        "cut": f"were cut to the first {math.prod(grid_shape(grid_size))} cells (--cut)",
     }
     return [f"{counts[name]:,} grids {what}." for name, what in done.items() if counts.get(name)]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -27,7 +28,7 @@ from ..command_line import requires
 from ..files import atomic_write, printable, read_json, sha256_of
 from .errors import BrokenImage, DataError, Problem, raise_problems
 from .feature_files import GridFiles, SegmentationFiles
-from .grids import check_segmentation, fit_grid
+from .grids import check_segmentation, fit_grid, grid_shape
 from .packed_dataset import encode_segmentation, to_stored
 from .packing_plan import PackingConfig, Plan, PlannedImage
 
@@ -42,9 +43,9 @@ class ImageFeatures(NamedTuple):
     """Features of one image as float32.
 
     Attributes:
-        grid: (grid_size**2, grid_feature_size).
+        grid: (cells, grid_feature_size).
         cells: number of cells that are not padded.
-        segmentation: (classes, grid_size, grid_size), or `None`.
+        segmentation: (classes, rows, columns), or `None`.
     """
 
     grid: np.ndarray
@@ -79,7 +80,7 @@ class FeatureReader:
         source = image.grid_file
         try:
             array = self.grids.read(image.grid_file, image_id)
-            num_cells = config.grid_size**2
+            num_cells = math.prod(grid_shape(config.grid_size))
             grid, cells = fit_grid(array, config.grid_size, config.grid_feature_size, config.grid_fit)
             has_other_size = array.ndim == 2 and len(array) != num_cells
             segmentation = None
@@ -328,7 +329,7 @@ def _terminating_workers() -> Iterator[None]:
 
 def _check_space(config: PackingConfig, num_images: int, folder: Path) -> None:
     itemsize = np.dtype(config.dtype).itemsize
-    needed = num_images * (config.grid_size**2 * config.grid_feature_size * itemsize + 2000)
+    needed = num_images * (math.prod(grid_shape(config.grid_size)) * config.grid_feature_size * itemsize + 2000)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise DataError(

@@ -29,7 +29,7 @@ class Verification(NamedTuple):
 
     num_images: int
     fitted: dict[str, int]
-    grid_size: int
+    grid_size: int | tuple[int, int]
 
 
 def verify_dataset(config: PackingConfig, folder: Path) -> Verification:

@@ -200,6 +200,7 @@ def explain_split(
                 method,
                 seed,
                 class_names=class_names or recorded_class_names(processor.feature_extractor),
+                grid_shape=processor.feature_extractor.grid_shape,
                 num_shown=num_shown if number == 0 else 0,
                 with_faithfulness=with_faithfulness and number == 0,
             )
@@ -275,6 +276,7 @@ class _SplitExplanation:
         method: of the maps.
         seed: of random cells.
         class_names: of the segmentation features, where they are known.
+        grid_shape: rows and columns of cells.
         num_shown: how many of the first images are explained for the page.
         with_faithfulness: whether cells are removed.
         outputs: of `relevance`, one for each batch.
@@ -288,6 +290,7 @@ class _SplitExplanation:
     method: str
     seed: int
     class_names: Sequence[str] | None
+    grid_shape: tuple[int, int]
     num_shown: int
     with_faithfulness: bool
     outputs: list[RelevanceOutput] = field(default_factory=list)
@@ -312,6 +315,7 @@ class _SplitExplanation:
                 [self.open_split_image(image_id) for image_id in first.ids],
                 method=self.method,
                 class_names=self.class_names,
+                grid_shape=self.grid_shape,
             )
         removed = {}
         if self.with_faithfulness:

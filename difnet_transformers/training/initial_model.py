@@ -22,14 +22,18 @@ from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTok
 
 from ..checkpoints import load_model, load_processor
 from ..data import PackedImages
+from ..data.errors import DataError
 from ..data.feature_records import (
     FeatureRecords,
     difference_of_classes,
     order_of_classes,
+    packed_folder_of,
     recorded_classes,
     records_in,
     records_of_split,
 )
+from ..data.grids import grid_shape
+from ..data.provenance import read_provenance
 from ..files import printable, read_json
 from ..original_files import read_vocabulary
 from .config import TrainingConfig
@@ -73,13 +77,39 @@ def make_model(
         keep_records(model.config, processor.feature_extractor, records)
         return model, processor
     tokenizer = make_tokenizer(args, train, validation)
-    config, cells = make_config(args, tokenizer, train)
+    config = make_config(args, tokenizer, train)
     tokenizer.model_max_length = config.max_position_embeddings
-    extractor = DifnetFeatureExtractor(math.isqrt(cells), config.grid_feature_size, config.num_segmentation_classes)
+    grid_size = grid_size_of(train, args.dataset)
+    extractor = DifnetFeatureExtractor(grid_size, config.grid_feature_size, config.num_segmentation_classes)
     keep_records(config, extractor, records)
     model = DifnetForConditionalGeneration(config)
     model.generation_config = default_generation_config(config)
     return model, DifnetProcessor(extractor, tokenizer)
+
+
+def grid_size_of(train: Dataset, dataset: str | os.PathLike) -> int | tuple[int, int]:
+    """Cells along a side of the grids, or rows and columns: as the segmentation features or the packing say it.
+
+    Raises:
+        ValueError: nothing says it, and the grids are not square.
+    """
+    row = usual_row(PackedImages(train))
+    cells = row["grid_features"].shape[1]
+    if "segmentation_features" in row:
+        rows, columns = row["segmentation_features"].shape[2:]
+        return rows, columns
+    try:
+        said = read_provenance(packed_folder_of(train, dataset))["grid_size"]
+    except DataError:
+        said = math.isqrt(cells)
+    if math.prod(grid_shape(said)) == cells:
+        return said
+    if math.isqrt(cells) ** 2 == cells:
+        return math.isqrt(cells)
+    raise ValueError(
+        f"{printable(dataset, 300)}: {cells} cells are no square grid, and nothing says their rows and columns; pack "
+        "with --grid-size ROWSxCOLUMNS"
+    )
 
 
 def keep_records(config: DifnetConfig, extractor: DifnetFeatureExtractor, records: FeatureRecords) -> None:
@@ -199,8 +229,8 @@ def load_checkpoint(source: str | Path) -> tuple[DifnetForConditionalGeneration,
     return model, processor
 
 
-def make_config(args: TrainingConfig, tokenizer: DifnetTokenizer, train: Dataset) -> tuple[DifnetConfig, int]:
-    """The configuration of a model from scratch, and the cells of a grid.
+def make_config(args: TrainingConfig, tokenizer: DifnetTokenizer, train: Dataset) -> DifnetConfig:
+    """The configuration of a model from scratch.
 
     Args:
         args: `config`, `dropout`, `no_segmentation`, and `dataset` for messages.
@@ -211,7 +241,7 @@ def make_config(args: TrainingConfig, tokenizer: DifnetTokenizer, train: Dataset
         ValueError: --config contradicts the data or the other options, or makes no network.
     """
     batch = usual_row(PackedImages(train))
-    cells, width = batch["grid_features"].shape[1:]
+    width = batch["grid_features"].shape[2]
     given = read_config(args.config)
     found: dict[str, Any] = {
         "vocab_size": len(tokenizer),
@@ -248,7 +278,7 @@ def make_config(args: TrainingConfig, tokenizer: DifnetTokenizer, train: Dataset
     except Exception as error:  # of Transformers' checks of types, which is no ValueError
         raise ValueError(f"{where}: {' '.join(str(error).split())}") from error
     check_size(config, where)
-    return config, cells
+    return config
 
 
 def least_weights(config: DifnetConfig) -> int:
