@@ -12,10 +12,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from ..command_line import describe
 from ..files import atomic_write, printable, read_json, sha256_of
+from ..progress import progress_bar
 from .errors import DataError, Problem
 from .feature_files import GridFiles
 from .feature_records import FeatureRecords, recorded_classes
@@ -107,7 +106,9 @@ def _describe_files(files: Sequence[str], known_hashes: Path) -> dict[str, dict[
     except (OSError, ValueError):
         known = {}
     described = {}
-    with tqdm(total=sum(map(os.path.getsize, files)), unit="B", unit_scale=True, desc="hashing sources") as progress:
+    with progress_bar(
+        total=sum(map(os.path.getsize, files)), unit="B", unit_scale=True, desc="hashing sources"
+    ) as progress:
         for path in files:
             status = os.stat(path)
             state = f"{path} {status.st_size} {status.st_mtime_ns}"
