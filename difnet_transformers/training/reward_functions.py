@@ -106,14 +106,15 @@ class SpiderReward:
     """SPIDEr (Liu et al., ICCV 2017): the mean of CIDEr-D and SPICE.
 
     Args:
-        cider_d: reward for CIDEr-D.
+        cider_d: the reward for CIDEr-D.
+        spice: the reward for SPICE.
     """
 
-    def __init__(self, cider_d: CiderDReward):
-        self.cider_d = cider_d
+    def __init__(self, cider_d: Reward, spice: Reward = spice_reward):
+        self.cider_d, self.spice = cider_d, spice
 
     def __call__(self, captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-        pairs = zip(self.cider_d(captions, references), spice_reward(captions, references), strict=True)
+        pairs = zip(self.cider_d(captions, references), self.spice(captions, references), strict=True)
         return [(cider_d + spice) / 2 for cider_d, spice in pairs]
 
 
