@@ -45,7 +45,8 @@ class ClipScore:
         image_paths: Mapping[int, Path] | None = None,
         cache: Path | None = None,
     ):
-        self.model, self.processor, self.image_paths = model.eval().requires_grad_(False), processor, image_paths
+        self.model: Any = model.eval().requires_grad_(False)
+        self.processor, self.image_paths = processor, image_paths
         self.rows = {image_id: row for row, image_id in enumerate(sorted(image_paths or ()))}
         self.table: np.ndarray | None = None
         if cache is not None and self.rows:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -47,7 +47,7 @@ class CiderDReward:
     def __init__(
         self,
         captions: Captions | Callable[[], Captions] = (),
-        document: str = "caption",
+        document: Literal["caption", "image"] = "caption",
         count_eos: bool = False,
         corpus: str = "",
         reward: CiderReward | None = None,
