@@ -111,10 +111,16 @@ class DifnetSelfCriticalTrainer(DifnetTrainer):
         """The files of the training images, by image id.
 
         Raises:
-            ValueError: an image has no file in the folder.
+            ValueError: an image has no file in the folder, or the dataset has no names of files.
         """
-        columns = self.train_images.select_columns(["image_id", "file_name"]).with_format(None)[:]
-        file_names = dict(zip(columns["image_id"], columns["file_name"], strict=True))
+        try:
+            ids, names = (self.train_images[column][:] for column in ("image_id", "file_name"))
+        except KeyError:
+            raise ValueError(
+                "--rewards clip_score:MODEL needs the names of the training images, which data that is streamed does "
+                "not have: give a packed dataset on the disk"
+            ) from None
+        file_names = dict(zip(ids, names, strict=True))
         paths = match_images(find_images([str(folder)]), file_names).paths
         missing = next((image_id for image_id in file_names if image_id not in paths), None)
         if missing is not None:
