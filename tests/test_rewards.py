@@ -35,6 +35,7 @@ from difnet_transformers.training import (
     score_sequences,
     scst_advantages,
     scst_baseline,
+    self_critical_loss,
 )
 from difnet_transformers.training.advantages import BASELINES
 from difnet_transformers.training.config import CHOICES, REWARDS
@@ -357,6 +358,14 @@ class TestBaselines:
         # Which is the mean's advantage, longer by k / (k - 1).
         expected = scst_advantages(self.REWARDS, "mean") * k / (k - 1)
         torch.testing.assert_close(scst_advantages(self.REWARDS, "leave_one_out"), expected)
+
+    def test_the_loss_of_leave_one_out_is_that_of_trl_over_the_longest_length(self):
+        """RLOO of TRL takes a caption as one action: `-(advantage * sum of log-probabilities)`, and the mean."""
+        log_probs = -torch.rand(2, 3, 4, dtype=torch.float64, requires_grad=True)
+        advantages = scst_advantages(self.REWARDS.double(), "leave_one_out")
+        expected = -(advantages.flatten() * log_probs.flatten(0, 1).sum(-1)).mean()
+        loss = self_critical_loss(log_probs, advantages, max_new_tokens=20, num_captions=6)
+        torch.testing.assert_close(20 * loss, expected, rtol=1e-12, atol=0)
 
     def test_group_is_that_of_grpo(self):
         expected = (self.REWARDS - self.REWARDS.mean(1, keepdim=True)) / (self.REWARDS.std(1, keepdim=True) + 1e-4)
