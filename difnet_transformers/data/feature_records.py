@@ -17,6 +17,8 @@ from ..files import printable, read_json
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from .streaming import StreamedImages
+
 NUM_COCO_CLASSES = 133
 
 # What decides about grid features, and what a message calls it.
@@ -49,14 +51,19 @@ def records_in(content: object) -> FeatureRecords:
 
 
 def records_of_dataset(folder: str | os.PathLike) -> FeatureRecords:
-    """The records in provenance.json of a packed dataset; empty where it cannot be read."""
+    """The records in provenance.json of a packed folder or dataset of the Hub; empty where it cannot be read."""
+    path = Path(folder, "provenance.json")
     try:
-        return records_in(read_json(Path(folder, "provenance.json")))
+        if not Path(folder).exists():
+            from .parquet import hub_file  # needs datasets
+
+            path = hub_file(folder, "provenance.json")
+        return records_in(read_json(path))
     except (OSError, ValueError):
         return FeatureRecords()
 
 
-def records_of_split(split: Dataset, folder: str | os.PathLike) -> FeatureRecords:
+def records_of_split(split: Dataset | StreamedImages, folder: str | os.PathLike) -> FeatureRecords:
     """The records of the packed dataset that a split lies in; of `folder` where the split lies in none."""
     for file in split.cache_files[:1]:
         packed = Path(file["filename"]).parent.parent

@@ -21,7 +21,7 @@ from modeling_difnet.generation_difnet import default_generation_config
 from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer
 
 from ..checkpoints import load_model, load_processor
-from ..data import PackedImages
+from ..data import StreamedImages
 from ..data.feature_records import (
     FeatureRecords,
     difference_of_classes,
@@ -33,7 +33,7 @@ from ..data.feature_records import (
 from ..files import printable, read_json
 from ..original_files import read_vocabulary
 from .config import TrainingConfig
-from .data_checks import usual_row
+from .data_checks import sample_of, usual_row
 
 MOST_LAYERS = 1000
 # What a field of --config is called in the message when the data says something else, and what to do about it.
@@ -53,7 +53,7 @@ FACTS_OF_DATA = {
 
 
 def make_model(
-    args: TrainingConfig, train: Dataset, validation: Dataset
+    args: TrainingConfig, train: Dataset | StreamedImages, validation: Dataset
 ) -> tuple[DifnetForConditionalGeneration, DifnetProcessor]:
     """The model to train and its processor: `args.model`, or one from scratch.
 
@@ -166,7 +166,7 @@ def reorder_classes(model: DifnetForConditionalGeneration, order: Sequence[int])
 
 
 def load_given_model(
-    args: TrainingConfig, source: str, train: Dataset, validation: Dataset
+    args: TrainingConfig, source: str, train: Dataset | StreamedImages, validation: Dataset
 ) -> tuple[DifnetForConditionalGeneration, DifnetProcessor]:
     """The model of the checkpoint `source`, with other words where `args` say so."""
     model, processor = load_checkpoint(source)
@@ -199,7 +199,9 @@ def load_checkpoint(source: str | Path) -> tuple[DifnetForConditionalGeneration,
     return model, processor
 
 
-def make_config(args: TrainingConfig, tokenizer: DifnetTokenizer, train: Dataset) -> tuple[DifnetConfig, int]:
+def make_config(
+    args: TrainingConfig, tokenizer: DifnetTokenizer, train: Dataset | StreamedImages
+) -> tuple[DifnetConfig, int]:
     """The configuration of a model from scratch, and the cells of a grid.
 
     Args:
@@ -210,7 +212,7 @@ def make_config(args: TrainingConfig, tokenizer: DifnetTokenizer, train: Dataset
     Raises:
         ValueError: --config contradicts the data or the other options, or makes no network.
     """
-    batch = usual_row(PackedImages(train))
+    batch = usual_row(sample_of(train))
     cells, width = batch["grid_features"].shape[1:]
     given = read_config(args.config)
     found: dict[str, Any] = {
@@ -307,7 +309,7 @@ def read_config(path: Path | None) -> dict[str, Any]:
     return fields
 
 
-def make_tokenizer(args: TrainingConfig, train: Dataset, validation: Dataset) -> DifnetTokenizer:
+def make_tokenizer(args: TrainingConfig, train: Dataset | StreamedImages, validation: Dataset) -> DifnetTokenizer:
     """The tokenizer of `vocab`, or of the words that the captions of both splits have `min_word_count` times."""
     if args.vocab is not None:
         return DifnetTokenizer(vocab=read_vocabulary(args.vocab))
