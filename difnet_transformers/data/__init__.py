@@ -13,5 +13,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "ReferenceBatches",
         ],
         "packed_dataset": ["PackedImages", "load_packed_split"],
+        "streaming": ["StreamedBatches", "StreamedImages", "open_stream"],
     },
 )

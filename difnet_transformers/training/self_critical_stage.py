@@ -86,15 +86,9 @@ class DifnetSelfCriticalTrainer(DifnetTrainer):
 
     @cached_property
     def scst_batches(self) -> ReferenceBatches:
-        return ReferenceBatches(
-            self.train_images,
-            self.args.scst_batch_size,
-            shuffle=True,
-            # Undropped, the processes could have different numbers of batches and would wait for each other forever.
-            drop_last=self.accelerator.num_processes > 1,
-            seed=self.args.seed,
-            **self.process_share(),
-        )
+        # Undropped, the processes could have different numbers of batches and would wait for each other forever.
+        several = self.accelerator.num_processes > 1
+        return self.make_batches(ReferenceBatches, self.args.scst_batch_size, drop_last=several)
 
     @cached_property
     def rewards(self) -> WeightedRewards:
