@@ -5,9 +5,9 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "advantages": ["scst_advantages"],
+        "advantages": ["scst_advantages", "scst_baseline"],
         "checkpoint": ["Progress"],
-        "config": ["TrainingConfig"],
+        "config": ["TrainingConfig", "parse_rewards"],
         "decoding": ["decode_for_scst"],
         "logging": ["TrainingFailed"],
         "losses": [
@@ -17,7 +17,16 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "xe_sequences",
         ],
         "optimization": ["learning_rate", "make_optimizer"],
-        "rewards": ["caption_rewards"],
+        "regularization": ["kl_to_reference"],
+        "rewards": [
+            "RewardFailed",
+            "Rewards",
+            "WeightedRewards",
+            "caption_rewards",
+            "load_reward",
+            "load_rewards",
+            "score_sequences",
+        ],
         "self_critical_stage": ["DifnetSelfCriticalTrainer"],
         "trainer": ["DifnetTrainer", "TrainingStopped"],
     },

@@ -69,6 +69,7 @@ class Progress:
         best_score: the best CIDEr-D on the validation split, over both stages.
         reward_average, reward_peak, reward_steps: of SCST, a running mean of the reward, the highest that it has been,
             and the optimizer steps that it was taken over.
+        reference: SHA-256 of the weights that the run may not leave far behind, with --scst-kl-weight.
         log_bytes: length of `log.jsonl`.
     """
 
@@ -82,6 +83,7 @@ class Progress:
     reward_average: float = 0.0
     reward_peak: float = 0.0
     reward_steps: int = 0
+    reference: str = ""
     log_bytes: int = 0
 
 

@@ -39,20 +39,26 @@ class SequenceLogProbs(nn.Module):
         self.model = model
 
     def forward(
-        self, sequences: torch.LongTensor, with_vocabulary_mean: bool = False, **features: torch.Tensor
+        self,
+        sequences: torch.LongTensor,
+        with_vocabulary_mean: bool = False,
+        with_entropy: bool = False,
+        **features: torch.Tensor,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities (B, K, L - 1) of the tokens of `sequences` (B, K, L), 0 at `<pad>`.
 
-        With `with_vocabulary_mean` a pair: these, and the mean log-probability of all words at each position.
+        With `with_vocabulary_mean` a pair: these, and the mean log-probability of all words at each position; with
+        `with_entropy` these, and the entropy of the words at each position in nats. Each is 0 at `<pad>` too.
         """
-        if not with_vocabulary_mean:
+        if not (with_vocabulary_mean or with_entropy):
             return sequence_log_probs(self.model, sequences, **features)
         vocabulary, is_token = vocabulary_log_probs(self.model, sequences, **features)  # (tokens, V), (B * K, L - 1)
         targets = sequences[..., 1:].reshape(is_token.shape)[is_token]  # (tokens,)
         of_tokens = -nn.functional.nll_loss(vocabulary, targets, reduction="none")
-        pair = torch.stack([of_tokens, vocabulary.mean(-1)])  # (2, tokens)
-        log_probs, means = pair.new_zeros(2, *is_token.shape).masked_scatter(is_token, pair)  # each (B * K, L - 1)
-        return log_probs.view(*sequences.shape[:-1], -1), means.view(*sequences.shape[:-1], -1)
+        second = -(vocabulary.exp() * vocabulary).sum(-1) if with_entropy else vocabulary.mean(-1)
+        pair = torch.stack([of_tokens, second])  # (2, tokens)
+        log_probs, seconds = pair.new_zeros(2, *is_token.shape).masked_scatter(is_token, pair)  # each (B * K, L - 1)
+        return log_probs.view(*sequences.shape[:-1], -1), seconds.view(*sequences.shape[:-1], -1)
 
 
 def xe_sequences(
