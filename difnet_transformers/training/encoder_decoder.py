@@ -85,6 +85,10 @@ def generate_captions(model: nn.Module, inputs: Mapping[str, Any], **settings: A
     """
     network: Any = model
     if model_kind(model) != "blip":
+        if "encoder_outputs" in inputs:
+            # `generate` repeats the states for each caption in the object that it is given.
+            states = inputs["encoder_outputs"].last_hidden_state
+            inputs = {**inputs, "encoder_outputs": BaseModelOutput(last_hidden_state=states.detach())}
         return network.generate(**inputs, **settings)
     if "encoder_outputs" not in inputs:
         inputs = encode_images(model, inputs)

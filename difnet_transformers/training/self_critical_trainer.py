@@ -25,11 +25,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 import transformers
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, set_seed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
-from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel, Seq2SeqTrainer, set_seed
+from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel, Seq2SeqTrainer
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
 from ..files import printable
@@ -248,9 +248,7 @@ class SelfCriticalTrainer(Seq2SeqTrainer):
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
         """Images of an optimizer step, over all its batches and all processes."""
         counts = [len(batch["references"]) for batch in batch_samples if "references" in batch]
-        number = torch.tensor(
-            sum(counts), dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device
-        )
+        number = torch.tensor(float(sum(counts)), device=device)
         return number if self.accelerator.num_processes == 1 else self.accelerator.reduce(number, "sum")
 
     # The loss
@@ -280,13 +278,12 @@ class SelfCriticalTrainer(Seq2SeqTrainer):
         images = without_labels(read)
         rollout = self.forward_pass(model, partial(self.rollout, images, references, columns))
         scored, greedy = self.rewards_of(rollout)
-        greedy_rewards = None if greedy is None else greedy.rewards[:, 0]  # (B,)
-        advantages = scst_advantages(scored.rewards, args.baseline, greedy_rewards)  # (B, K)
+        greedy_rewards = None if greedy is None else greedy.rewards[:, 0].to(rollout.log_probs)  # (B,)
+        advantages = scst_advantages(scored.rewards.to(rollout.log_probs), args.baseline, greedy_rewards)  # (B, K)
 
         is_whole = num_items_in_batch is None
         num_images = len(references) if is_whole else num_items_in_batch
         num_captions = num_images * args.num_generations
-        advantages = advantages.to(rollout.log_probs.device)
         loss = self_critical_loss(rollout.log_probs, advantages, args.max_new_tokens, num_captions)
         kl = None
         if rollout.reference_log_probs is not None:
@@ -449,8 +446,8 @@ class SelfCriticalTrainer(Seq2SeqTrainer):
             remedy = "there is no checkpoint yet: mend the reward, then start again"
             if last is not None:
                 remedy = (
-                    f"the checkpoint {printable(last, 300)} is from before and good: mend the reward, then resume with "
-                    "train(resume_from_checkpoint=True)"
+                    f"the checkpoint {printable(last, 300)} is from before and good: mend the reward, then resume "
+                    "with train(resume_from_checkpoint=True)"
                 )
             raise RewardFailed(f"{next(text for text in said if text is not None)}; {remedy}")
         assert scored is not None
@@ -491,7 +488,7 @@ class SelfCriticalTrainer(Seq2SeqTrainer):
             # Without the images that fill up the last batch of several processes.
             table = self.accelerator.gather_for_metrics(table)
             sums = self.evaluation_sums
-        for name, value in zip(of_images, table.double().sum(0).tolist(), strict=True):
+        for name, value in zip(of_images, table.cpu().double().sum(0).tolist(), strict=True):
             sums[name] = sums.get(name, 0.0) + value
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
