@@ -120,9 +120,10 @@ def test_the_study_of_rewards_has_all_metrics_of_each_row_and_resumes(tmp_path):
 def test_the_study_of_rewards_on_the_corpus_of_the_demo(tmp_path):
     words = ["--quick", "--cpu", "--rows", "end token in CIDEr-D", "samples, greedy baseline", "--seeds", 3]
     run_benchmark("rewards.py", *words, "--output", tmp_path / "runs", "--table", tmp_path / "table.md")
-    assert "the demo's corpus: 34 training images; metrics of 5 images of the split test" in (
-        tmp_path / "table.md"
-    ).read_text()
+    assert (
+        "the demo's corpus: 34 training images; metrics of 5 images of the split test"
+        in (tmp_path / "table.md").read_text()
+    )
 
 
 def test_every_benchmark_is_run_here():
