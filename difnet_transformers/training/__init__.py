@@ -27,7 +27,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "load_rewards",
             "score_sequences",
         ],
+        "self_critical_config": ["SelfCriticalConfig"],
         "self_critical_stage": ["DifnetSelfCriticalTrainer"],
+        "self_critical_trainer": ["SelfCriticalCollator", "SelfCriticalTrainer"],
         "trainer": ["DifnetTrainer", "TrainingStopped"],
     },
 )
