@@ -34,6 +34,7 @@ from difnet_transformers.demo.scenes import SPLIT_SIZES
 from difnet_transformers.files import atomic_write, make_folder, read_json
 from difnet_transformers.options import parse_options
 from difnet_transformers.presets import preset_for
+from difnet_transformers.reports.charts import Chart, Line, to_svg
 from difnet_transformers.training import (
     DifnetSelfCriticalTrainer,
     RewardFailed,
@@ -65,6 +66,12 @@ ROWS: dict[str, tuple[str, ...]] = {
     "samples at temperature 0.8": ("--scst-samples", "sample", "--scst-temperature", "0.8"),
 }
 DEFAULT_ROWS = list(ROWS)[:11]
+# What is drawn together, beside the plain row.
+CHARTS = {"rewards": DEFAULT_ROWS[1:6], "baselines": DEFAULT_ROWS[6:9], "regularisers": DEFAULT_ROWS[9:11]}
+CURVES = {
+    "validation": ("CIDEr-D on the validation split", "after an epoch of SCST"),
+    "train_bad_endings": ("share of decoded captions that end badly", "epoch of SCST"),
+}
 METRICS = {
     "cider_d": "CIDEr-D",
     "bleu_4": "BLEU-4",
@@ -328,6 +335,27 @@ def report(results: Results, study: Study) -> list[str]:
     ]
 
 
+def write_charts(results: Results, folder: Path) -> None:
+    """Curves by epoch, means over the seeds: `rewards_validation.svg` and so on, each beside the plain row.
+
+    Args:
+        results: metrics by row and seed.
+        folder: for the files.
+    """
+    make_folder(folder)
+    for group, names in CHARTS.items():
+        for metric, (label, x_label) in CURVES.items():
+            lines = []
+            for name in ["plain", *names]:
+                of_seeds = [value[metric] for value in results.get(name, {}).values()]
+                points = [statistics.mean(values) for values in zip(*of_seeds, strict=False)]
+                first = 0 if metric == "validation" else 1
+                lines.append(Line(name, range(first, first + len(points)), points))
+            if any(line.y for line in lines[1:]):
+                chart = Chart(f"SCST with other {group}", x_label, label, lines)
+                atomic_write(folder / f"{group}_{metric.removeprefix('train_')}.svg", to_svg(chart))
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--dataset", type=Path, help="packed dataset (default: the demo's corpus)")
@@ -343,6 +371,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--more", nargs="+", default=[], metavar="NAME=VALUE", help="options of SCST in every row")
     parser.add_argument("--output", type=Path, default=Path(tempfile.gettempdir()) / "difnet_rewards", help="runs")
     parser.add_argument("--table", type=Path, help="default: a dated file in benchmarks/results/")
+    parser.add_argument("--charts", type=Path, metavar="FOLDER", help="draw curves by epoch, as SVG files")
     parser.add_argument("--cpu", action="store_true", help="even where there is a GPU")
     parser.add_argument("--quick", action="store_true", help="two steps a run: whether it runs, not what it finds")
     options = parser.parse_args(argv)
@@ -367,6 +396,8 @@ def main(argv: list[str] | None = None) -> None:
         for name in results:
             results[name][seed] = study.run(name, number, seed)
         write_report(report(results, study), table)
+    if options.charts is not None:
+        write_charts(results, options.charts)
 
 
 if __name__ == "__main__":

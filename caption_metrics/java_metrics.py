@@ -95,7 +95,8 @@ class Meteor:
         command = [_java(), "-Xmx2G", *_LOCALE_FLAGS, "-jar", jar.name, "-", "-", "-stdio", "-l", "en", "-norm"]
         self._complaints = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `close`)
         # The program looks for its paraphrases in the folder that it runs in; it writes nothing there. It ends when
-        # its input does, and so never outlives this process.
+        # its input does, and so never outlives this process; Ctrl-C, which asks a training to stop after its step, is
+        # not for it.
         self._process = subprocess.Popen(
             command,
             cwd=jar.parent,
@@ -103,6 +104,7 @@ class Meteor:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._complaints,
+            start_new_session=True,
             encoding="utf-8",
         )
 

@@ -159,17 +159,18 @@ def _describe_classes(names: Sequence[str] | None, num_classes: int) -> str:
     return f"{num_classes} classes ({first}{', ..' if len(names) > NUM_NAMED_CLASSES else ''})"
 
 
-def license_option(**settings: Any) -> Any:
-    """The field `license: str | None = license_option()` of programs that write model cards.
+def license_option(of: str = "the weights for the model card", **settings: Any) -> Any:
+    """The field `license: str | None = license_option()` of programs that write cards.
 
     Args:
+        of: what is licensed, for the help.
         settings: further settings of `simple_parsing.field`, such as `group`.
     """
     return field(
         default=None,
         type=_license_argument,
         metavar="NAME",
-        help="license of the weights for the model card, as the Hub abbreviates it, e.g. apache-2.0 or cc-by-nc-4.0 "
+        help=f"license of {of}, as the Hub abbreviates it, e.g. apache-2.0 or cc-by-nc-4.0 "
         "(default: the card makes no claim)",
         **settings,
     )

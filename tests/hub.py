@@ -1,4 +1,5 @@
-"""A look-alike of the Hugging Face Hub for tests without internet: models over HTTP on 127.0.0.1, kept in memory.
+"""A look-alike of the Hugging Face Hub for tests without internet: models and datasets over HTTP on 127.0.0.1, kept in
+memory.
 
     with Hub() as hub:
         hub.publish("user/difnet", folder)
@@ -17,8 +18,10 @@ branch, `main`, is all there is. The endpoints, as https://huggingface.co/docs/h
     POST  /api/validate-yaml                                     is the model card's YAML head right? (always yes)
     POST  /api/models/{id}/preupload/{revision}                  how files are to be sent
     POST  /api/models/{id}/commit/{revision}                     a commit: files to add and to delete
+    POST  /api/models/{id}/paths-info/{revision}                 some of its files
 
-`{id}` is `user/name`, or a bare `name` as the oldest models have.
+`{id}` is `user/name`, or a bare `name` as the oldest models have. Datasets have `/api/datasets/..` and
+`/datasets/{id}/resolve/..`; a model and a dataset of one name are one repository here.
 """
 
 import base64
@@ -29,14 +32,14 @@ import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 REPOSITORY = r"(?P<id>[^/]+(?:/[^/]+)?)"
 
 
 @dataclass
 class Repository:
-    """The files of every commit of one model, oldest commit first."""
+    """The files of every commit of one model or dataset, oldest commit first."""
 
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
 
@@ -50,6 +53,11 @@ class Repository:
     @property
     def head(self) -> str:
         return list(self.commits)[-1]
+
+
+def entry_of(path: str, content: bytes) -> dict:
+    """A file in a listing."""
+    return {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
 
 
 class Hub:
@@ -159,10 +167,7 @@ class Handler(BaseHTTPRequestHandler):
                 return self.answer(404, {"error": f"No folder {folder}"}, X_Error_Code="EntryNotFound")
             self.answer(
                 200,
-                [
-                    {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-                    for path, content in inside.items()
-                ],
+                [entry_of(path, content) for path, content in inside.items()],
             )
 
     def resolve(self, id: str, revision: str, path: str) -> None:
@@ -179,6 +184,17 @@ class Handler(BaseHTTPRequestHandler):
                 headers["Content_Range"] = f"bytes {start}-{last}/{len(content)}"
                 content, status = content[start : last + 1], 206
             self.answer(status, content, **headers)
+
+    def paths_info(self, id: str, revision: str) -> None:
+        if found := self.find(id, revision):
+            asked = parse_qs(self.body.decode())["paths"]
+            entries = []
+            for path in asked:
+                if path in found[1]:
+                    entries.append(entry_of(path, found[1][path]))
+                elif any(name.startswith(f"{path}/") for name in found[1]):
+                    entries.append({"type": "directory", "path": path, "oid": "0" * 40})
+            self.answer(200, entries)
 
     # Writing
 
@@ -219,10 +235,11 @@ class Handler(BaseHTTPRequestHandler):
     routes = [
         (("POST",), r"/api/repos/create", create),
         (("POST",), r"/api/validate-yaml", validate_yaml),
-        (("POST",), rf"/api/models/{REPOSITORY}/preupload/(?P<revision>[^/]+)", preupload),
-        (("POST",), rf"/api/models/{REPOSITORY}/commit/(?P<revision>[^/]+)", commit),
-        (("GET",), rf"/api/models/{REPOSITORY}/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?", tree),
-        (("GET",), rf"/api/models/{REPOSITORY}/revision/(?P<revision>[^/]+)", model_info),
-        (("GET",), rf"/api/models/{REPOSITORY}", model_info),
-        (("HEAD", "GET"), rf"/{REPOSITORY}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", resolve),
+        (("POST",), rf"/api/(?:models|datasets)/{REPOSITORY}/preupload/(?P<revision>[^/]+)", preupload),
+        (("POST",), rf"/api/(?:models|datasets)/{REPOSITORY}/commit/(?P<revision>[^/]+)", commit),
+        (("POST",), rf"/api/(?:models|datasets)/{REPOSITORY}/paths-info/(?P<revision>[^/]+)", paths_info),
+        (("GET",), rf"/api/(?:models|datasets)/{REPOSITORY}/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?", tree),
+        (("GET",), rf"/api/(?:models|datasets)/{REPOSITORY}/revision/(?P<revision>[^/]+)", model_info),
+        (("GET",), rf"/api/(?:models|datasets)/{REPOSITORY}", model_info),
+        (("HEAD", "GET"), rf"(?:/datasets)?/{REPOSITORY}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", resolve),
     ]

@@ -102,7 +102,12 @@ def test_the_study_of_rewards_has_all_metrics_of_each_row_and_resumes(tmp_path):
     write_packed(tmp_path / "packed", {"train": 40, "validation": 10})
     words = ["--dataset", tmp_path / "packed", "--rows", "plain", "CIDEr-D + repeats", "plain + KL 0.05", "--seeds", 5]
     words += ["--quick", "--cpu", "--output", tmp_path / "runs", "--table", tmp_path / "table.md"]
+    words += ["--charts", tmp_path / "charts"]
     run_benchmark("rewards.py", *words)
+    charts = {
+        f"{group}_{metric}.svg" for group in ("rewards", "regularisers") for metric in ("validation", "bad_endings")
+    }
+    assert {path.name for path in (tmp_path / "charts").iterdir()} == charts
     table = (tmp_path / "table.md").read_text()
     metrics = "CIDEr-D | BLEU-4 | ROUGE-L | length | bad endings | unfinished | repeats | words | minutes"
     assert f"| row | {metrics} |" in table

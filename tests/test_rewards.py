@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -11,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from training_runs import arguments, config, make_data, read_log, reset_accelerator, run, same_weights
+from training_runs import SCRIPT, arguments, config, make_data, read_log, reset_accelerator, run, same_weights
 
 from caption_metrics import CiderReward, JavaMissing, check_java
+from difnet_transformers.checkpoints import load_captioner
 from difnet_transformers.cli import train
 from difnet_transformers.training import (
     DifnetSelfCriticalTrainer,
@@ -32,6 +35,7 @@ from difnet_transformers.training import (
     score_sequences,
     scst_advantages,
     scst_baseline,
+    self_critical_loss,
 )
 from difnet_transformers.training.advantages import BASELINES
 from difnet_transformers.training.config import CHOICES, REWARDS
@@ -355,6 +359,14 @@ class TestBaselines:
         expected = scst_advantages(self.REWARDS, "mean") * k / (k - 1)
         torch.testing.assert_close(scst_advantages(self.REWARDS, "leave_one_out"), expected)
 
+    def test_the_loss_of_leave_one_out_is_that_of_trl_over_the_longest_length(self):
+        """RLOO of TRL takes a caption as one action: `-(advantage * sum of log-probabilities)`, and the mean."""
+        log_probs = -torch.rand(2, 3, 4, dtype=torch.float64, requires_grad=True)
+        advantages = scst_advantages(self.REWARDS.double(), "leave_one_out")
+        expected = -(advantages.flatten() * log_probs.flatten(0, 1).sum(-1)).mean()
+        loss = self_critical_loss(log_probs, advantages, max_new_tokens=20, num_captions=6)
+        torch.testing.assert_close(20 * loss, expected, rtol=1e-12, atol=0)
+
     def test_group_is_that_of_grpo(self):
         expected = (self.REWARDS - self.REWARDS.mean(1, keepdim=True)) / (self.REWARDS.std(1, keepdim=True) + 1e-4)
         torch.testing.assert_close(scst_advantages(self.REWARDS, "group"), expected)
@@ -645,6 +657,23 @@ class TestTraining:
         CALLS["number"] = 10
         assert run(*scst(data, xe_model, tmp_path / "whole", *words[words.index("--rewards") :][:2])) == 0
         assert same_weights(tmp_path / "run" / "last", tmp_path / "whole" / "last")
+
+    @pytest.mark.slow
+    def test_a_reward_that_is_broken_in_one_process_ends_all_with_one_line(self, data, xe_model, tmp_path):
+        (tmp_path / "broken_reward.py").write_text(
+            "import os\n\ndef reward(captions, references):\n"
+            "    return [float('nan') if os.environ['RANK'] == '1' else 1.0 for _ in captions]\n"
+        )
+        words = scst(data, xe_model, tmp_path / "run", "--rewards", "broken_reward:reward", scst_batch_size=5)
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(SCRIPT), *words]
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "MASTER_PORT": "0"}
+        environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), environment.get("PYTHONPATH", "")])
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+        errors = [line for line in done.stderr.splitlines() if "train.py: error: " in line]
+        assert len(errors) == 1, done.stderr[-3000:]
+        assert "the reward broken_reward:reward returned nan for the caption" in errors[0]
+        assert done.returncode != 0
+        load_captioner(tmp_path / "run" / "last")
 
     def test_rewards_that_cannot_be_loaded_are_refused_before_the_run(self, data, tmp_path, capsys):
         for name, said in (

@@ -14,5 +14,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         ],
         "image_references": ["ImageReferences"],
         "packed_dataset": ["PackedImages", "load_packed_split"],
+        "streaming": ["StreamedBatches", "StreamedImages", "open_stream"],
     },
 )

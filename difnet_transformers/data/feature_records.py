@@ -19,6 +19,8 @@ from .grids import grid_shape
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from .streaming import StreamedImages
+
 NUM_COCO_CLASSES = 133
 
 # What decides about grid features, and what a message calls it.
@@ -50,15 +52,26 @@ def records_in(content: object) -> FeatureRecords:
     return records if is_sound else records._replace(segmentation_model=None)
 
 
-def records_of_dataset(folder: str | os.PathLike) -> FeatureRecords:
-    """The records in provenance.json of a packed dataset; empty where it cannot be read."""
+def provenance_of_dataset(folder: str | os.PathLike) -> dict[str, Any]:
+    """What provenance.json of a packed folder or dataset of the Hub says; empty where it cannot be read."""
+    path = Path(folder, "provenance.json")
     try:
-        return records_in(read_json(Path(folder, "provenance.json")))
+        if not Path(folder).exists():
+            from .parquet import hub_file  # needs datasets
+
+            path = hub_file(folder, "provenance.json")
+        content = read_json(path)
     except (OSError, ValueError):
-        return FeatureRecords()
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
-def packed_folder_of(split: Dataset, folder: str | os.PathLike) -> Path:
+def records_of_dataset(folder: str | os.PathLike) -> FeatureRecords:
+    """The records in provenance.json of a packed folder or dataset of the Hub; empty where it cannot be read."""
+    return records_in(provenance_of_dataset(folder))
+
+
+def packed_folder_of(split: Dataset | StreamedImages, folder: str | os.PathLike) -> Path:
     """The packed dataset that a split lies in; `folder` where the split lies in none."""
     for file in split.cache_files[:1]:
         packed = Path(file["filename"]).parent.parent
@@ -67,7 +80,7 @@ def packed_folder_of(split: Dataset, folder: str | os.PathLike) -> Path:
     return Path(folder)
 
 
-def records_of_split(split: Dataset, folder: str | os.PathLike) -> FeatureRecords:
+def records_of_split(split: Dataset | StreamedImages, folder: str | os.PathLike) -> FeatureRecords:
     """The records of the packed dataset that a split lies in; of `folder` where the split lies in none."""
     return records_of_dataset(packed_folder_of(split, folder))
 

@@ -78,19 +78,19 @@ def _too_many_cells(count: int, side: int, shape: tuple[int, int]) -> str:
     )
 
 
-def average_pool(feature_map: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+def average_pool(feature_map: np.ndarray, grid_size: int | Sequence[int]) -> np.ndarray:
     """Adaptive average pooling, as `torch.nn.functional.adaptive_avg_pool2d`, with the cells row by row.
 
     The mean over a rectangle is the mean over its rows of the means over its columns, so two small matrices do it.
 
     Args:
         feature_map: (C, H, W).
-        shape: rows and columns of cells.
+        grid_size: cells along a side, or rows and columns.
 
     Returns:
         (rows * columns, C).
     """
-    rows, columns = map(_pooling_matrix, feature_map.shape[1:], shape)
+    rows, columns = map(_pooling_matrix, feature_map.shape[1:], grid_shape(grid_size))
     return (rows @ feature_map @ columns.T).reshape(len(feature_map), -1).T
 
 

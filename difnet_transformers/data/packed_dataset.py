@@ -1,8 +1,8 @@
 """The packed dataset: its columns, the codec of its values, opening it, and its rows as tensors.
 
-`difnet pack` writes it, `datasets.load_from_disk` opens it. In place of the original's `data/field.py`, which opens
-the HDF5 file for every item, rows are gathered from the memory-mapped Arrow file: each is copied once, straight into
-its place in the batch.
+`difnet pack` writes it, `datasets.load_from_disk` opens it, or `load_dataset` where it is Parquet (`parquet.py`). In
+place of the original's `data/field.py`, which opens the HDF5 file for every item, rows are gathered from the
+memory-mapped Arrow file: each is copied once, straight into its place in the batch.
 
 Packing imports this module and stays small in memory: torch is imported where tensors are made.
 """
@@ -177,19 +177,18 @@ def decode_segmentation(packed: Sequence[bytes], dtype: Any = None) -> np.ndarra
 
 
 def packed_splits(folder: str | os.PathLike) -> list[str]:
-    """The names of the splits of a packed folder.
+    """The names of the splits of a packed folder, or of a packed dataset of the Hub.
 
     Raises:
-        ValueError: the folder is no packed dataset; the text says what it is, or how to make one.
+        ValueError: the folder is no packed dataset; the text says how to make one.
     """
+    from .parquet import is_parquet, parquet_files
+
     shown, place = printable(folder, 300), Path(folder)
     names = place / "dataset_dict.json"
     if not names.exists():
-        if any(place.glob("data/*.parquet")) or any(place.glob("*.parquet")):
-            raise ValueError(
-                f"{shown} is packed as Parquet, for the Hub and datasets.load_dataset; this program reads Arrow: pack "
-                "without --parquet, or convert it: datasets.load_dataset(FOLDER).save_to_disk(ANOTHER)"
-            )
+        if is_parquet(folder):
+            return list(parquet_files(folder))
         if (place / "state.json").exists():
             return []
         raise ValueError(f"{shown} is not a packed dataset: `difnet pack` makes one.")
@@ -204,18 +203,38 @@ def load_packed_split(folder: str | os.PathLike, split: str) -> Dataset:
     """One split of a packed dataset.
 
     Args:
-        folder: what `difnet pack` wrote, without `--parquet`.
+        folder: what `difnet pack` wrote, also with `--parquet`, or the name of such a dataset on the Hub. Of Parquet
+            `datasets` keeps a copy as Arrow in its cache on the disk.
         split: "train", "validation" or "test".
 
     Raises:
         ValueError: the folder is no packed dataset, has no such split, or is damaged; the text names the file.
     """
-    shown = printable(folder, 300)
-    splits = packed_splits(folder)
+    from .parquet import is_parquet, load_parquet_split, parquet_files
+
+    shown, place = printable(folder, 300), Path(folder)
+    files = parquet_files(folder) if is_parquet(folder) else None
+    splits = packed_splits(folder) if files is None else list(files)
     if split not in splits:
         found = printable(", ".join(splits)) or "no splits"
         raise ValueError(f"{shown} has no split {split!r}, it has {found}.")
-    place = path_inside(folder, split)
+    if files is None:
+        place = path_inside(folder, split)
+        dataset = _load_arrow_split(place, shown)
+    else:
+        dataset = load_parquet_split(files[split], split)
+    if len(dataset) == 0:
+        raise ValueError(f"{shown}: the split {split!r} is empty.")
+    try:
+        _check_table(dataset)
+    except Exception as error:
+        said = printable(" ".join(str(error).split()), 200)
+        raise ValueError(f"{printable(place, 300)}: damaged ({said}); pack again") from None
+    return dataset
+
+
+def _load_arrow_split(place: Path, shown: str) -> Dataset:
+    """The dataset in the folder of a split."""
     data_files = _data_files(place)
     try:
         dataset = Dataset.load_from_disk(str(place))
@@ -230,13 +249,6 @@ def load_packed_split(folder: str | os.PathLike, split: str) -> Dataset:
         ) from None
     if "grid_features" not in features:
         raise ValueError(f"{shown} is a dataset, but not a packed one: `difnet pack` makes it.")
-    if len(dataset) == 0:
-        raise ValueError(f"{shown}: the split {split!r} is empty.")
-    try:
-        _check_table(dataset)
-    except Exception as error:
-        said = printable(" ".join(str(error).split()), 200)
-        raise ValueError(f"{printable(place, 300)}: damaged ({said}); pack again") from None
     return dataset
 
 
@@ -311,6 +323,11 @@ class PackedImages:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the packed grid features are damaged ({printable(str(error))}); pack again") from None
         self._starts = np.cumsum([0] + [len(grids) for grids in self._grids])
+        if self._starts[-1] != len(self._cells):
+            raise ValueError(
+                f"the packed grid features are damaged ({self._starts[-1]:,} grids of {len(self._cells):,} images); "
+                "pack again"
+            )
         self._table_rows = None if dataset._indices is None else dataset._indices.column(0).to_numpy()
         wrong = np.flatnonzero((self._cells < 1) | (self._cells > self.cell_shape[0]))
         if len(wrong):

@@ -12,13 +12,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from ..command_line import describe
 from ..files import atomic_write, printable, read_json, sha256_of
+from ..progress import progress_bar
 from .errors import DataError, Problem
 from .feature_files import GridFiles
-from .feature_records import FeatureRecords, recorded_classes
+from .feature_records import FeatureRecords, recorded_classes, records_in
 from .grids import grid_shape, grid_text
 from .packing_plan import PackingConfig, Plan, recorded_segmentation
 from .shards import FITTED, Shard, ShardReport
@@ -107,7 +106,9 @@ def _describe_files(files: Sequence[str], known_hashes: Path) -> dict[str, dict[
     except (OSError, ValueError):
         known = {}
     described = {}
-    with tqdm(total=sum(map(os.path.getsize, files)), unit="B", unit_scale=True, desc="hashing sources") as progress:
+    with progress_bar(
+        total=sum(map(os.path.getsize, files)), unit="B", unit_scale=True, desc="hashing sources"
+    ) as progress:
         for path in files:
             status = os.stat(path)
             state = f"{path} {status.st_size} {status.st_mtime_ns}"
@@ -197,8 +198,46 @@ def _class_line(classes: Sequence[str] | None) -> str:
     return f"Its {len(classes)} classes, in order: {printable(', '.join(classes), 4000)}.\n"
 
 
-def dataset_card(provenance: Mapping[str, Any], parquet: bool) -> str:
-    """The README.md of a packed folder, as the Hub shows it."""
+def _network_lines(provenance: Mapping[str, Any]) -> str:
+    """What made the features, one line each; empty where it is not recorded."""
+    lines = ""
+    for name, record in zip(("Grid", "Segmentation"), records_in(provenance), strict=True):
+        if record is not None:
+            made_by = record.get("name") or record.get("source") or "several networks"
+            digest = record.get("parameters_sha256")
+            said = f", SHA-256 of its parameters `{printable(digest)}`" if digest else ""
+            lines += f"{name} features: `{printable(made_by, 200)}`{said}.\n"
+    return f"\n{lines}" if lines else ""
+
+
+def _column_table(provenance: Mapping[str, Any]) -> str:
+    shape, width = grid_shape(provenance["grid_size"]), provenance["grid_feature_size"]
+    columns = {
+        "image_id": ("int64", "id in the annotations"),
+        "file_name": ("string", "of the image"),
+        "restval": ("bool", "of COCO's validation images, used for training"),
+        "grid_features": (f"{provenance['dtype']} ({math.prod(shape)}, {width})", "a row for each cell of the grid"),
+        "grid_cells": ("uint16", "cells without those that pad the grid with zeros"),
+        "segmentation_features": (
+            f"binary, of {provenance['dtype']} ({provenance['num_segmentation_classes']}, {shape[0]}, {shape[1]})",
+            "the share of each class in each cell, packed by `encode_segmentation`",
+        ),
+        "captions": ("list of string", "reference captions"),
+    }
+    if provenance["num_segmentation_classes"] is None:
+        del columns["segmentation_features"]
+    rows = "".join(f"| `{name}` | {kind} | {what} |\n" for name, (kind, what) in columns.items())
+    return f"\n| column | type | |\n|---|---|---|\n{rows}"
+
+
+def dataset_card(provenance: Mapping[str, Any], parquet: bool, license: str | None = None) -> str:
+    """The README.md of a packed folder, as the Hub shows it.
+
+    Args:
+        provenance: of the folder.
+        parquet: whether its shards are Parquet.
+        license: of the data, as the Hub abbreviates it; by default the card makes no claim.
+    """
     files = "".join(
         f"      - split: {split}\n        path: data/{split}-*.parquet\n" for split in provenance["splits"] if parquet
     )
@@ -218,12 +257,14 @@ def dataset_card(provenance: Mapping[str, Any], parquet: bool) -> str:
     classes = recorded_classes(provenance.get("segmentation_model"))
     opened = "load_dataset(folder)" if parquet else "load_from_disk(folder)"
     return (
-        f"---\ntask_categories:\n  - image-to-text\nlanguage:\n  - en\n{head}---\n\n"
+        f"---\n{f'license: {license}{chr(10)}' if license else ''}"
+        f"task_categories:\n  - image-to-text\nlanguage:\n  - en\n{head}---\n\n"
         "# COCO features and captions for DIFNet\n\n"
         f"`datasets.{opened}` opens it; `difnet_transformers.data` of DIFNet for Transformers makes batches of it. "
         f"One row an image; grid features as {provenance['dtype']}, segmentation packed by `encode_segmentation`.\n"
         f"{_class_line(classes)}\n"
-        f"| split | images | captions | images of restval |\n|---|---|---|---|\n{counts}\n"
+        f"| split | images | captions | images of restval |\n|---|---|---|---|\n{counts}"
+        f"{_column_table(provenance)}{_network_lines(provenance)}\n"
         f"{fitted}"
         f"Left out: {len(provenance['left_out'])} images.\n\n"
         f"Made by `{printable(provenance['command'], 2000)}` from\n\n{names}\n"

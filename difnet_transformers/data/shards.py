@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from ..command_line import requires
 from ..files import atomic_write, printable, read_json, sha256_of
+from ..progress import progress_bar
 from .errors import BrokenImage, DataError, Problem, raise_problems
 from .feature_files import GridFiles, SegmentationFiles
 from .grids import check_segmentation, fit_grid, grid_shape
@@ -271,7 +271,7 @@ def write_shards(
     todo = [shard for shard in shards if shard not in reports]
     _check_space(config, sum(shard.stop - shard.start for shard in todo), work)
     done = sum(report.rows for report in reports.values())
-    progress = tqdm(total=plan.num_images(), initial=done, unit=" images", desc="packing", mininterval=0.5)
+    progress = progress_bar(total=plan.num_images(), initial=done, unit=" images", desc="packing", mininterval=0.5)
     with progress:
         arguments = {
             shard: (config, shard.images(plan), work / "packed" / shard.path, report_paths[shard], scratch)

@@ -28,6 +28,7 @@ from ..checkpoints import load_captioner
 from ..command_line import LeftOut, describe, requires
 from ..data import ReferenceBatches, load_packed_split
 from ..files import atomic_write, path_inside, printable
+from ..progress import progress_bar
 
 with requires("images"):
     from PIL import Image
@@ -98,7 +99,9 @@ def explain_images(
     paths = find_images(images, leave_out=left_out.add)
     explained: list[ExplainedImage] = []
     try:
-        for path, name in zip(tqdm(paths, unit=" images", desc="explaining"), unique_names(paths), strict=True):
+        for path, name in zip(
+            progress_bar(paths, unit=" images", desc="explaining"), unique_names(paths), strict=True
+        ):
             try:
                 each = explain_image(
                     captioner, path, name=name, caption=caption, method=method, **(generation_options or {})
@@ -206,7 +209,7 @@ def explain_split(
             )
             batches = ReferenceBatches(images, batch_size, dtype=model.dtype)
             try:
-                for batch in tqdm(batches, unit=" batches", desc=f"explaining {split}"):
+                for batch in progress_bar(batches, unit=" batches", desc=f"explaining {split}"):
                     captioned = caption_batch(explanation.model, batch, generation_options, left_out)
                     if captioned.ids:
                         explain_or_leave_out(captioned, explanation.add, left_out)

@@ -45,7 +45,8 @@ class ClipScore:
         image_paths: Mapping[int, Path] | None = None,
         cache: Path | None = None,
     ):
-        self.model, self.processor, self.image_paths = model.eval().requires_grad_(False), processor, image_paths
+        self.model: Any = model.eval().requires_grad_(False)
+        self.processor, self.image_paths = processor, image_paths
         self.rows = {image_id: row for row, image_id in enumerate(sorted(image_paths or ()))}
         self.table: np.ndarray | None = None
         if cache is not None and self.rows:
@@ -103,11 +104,14 @@ class ClipScore:
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """Embeddings (texts, D) of length 1, on the CPU."""
+        config = self.model.config
         # SigLIP was trained on texts of full length; CLIP takes no notice of what follows a text's end.
-        padding = "max_length" if "siglip" in self.model.config.model_type else True
-        inputs = self.processor(text=list(texts), padding=padding, truncation=True, return_tensors="pt")
-        inputs = inputs.to(self.device)
-        return unit_length(self.model.get_text_features(**inputs))
+        padding = "max_length" if "siglip" in config.model_type else True
+        longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+        inputs = self.processor(
+            text=list(texts), padding=padding, truncation=True, max_length=longest, return_tensors="pt"
+        )
+        return unit_length(self.model.get_text_features(**inputs.to(self.device)))
 
     @torch.no_grad()
     def image_embedding(self, key: Any) -> torch.Tensor:
@@ -124,8 +128,8 @@ class ClipScore:
             path = key if self.image_paths is None else self.image_paths.get(key)
             if path is None:
                 raise ValueError(f"clip_score has no file of image {printable(key)}")
-            inputs = self.processor(images=open_image(path), return_tensors="pt").to(self.device)
-            self.embeddings[key] = unit_length(self.model.get_image_features(**inputs))[0]
+            inputs = self.processor(images=open_image(path), return_tensors="pt")
+            self.embeddings[key] = unit_length(self.model.get_image_features(**inputs.to(self.device)))[0]
             if self.table is not None and row is not None:
                 self.table[row] = self.embeddings[key].numpy()
         return self.embeddings[key]

@@ -55,6 +55,7 @@ POSITIVE = (
     "evaluation_batch_size",
     "log_every",
     "save_every",
+    "shuffle_buffer",
     "xe_learning_rate",
     "scst_learning_rate",
     "max_grad_norm",
@@ -102,7 +103,7 @@ class TrainingConfig:
         ValueError: a value is out of range, or two of them exclude each other; the text names the option.
     """
 
-    dataset: Path = field(metavar="FOLDER", help="packed dataset")
+    dataset: Path = field(metavar="FOLDER", help="packed dataset, also of Parquet, or the name of one on the Hub")
     output: Path = field(metavar="FOLDER", help="the run's folder")
     stage: str = field(
         default="both",
@@ -301,6 +302,14 @@ class TrainingConfig:
         group=MACHINE,
         metavar="NAME",
         help="trackers of Accelerate, or none (default: tensorboard)",
+    )
+    streaming: bool = field(
+        default=False,
+        group=MACHINE,
+        help="read the training images of Parquet, of a folder or the Hub, as they are needed; no copy on the disk",
+    )
+    shuffle_buffer: int = field(
+        default=1000, group=MACHINE, metavar="N", help="of --streaming: images that are shuffled together"
     )
     debug: bool = debug_option()
 

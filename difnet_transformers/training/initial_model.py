@@ -21,23 +21,21 @@ from modeling_difnet.generation_difnet import default_generation_config
 from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer
 
 from ..checkpoints import load_model, load_processor
-from ..data import PackedImages
-from ..data.errors import DataError
+from ..data import StreamedImages
 from ..data.feature_records import (
     FeatureRecords,
     difference_of_classes,
     order_of_classes,
     packed_folder_of,
+    provenance_of_dataset,
     recorded_classes,
     records_in,
     records_of_split,
 )
-from ..data.grids import grid_shape
-from ..data.provenance import read_provenance
 from ..files import printable, read_json
 from ..original_files import read_vocabulary
 from .config import TrainingConfig
-from .data_checks import usual_row
+from .data_checks import sample_of, usual_row
 
 MOST_LAYERS = 1000
 # What a field of --config is called in the message when the data says something else, and what to do about it.
@@ -57,7 +55,7 @@ FACTS_OF_DATA = {
 
 
 def make_model(
-    args: TrainingConfig, train: Dataset, validation: Dataset
+    args: TrainingConfig, train: Dataset | StreamedImages, validation: Dataset
 ) -> tuple[DifnetForConditionalGeneration, DifnetProcessor]:
     """The model to train and its processor: `args.model`, or one from scratch.
 
@@ -87,23 +85,20 @@ def make_model(
     return model, DifnetProcessor(extractor, tokenizer)
 
 
-def grid_size_of(train: Dataset, dataset: str | os.PathLike) -> int | tuple[int, int]:
+def grid_size_of(train: Dataset | StreamedImages, dataset: str | os.PathLike) -> int | tuple[int, int]:
     """Cells along a side of the grids, or rows and columns: as the segmentation features or the packing say it.
 
     Raises:
         ValueError: nothing says it, and the grids are not square.
     """
-    row = usual_row(PackedImages(train))
+    row = usual_row(sample_of(train))
     cells = row["grid_features"].shape[1]
     if "segmentation_features" in row:
         rows, columns = row["segmentation_features"].shape[2:]
         return rows, columns
-    try:
-        said = read_provenance(packed_folder_of(train, dataset))["grid_size"]
-    except DataError:
-        said = math.isqrt(cells)
-    if math.prod(grid_shape(said)) == cells:
-        return said
+    said = provenance_of_dataset(packed_folder_of(train, dataset)).get("grid_size")
+    if isinstance(said, list) and len(said) == 2 and math.prod(said) == cells:
+        return said[0], said[1]
     if math.isqrt(cells) ** 2 == cells:
         return math.isqrt(cells)
     raise ValueError(
@@ -196,7 +191,7 @@ def reorder_classes(model: DifnetForConditionalGeneration, order: Sequence[int])
 
 
 def load_given_model(
-    args: TrainingConfig, source: str, train: Dataset, validation: Dataset
+    args: TrainingConfig, source: str, train: Dataset | StreamedImages, validation: Dataset
 ) -> tuple[DifnetForConditionalGeneration, DifnetProcessor]:
     """The model of the checkpoint `source`, with other words where `args` say so."""
     model, processor = load_checkpoint(source)
@@ -229,7 +224,7 @@ def load_checkpoint(source: str | Path) -> tuple[DifnetForConditionalGeneration,
     return model, processor
 
 
-def make_config(args: TrainingConfig, tokenizer: DifnetTokenizer, train: Dataset) -> DifnetConfig:
+def make_config(args: TrainingConfig, tokenizer: DifnetTokenizer, train: Dataset | StreamedImages) -> DifnetConfig:
     """The configuration of a model from scratch.
 
     Args:
@@ -240,7 +235,7 @@ def make_config(args: TrainingConfig, tokenizer: DifnetTokenizer, train: Dataset
     Raises:
         ValueError: --config contradicts the data or the other options, or makes no network.
     """
-    batch = usual_row(PackedImages(train))
+    batch = usual_row(sample_of(train))
     width = batch["grid_features"].shape[2]
     given = read_config(args.config)
     found: dict[str, Any] = {
@@ -337,7 +332,7 @@ def read_config(path: Path | None) -> dict[str, Any]:
     return fields
 
 
-def make_tokenizer(args: TrainingConfig, train: Dataset, validation: Dataset) -> DifnetTokenizer:
+def make_tokenizer(args: TrainingConfig, train: Dataset | StreamedImages, validation: Dataset) -> DifnetTokenizer:
     """The tokenizer of `vocab`, or of the words that the captions of both splits have `min_word_count` times."""
     if args.vocab is not None:
         return DifnetTokenizer(vocab=read_vocabulary(args.vocab))

@@ -14,13 +14,13 @@ rewards, `clip_score.py` has the one that sees images.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from caption_metrics import CiderReward, Meteor, bleu, rouge_l, spice
+from caption_metrics import CiderReward, Meteor, PTBTokenizer, bleu, rouge_l, spice
 
 Reward: TypeAlias = Callable[..., Sequence[float]]
 Captions: TypeAlias = Iterable[Sequence[str]]
@@ -47,7 +47,7 @@ class CiderDReward:
     def __init__(
         self,
         captions: Captions | Callable[[], Captions] = (),
-        document: str = "caption",
+        document: Literal["caption", "image"] = "caption",
         count_eos: bool = False,
         corpus: str = "",
         reward: CiderReward | None = None,
@@ -72,18 +72,32 @@ class CiderDReward:
         return self.cider.reward(captions, references, finished=finished).tolist()
 
 
+@lru_cache(maxsize=65_536)
+def tokens_of(caption: str) -> tuple[str, ...]:
+    """Tokens of a caption. References come again with every hypothesis and in every epoch."""
+    return tuple(PTBTokenizer().tokenize(caption))
+
+
+def in_tokens(
+    captions: Sequence[str], references: Sequence[Sequence[str]]
+) -> tuple[list[list[str]], list[list[tuple[str, ...]]]]:
+    """Captions and references as tokens, which the metrics take too."""
+    tokenizer = PTBTokenizer()
+    return [tokenizer.tokenize(each) for each in captions], [list(map(tokens_of, group)) for group in references]
+
+
 def bleu_reward(n: int) -> Reward:
     """BLEU-n (0 to 1) of single captions, not smoothed: 0 (to 1e-3) without an n-gram of a reference."""
 
     def reward(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-        return bleu(captions, references)[n - 1].per_image.tolist()
+        return bleu(*in_tokens(captions, references))[n - 1].per_image.tolist()
 
     return reward
 
 
 def rouge_l_reward(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
     """ROUGE-L (0 to 1)."""
-    return rouge_l(captions, references).per_image.tolist()
+    return rouge_l(*in_tokens(captions, references)).per_image.tolist()
 
 
 class MeteorReward:
@@ -94,7 +108,7 @@ class MeteorReward:
         return Meteor()
 
     def __call__(self, captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-        return self.meteor.score(captions, references).per_image.tolist()
+        return self.meteor.score(*in_tokens(captions, references)).per_image.tolist()
 
 
 def spice_reward(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:

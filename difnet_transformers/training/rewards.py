@@ -199,7 +199,7 @@ class WeightedRewards:
         """
         for name, function in self.functions.items():
             accepted = self._columns[name]
-            given = {column: [] for column in names if accepted is None or column in accepted}
+            given: dict[str, list] = {column: [] for column in names if accepted is None or column in accepted}
             try:
                 inspect.signature(function).bind([], [], **given)
             except ValueError:  # some builtins have no signature

@@ -86,15 +86,9 @@ class DifnetSelfCriticalTrainer(DifnetTrainer):
 
     @cached_property
     def scst_batches(self) -> ReferenceBatches:
-        return ReferenceBatches(
-            self.train_images,
-            self.args.scst_batch_size,
-            shuffle=True,
-            # Undropped, the processes could have different numbers of batches and would wait for each other forever.
-            drop_last=self.accelerator.num_processes > 1,
-            seed=self.args.seed,
-            **self.process_share(),
-        )
+        # Undropped, the processes could have different numbers of batches and would wait for each other forever.
+        several = self.accelerator.num_processes > 1
+        return self.make_batches(ReferenceBatches, self.args.scst_batch_size, drop_last=several)
 
     @cached_property
     def rewards(self) -> WeightedRewards:
@@ -111,10 +105,16 @@ class DifnetSelfCriticalTrainer(DifnetTrainer):
         """The files of the training images, by image id.
 
         Raises:
-            ValueError: an image has no file in the folder.
+            ValueError: an image has no file in the folder, or the dataset has no names of files.
         """
-        columns = self.train_images.select_columns(["image_id", "file_name"]).with_format(None)[:]
-        file_names = dict(zip(columns["image_id"], columns["file_name"], strict=True))
+        try:
+            ids, names = (self.train_images[column][:] for column in ("image_id", "file_name"))
+        except KeyError:
+            raise ValueError(
+                "--rewards clip_score:MODEL needs the names of the training images, which data that is streamed does "
+                "not have: give a packed dataset on the disk"
+            ) from None
+        file_names = dict(zip(ids, names, strict=True))
         paths = match_images(find_images([str(folder)]), file_names).paths
         missing = next((image_id for image_id in file_names if image_id not in paths), None)
         if missing is not None:

@@ -40,6 +40,7 @@ from ..allocation import keep_freed_memory
 from ..checkpoints import check_device
 from ..command_line import describe, requires
 from ..files import atomic_write, folder_lock, name_file_in_errors, printable, read_json
+from ..progress import progress_bar
 from ..stage_times import StageTimes
 from .image_batches import DECODING, LoadedImage, grid_features_of, load_image, prefetch
 from .segmentation_sources import (
@@ -453,7 +454,7 @@ def extract_missing(extraction: Extraction, work: WorkFolder, state: PartialStat
     name = "extracting" if state.num_processes == 1 else f"extracting (1 of {state.num_processes} processes)"
     total = sum(image.image_id in pending for batch in share for image in batch)
     with (
-        tqdm(total=total, unit=" images", desc=name, disable=not state.is_main_process) as bar,
+        progress_bar(total=total, unit=" images", desc=name, disable=not state.is_main_process) as bar,
         contextlib.closing(extraction.loaded_ahead(share)) as loaded,
     ):
         for batch in share:
@@ -489,7 +490,7 @@ def finish(
                     hdf5.attrs[key] = text
         left_out = {problem["image_id"] for problem in extraction.problems(work) if problem["kind"] == LEFT_OUT}
         made = [(batch, image) for batch in extraction.batches() for image in batch if image.image_id not in left_out]
-        for batch, image in tqdm(made, unit=" images", desc="collecting the features"):
+        for batch, image in progress_bar(made, unit=" images", desc="collecting the features"):
             names = extraction.arrays_of(image)
             contents = work.read_arrays(image.image_id, names)
             if contents is None:  # damaged since it was written
