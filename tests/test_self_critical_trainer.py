@@ -97,6 +97,18 @@ def without_dropout(captioner: Captioner) -> Captioner:
     return captioner
 
 
+def in_double(captioner: Captioner) -> Captioner:
+    """The captioner with weights and images in float64, where sums in another order are as good as equal."""
+    rows = [
+        {
+            name: each.double() if torch.is_tensor(each) and each.is_floating_point() else each
+            for name, each in row.items()
+        }
+        for row in captioner.rows
+    ]
+    return captioner._replace(model=captioner.model.double(), rows=rows)
+
+
 def history(trainer: SelfCriticalTrainer, name: str) -> list[float]:
     return [entry[name] for entry in trainer.state.log_history if name in entry]
 
@@ -243,14 +255,14 @@ def test_every_baseline_learns(baseline: str, tmp_path: Path) -> None:
 
 @every_kind
 def test_beams_learn(kind: str, tmp_path: Path) -> None:
-    def has_dog(captions: list[str], references: list[list[str]]) -> list[float]:
-        return [float("dog" in caption.split()) for caption in captions]
+    def variety(captions: list[str], references: list[list[str]]) -> list[float]:
+        return [len(set(caption.split())) / 5 for caption in captions]
 
     captioner = CAPTIONERS[kind]()
-    trainer = make_trainer(captioner, tmp_path, has_dog, samples="beam", num_generations=8, max_steps=25)
+    trainer = make_trainer(captioner, tmp_path, variety, samples="beam", num_generations=8, max_steps=25)
     trainer.train()
     rewards = history(trainer, "reward")
-    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.2
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.08
 
 
 @every_kind
@@ -285,9 +297,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(kind: str, tmp_path: Path) -> No
 def test_accumulated_small_batches_train_as_one_big_batch(kind: str, tmp_path: Path) -> None:
     trained = []
     for size, accumulation in ((8, 1), (2, 4)):
-        captioner = without_dropout(CAPTIONERS[kind]())
-        captioner.model.double()
-        captioner = captioner._replace(rows=[to_double(row) for row in captioner.rows])
+        captioner = in_double(without_dropout(CAPTIONERS[kind]()))
         trainer = make_trainer(
             captioner,
             tmp_path,
@@ -309,21 +319,19 @@ def test_accumulated_small_batches_train_as_one_big_batch(kind: str, tmp_path: P
         torch.testing.assert_close(small[name], parameter, rtol=1e-7, atol=1e-9)
 
 
-def to_double(row: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-        for name, value in row.items()
-    }
-
-
-def train_in_processes(rank: int, world_size: int, port: int, folder: Path) -> None:
-    """One of several processes with a share of the batch each; the first one writes the weights and the log."""
+def join_processes(rank: int, world_size: int, port: int) -> None:
+    """As `torchrun` does for the processes that it starts."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     reset_accelerator()
     torch.set_num_threads(1)
+
+
+def train_in_processes(rank: int, world_size: int, port: int, folder: Path) -> None:
+    """One of several processes with a share of the batch each; the first one writes the weights and the log."""
+    join_processes(rank, world_size, port)
     for kind in ("vit-gpt2", "difnet"):
-        captioner = without_dropout(CAPTIONERS[kind]())
+        captioner = in_double(without_dropout(CAPTIONERS[kind]()))
         settings = {"samples": "beam", "optim": "sgd", "learning_rate": 0.5, "max_steps": 3, "ddp_backend": "gloo"}
         options = {"train_dataset": captioner.rows, "eval_dataset": captioner.rows[:5]}
         trainer = make_trainer(
@@ -343,7 +351,7 @@ def free_port() -> int:
 
 
 def test_two_processes_with_half_the_batch_are_one_process(tmp_path: Path) -> None:
-    """Losses and rewards to 1e-5, weights to 1e-5 (float32, other orders of summation)."""
+    """Weights to 1e-9 in float64; losses and rewards, which the log has in float32, to 1e-6."""
     for world_size in (1, 2):
         torch.multiprocessing.start_processes(
             train_in_processes, (world_size, free_port(), tmp_path), nprocs=world_size, start_method="fork"
@@ -351,10 +359,29 @@ def test_two_processes_with_half_the_batch_are_one_process(tmp_path: Path) -> No
     for kind in ("vit-gpt2", "difnet"):
         (one_log, one), (two_log, two) = (torch.load(tmp_path / f"{kind}-{number}.pt") for number in (1, 2))
         for expected, found in zip(one_log, two_log, strict=True):
-            assert found == pytest.approx(expected, abs=1e-5)
+            assert found == pytest.approx(expected, abs=1e-6)
         assert one_log[0][0] != 0
         for name, parameter in one.items():
-            torch.testing.assert_close(two[name], parameter, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(two[name], parameter, rtol=1e-9, atol=1e-12)
+
+
+def fail_in_one_process(rank: int, port: int, folder: Path) -> None:
+    """The reward of process 1 fails; each process writes what it ends with."""
+    join_processes(rank, 2, port)
+
+    def broken(captions: list[str], references: list[list[str]]) -> list[float]:
+        return [math.nan if rank == 1 else 0.0] * len(captions)
+
+    try:
+        make_trainer(make_t5(), folder, broken, ddp_backend="gloo").train()
+    except RewardFailed as error:
+        (folder / f"{rank}.txt").write_text(str(error))
+
+
+def test_a_reward_that_fails_in_one_process_ends_all(tmp_path: Path) -> None:
+    torch.multiprocessing.start_processes(fail_in_one_process, (free_port(), tmp_path), nprocs=2, start_method="fork")
+    for rank in (0, 1):
+        assert "the reward broken returned nan for the caption" in (tmp_path / f"{rank}.txt").read_text()
 
 
 @every_kind
@@ -471,8 +498,8 @@ def test_the_loss_is_rloo_where_the_baselines_agree() -> None:
     TRL adds the log-probabilities of a caption up; the original also divides them by the longest length.
     """
     torch.manual_seed(0)
-    log_probs = (-torch.rand(3, 4, 6)).requires_grad_()
-    rewards = torch.rand(3, 4)
+    log_probs = (-torch.rand(3, 4, 6, dtype=torch.float64)).requires_grad_()
+    rewards = torch.rand(3, 4, dtype=torch.float64)
     (expected,) = torch.autograd.grad(trl_rloo_loss(log_probs.flatten(0, 1), rewards.flatten(), 4), log_probs)
     loss = self_critical_loss(log_probs, scst_advantages(rewards, "leave_one_out"), 1, 12)
     (found,) = torch.autograd.grad(loss, log_probs)
@@ -483,7 +510,7 @@ def test_the_loss_is_rloo_where_the_baselines_agree() -> None:
     # The mean of all captions is the same baseline up to a factor; the longest length is another one.
     of_means = self_critical_loss(log_probs, scst_advantages(rewards, "mean") * 4 / 3, 20, 12)
     (found,) = torch.autograd.grad(of_means, log_probs)
-    torch.testing.assert_close(found * 20, expected, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(found * 20, expected, rtol=1e-6, atol=1e-9)
 
 
 def test_a_step_of_the_trainer_is_rloo(tmp_path: Path) -> None:

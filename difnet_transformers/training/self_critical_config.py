@@ -19,8 +19,8 @@ from .advantages import BASELINE_OF_SAMPLES, BASELINES
 class SelfCriticalConfig(Seq2SeqTrainingArguments):
     """The arguments of `SelfCriticalTrainer`: those of `Seq2SeqTrainingArguments`, and these.
 
-    Other defaults than there: `learning_rate` 5e-6, `logging_steps` 10, and `remove_unused_columns` False, since the
-    columns that the model does not read are for the rewards.
+    Other defaults than there: `learning_rate` 5e-6, `logging_steps` 10, `data_seed` that of `seed`, and
+    `remove_unused_columns` False, since the columns that the model does not read are for the rewards.
 
     Args:
         model_init_kwargs: of `from_pretrained`, where the trainer is given the name of a model, such as
@@ -83,6 +83,9 @@ class SelfCriticalConfig(Seq2SeqTrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.data_seed is None:
+            # The processes share out one order, while each has random numbers of its own to decode with.
+            self.data_seed = self.seed
         if self.samples not in BASELINE_OF_SAMPLES:
             raise ValueError(f"samples={self.samples!r}: choose from {', '.join(BASELINE_OF_SAMPLES)}")
         self.baseline = self.baseline or BASELINE_OF_SAMPLES[self.samples]

@@ -501,6 +501,21 @@ class SelfCriticalTrainer(Seq2SeqTrainer):
             self.sums = {}
         super().log(logs, start_time)
 
+    # Checkpoints
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        model = self.model if model is None else model
+        if isinstance(model, PreTrainedModel):
+            restore_weights(model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if isinstance(self.model, PreTrainedModel):
+            restore_weights(self.model, self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
     # Evaluation
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
@@ -569,6 +584,23 @@ def load_model(name: str, settings: dict[str, Any] | str | None) -> PreTrainedMo
     config = AutoConfig.from_pretrained(name, **code)
     architecture = (config.architectures or [""])[0]
     return getattr(transformers, architecture, AutoModel).from_pretrained(name, **{"dtype": "float32", **settings})
+
+
+def restore_weights(model: PreTrainedModel, folder: str) -> None:
+    """Gives a model the weights of a checkpoint.
+
+    The Trainer takes them from the file by their names there, which for ViT and others are not those of the modules:
+    `save_pretrained` writes the names of older versions, and only `from_pretrained` knows what they mean.
+
+    Raises:
+        ValueError: weights are missing.
+    """
+    saved, found = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+    if found["missing_keys"]:
+        raise ValueError(
+            f"{printable(folder, 300)} lacks weights of the model: {sorted(found['missing_keys'])[0]}, .."
+        )
+    model.load_state_dict(saved.state_dict())
 
 
 def base_model(model: nn.Module) -> Any:
@@ -648,7 +680,7 @@ def training_references(dataset: Any) -> list[list[str]]:
             "a CIDEr-D reward counts the words of all training captions, and `train_dataset` has no column of them: "
             "give `CiderDReward(captions)` of difnet_transformers.training.reward_functions in the place of its name"
         )
-    return dataset["references"][:]
+    return dataset.with_format(None)["references"][:]
 
 
 def averages(sums: Mapping[str, float]) -> dict[str, float]:
