@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -299,7 +299,7 @@ class StreamedBatches:
             )
         if (tokenizer is None) != (form is ReferenceBatches):
             raise ValueError("a tokenizer is for CaptionPairBatches and ImageCaptionBatches, which need it")
-        self.form = form
+        self.form: Callable[..., Batches] = form
         self.images = images
         self.batch_size = batch_size
         self.tokenizer = tokenizer
@@ -475,9 +475,7 @@ class StreamedBatches:
             table = table.set_column(index, field, pa.array(captions, type=field.type))
         dataset = as_dataset(table, self.images.features)
         arguments = () if self.tokenizer is None else (self.tokenizer,)
-        batches = self.form(  # type: ignore[call-arg]
-            dataset, *arguments, self.batch_size, shuffle=False, drop_last=False, **self._options
-        )
+        batches = self.form(dataset, *arguments, self.batch_size, shuffle=False, drop_last=False, **self._options)
         return batches.make_batch(np.arange(batches.num_items()))
 
     # Position
