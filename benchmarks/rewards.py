@@ -33,7 +33,7 @@ from difnet_transformers.demo.run import TRAINING, Demo
 from difnet_transformers.demo.scenes import SPLIT_SIZES
 from difnet_transformers.files import atomic_write, make_folder, read_json
 from difnet_transformers.options import parse_options
-from difnet_transformers.presets import preset_for
+from difnet_transformers.presets import option_words, preset_for
 from difnet_transformers.reports.charts import Chart, Line, to_svg
 from difnet_transformers.training import (
     DifnetSelfCriticalTrainer,
@@ -143,7 +143,7 @@ class Study:
         }
         make_folder(folder)
         settings_file = folder / "settings.json"
-        if settings_file.exists() and read_json(settings_file) != settings:
+        if settings_file.exists() and read_json(settings_file) != json.loads(json.dumps(settings)):
             sys.exit(f"{folder} holds a study with other settings; delete it, or choose another --output")
         atomic_write(settings_file, json.dumps(settings))
 
@@ -169,7 +169,7 @@ class Study:
             atomic_write(folder / "network.json", json.dumps(self.network))
             words = ["--stage", "xe", "--config", str(folder / "network.json")]
             words += ["--vocab", str(self.vocab)] if self.vocab else []
-            words += [word for name, value in self.training.items() for word in (name, str(value))]
+            words += map(str, option_words(self.training))
             self.train(packed, folder / "run", seed, words)
             atomic_write(folder / "done.json", "{}")
         return folder / "run" / "best"
@@ -204,7 +204,7 @@ class Study:
             result = self.caption(start, packed)
         else:
             words = ["--stage", "scst", "--model", str(start)]
-            words += [word for option, value in self.of_scst.items() for word in (option, str(value))]
+            words += map(str, option_words(self.of_scst))
             failed = self.train(packed, folder / "run", seed, [*words, *self.more, *ROWS[name]])
             result = self.caption(folder / "run" / "best", packed)
             result |= {"failed": failed, **curve(folder / "run" / "log.jsonl", self.num_images)}

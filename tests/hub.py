@@ -31,7 +31,7 @@ import re
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from urllib.parse import parse_qs, unquote, urlsplit
 
 REPOSITORY = r"(?P<id>[^/]+(?:/[^/]+)?)"
@@ -55,8 +55,10 @@ class Repository:
         return list(self.commits)[-1]
 
 
-def entry_of(path: str, content: bytes) -> dict:
-    """A file in a listing."""
+def entry_of(path: str, content: bytes | None = None) -> dict:
+    """A file in a listing, or without content a folder."""
+    if content is None:
+        return {"type": "directory", "path": path, "oid": hashlib.sha1(path.encode()).hexdigest()}
     return {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
 
 
@@ -165,10 +167,16 @@ class Handler(BaseHTTPRequestHandler):
             inside = {path: content for path, content in found[1].items() if path.startswith(prefix)}
             if folder and not inside:
                 return self.answer(404, {"error": f"No folder {folder}"}, X_Error_Code="EntryNotFound")
-            self.answer(
-                200,
-                [entry_of(path, content) for path, content in inside.items()],
-            )
+            recursive = parse_qs(urlsplit(self.path).query).get("recursive", [""])[0].lower() in ("1", "true")
+            entries = []
+            for path, content in inside.items():
+                parents = [parent.as_posix() for parent in PurePosixPath(path).parents][:-1]
+                below = sorted(parent for parent in parents if parent.startswith(prefix) and parent != folder)
+                shown = below if recursive else below[:1]
+                entries += [folder_entry for name in shown if (folder_entry := entry_of(name)) not in entries]
+                if recursive or not below:
+                    entries.append(entry_of(path, content))
+            self.answer(200, entries)
 
     def resolve(self, id: str, revision: str, path: str) -> None:
         if found := self.find(id, revision):
@@ -193,7 +201,7 @@ class Handler(BaseHTTPRequestHandler):
                 if path in found[1]:
                     entries.append(entry_of(path, found[1][path]))
                 elif any(name.startswith(f"{path}/") for name in found[1]):
-                    entries.append({"type": "directory", "path": path, "oid": "0" * 40})
+                    entries.append(entry_of(path))
             self.answer(200, entries)
 
     # Writing

@@ -143,8 +143,9 @@ class PackOptions:
 
     def save(self, path: Path) -> None:
         """Writes a recipe of the packing, without what has no influence on the result and the folder of the output."""
-        unchanged = {"num_proc": 1, "push_to_hub": None, "private": False, "debug": False}
-        save_options(dataclasses.replace(self, output=Path(self.output.name), **unchanged), path)
+        output = Path(self.output.name)
+        recipe = dataclasses.replace(self, output=output, num_proc=1, push_to_hub=None, private=False, debug=False)
+        save_options(recipe, path)
 
 
 def one_or_several(paths: Sequence[str]) -> str | tuple[str, ...]:

@@ -28,9 +28,13 @@ the numbers of epochs and steps, and the patience; until SCST has begun --reward
 --scst-batch-size and --gradient-accumulation-steps; in the XE stage these two, if their product stays.
 Batch sizes are those of one process. On several machines OUTPUT must be on a disk that all of them see."""
 
+OTHER_NAMES = {"--init-from": "--model"}
+
 
 def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
-    args = parse_options(TrainingConfig, argv, prog=prog, description=DESCRIPTION, positional_recipe=True)
+    args = parse_options(
+        TrainingConfig, argv, prog=prog, description=DESCRIPTION, renamed=OTHER_NAMES, positional_recipe=True
+    )
 
     def command() -> int:
         from ..training.command import train

@@ -15,7 +15,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -254,7 +255,7 @@ class StreamedBatches:
 
     Epoch `e` goes through the files in the order `numpy.random.default_rng([seed, e]).permutation(files)`. This
     sequence of images is cut into `num_processes` parts of equal length, one for each process. A process reads its
-    part in blocks of `shuffle_buffer` images (two at a time are in memory, at most) and takes the items of block `b`
+    part in blocks of `shuffle_buffer` images, of which three are in memory at most, and takes the items of block `b`
     in the order `default_rng([seed, e, process_index, b]).permutation(n)`.
 
     Args:
@@ -298,7 +299,7 @@ class StreamedBatches:
             )
         if (tokenizer is None) != (form is ReferenceBatches):
             raise ValueError("a tokenizer is for CaptionPairBatches and ImageCaptionBatches, which need it")
-        self.form = form
+        self.form: Callable[..., Batches] = form
         self.images = images
         self.batch_size = batch_size
         self.tokenizer = tokenizer
@@ -395,22 +396,33 @@ class StreamedBatches:
             stream.load_state_dict(state)
         self._states = {first: state}
         tables = stream.iter(self.shuffle_buffer)
-        for number in range(first, -(-len(share.images) // self.shuffle_buffer)):
-            start = number * self.shuffle_buffer
-            table = self._read(tables, share, start, was_resumed=state is not None)
-            self._states[number + 1] = stream.state_dict()
-            if number >= wanted:
-                # Only those that the next batch begins in, or that lie behind it, are asked for.
-                first_needed = self._block_of(share, self._next_batch * self.batch_size)
-                self._states = {each: kept for each, kept in self._states.items() if each >= first_needed}
-                yield self._make_block(share, number, table)
-        raise ValueError(f"{printable(share.files[-1], 300)}: the stream has ended too early; start the run again")
 
-    def _read(self, tables: Iterator[pa.Table], share: _Share, start: int, was_resumed: bool) -> pa.Table:
-        """The rows of the next block, which begins with image `start` of the share."""
+        def read() -> tuple[pa.Table | None, dict[str, Any]]:
+            return next(tables, None), stream.state_dict()
+
+        # Parquet decodes the next block, without Python's lock, while the network trains on this one.
+        with ThreadPoolExecutor(1) as reader:
+            coming = reader.submit(read)
+            last = (len(share.images) - 1) // self.shuffle_buffer
+            for number in range(first, last + 1):
+                table, state_after = self._result(coming, share, number, was_resumed=state is not None)
+                if number < last:
+                    coming = reader.submit(read)
+                self._states[number + 1] = state_after
+                if number >= wanted:
+                    # Only those that the next batch begins in, or that lie behind it, are asked for.
+                    first_needed = self._block_of(share, self._next_batch * self.batch_size)
+                    self._states = {each: kept for each, kept in self._states.items() if each >= first_needed}
+                    yield self._make_block(share, number, table)
+
+    def _result(
+        self, coming: Future, share: _Share, number: int, was_resumed: bool
+    ) -> tuple[pa.Table, dict[str, Any]]:
+        """The rows of a block, which are those of its images, and the state of the stream after it."""
+        start = number * self.shuffle_buffer
         expected = self._image_ids[share.images[start : start + self.shuffle_buffer]]
         try:
-            table = next(tables, None)
+            table, state = coming.result()
         except Exception as error:
             # The network, a damaged page, or a state that is none: each with errors of its own.
             said = printable(reason_of(error), 300)
@@ -427,7 +439,7 @@ class StreamedBatches:
                 "the dataset has changed, or the checkpoint is of another one. Start the run again with --resume "
                 "last, or from another checkpoint."
             )
-        return table
+        return table, state
 
     def _make_block(self, share: _Share, number: int, table: pa.Table) -> _Block:
         """Puts the items of a block in the order of the epoch."""
@@ -463,9 +475,7 @@ class StreamedBatches:
             table = table.set_column(index, field, pa.array(captions, type=field.type))
         dataset = as_dataset(table, self.images.features)
         arguments = () if self.tokenizer is None else (self.tokenizer,)
-        batches = self.form(  # type: ignore[call-arg]
-            dataset, *arguments, self.batch_size, shuffle=False, drop_last=False, **self._options
-        )
+        batches = self.form(dataset, *arguments, self.batch_size, shuffle=False, drop_last=False, **self._options)
         return batches.make_batch(np.arange(batches.num_items()))
 
     # Position

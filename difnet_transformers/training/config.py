@@ -117,7 +117,10 @@ class TrainingConfig:
     license: str | None = license_option()
 
     model: str | None = field(
-        default=None, group=MODEL, metavar="FOLDER", help="start from these weights (default: from scratch)"
+        default=None,
+        group=MODEL,
+        metavar="FOLDER",
+        help="start from these weights (also: --init-from; default: from scratch)",
     )
     config: Path | None = field(
         default=None,

@@ -88,7 +88,7 @@ class DifnetSelfCriticalTrainer(DifnetTrainer):
     def scst_batches(self) -> ReferenceBatches:
         # Undropped, the processes could have different numbers of batches and would wait for each other forever.
         several = self.accelerator.num_processes > 1
-        return self.make_batches(ReferenceBatches, self.args.scst_batch_size, drop_last=several)
+        return self.make_batches(ReferenceBatches, batch_size=self.args.scst_batch_size, drop_last=several)
 
     @cached_property
     def rewards(self) -> WeightedRewards:

@@ -322,25 +322,26 @@ class DifnetTrainer:
             "mask_padded_cells": self.processor.feature_extractor.mask_padded_cells,
         }
 
-    def make_batches(self, form: type, batch_size: int, **options: Any) -> Any:
+    def make_batches(self, form: type, **options: Any) -> Any:
         """This process's share of the training images, shuffled.
 
         Args:
             form: `CaptionPairBatches`, `ImageCaptionBatches` or `ReferenceBatches`.
-            batch_size: items in a batch.
-            options: of `form`, by name.
+            options: of `form`, by name; `batch_size` is one of them.
         """
         options |= {"shuffle": True, "seed": self.args.seed, **self.process_share()}
         if isinstance(self.train_images, StreamedImages):
-            buffer = self.args.shuffle_buffer
-            return StreamedBatches(form, self.train_images, batch_size, shuffle_buffer=buffer, **options)
-        return form(self.train_images, batch_size=batch_size, **options)
+            return StreamedBatches(form, self.train_images, shuffle_buffer=self.args.shuffle_buffer, **options)
+        return form(self.train_images, **options)
 
     @cached_property
     def xe_batches(self) -> CaptionPairBatches | ImageCaptionBatches | StreamedBatches:
         form = CaptionPairBatches if self.args.xe_batches == "pairs" else ImageCaptionBatches
         batches = self.make_batches(
-            form, self.args.xe_batch_size, tokenizer=self.tokenizer, max_length=self.config.max_position_embeddings
+            form,
+            batch_size=self.args.xe_batch_size,
+            tokenizer=self.tokenizer,
+            max_length=self.config.max_position_embeddings,
         )
         if batches.unknown_share > 0:
             self.accelerator.print(f"{batches.unknown_share:.2%} of the words are not in the vocabulary (<unk>)")

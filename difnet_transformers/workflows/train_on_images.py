@@ -35,7 +35,7 @@ from ..data.packed_dataset import load_packed_split
 from ..files import atomic_output, atomic_write, printable, read_json
 from ..model_card import METRICS, check_license
 from ..options import option_name
-from ..presets import Preset, preset_for
+from ..presets import Preset, option_words, preset_for
 from ..reports.pages import SheetImage, Table, html_sheet
 
 if TYPE_CHECKING:
@@ -316,7 +316,7 @@ def train(vocabulary: Path, output: Path, preset: Preset, options: Sequence[obje
     run, config = output / "training", output / "config.json"
     atomic_write(config, json.dumps(dict(preset.network), indent=1) + "\n")
     words: list[object] = ["--dataset", output / "packed", "--output", run, "--config", config, "--vocab", vocabulary]
-    words += [word for option in preset.training.items() for word in option]
+    words += option_words(preset.training)
     words += options
     if any((run / name).exists() for name in ("last", "last.previous")):
         words += ["--resume", "last"]
