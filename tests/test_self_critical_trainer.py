@@ -414,6 +414,18 @@ def test_gradient_checkpointing_changes_no_number(kind: str, tmp_path: Path) -> 
         torch.testing.assert_close(trained[1][name], parameter, rtol=1e-5, atol=1e-6)
 
 
+def test_a_compiled_step_is_the_same_step(tmp_path: Path) -> None:
+    trained = []
+    for settings in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
+        captioner = without_dropout(make_t5())
+        trainer = make_trainer(captioner, tmp_path, **settings)
+        trainer.train()
+        trained.append(weights(captioner.model))
+    assert hasattr(trainer.model_wrapped, "_orig_mod")
+    for name, parameter in trained[0].items():
+        torch.testing.assert_close(trained[1][name], parameter, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(("kind", "modules"), [("difnet", ["q_proj", "v_proj"]), ("t5", ["q", "v"])])
 def test_lora_trains_the_adapter_alone(kind: str, modules: list[str], tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")

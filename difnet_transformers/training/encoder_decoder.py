@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -115,13 +115,13 @@ def blip_prompts(bos_token_id: int, inputs: Mapping[str, Any], states: torch.Ten
     """
     prompts = inputs.get("input_ids")
     if prompts is None:
-        return states.new_full((len(states), 1), bos_token_id, dtype=torch.long)
+        return cast(torch.LongTensor, states.new_full((len(states), 1), bos_token_id, dtype=torch.long))
     mask = inputs.get("attention_mask")
     if mask is not None and not bool(mask.all()):
         raise ValueError("BLIP's prompts (`input_ids`) must have the same length in all images of a batch")
     prompts = prompts[:, :-1].clone()
     prompts[:, 0] = bos_token_id
-    return prompts
+    return cast(torch.LongTensor, prompts)
 
 
 def prompt_length(model: nn.Module, inputs: Mapping[str, Any]) -> int:
@@ -143,7 +143,7 @@ def end_tokens(model: nn.Module) -> list[int]:
 
 def caption_tokens(
     sequences: torch.Tensor, prompt: int, end_token_ids: list[int]
-) -> tuple[torch.BoolTensor, torch.BoolTensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Which tokens are a caption's own: all behind the prompt, to its first end.
 
     The end may be the token that a caption starts with, or the one that it is padded with, as in ViT-GPT2.
@@ -179,7 +179,7 @@ def caption_log_probs(
         caption's; and the entropies of the words at these places in nats, with 0 as well.
     """
     if model_kind(model) == "difnet":
-        found = SequenceLogProbs(model)(sequences, with_entropy=with_entropy, **inputs)
+        found = SequenceLogProbs(cast(Any, model))(sequences, with_entropy=with_entropy, **inputs)
         return found if with_entropy else (found, None)
     logits = caption_logits(model, sequences, inputs)  # (B * K, L - 1, V)
     is_token, _ = caption_tokens(sequences, prompt_length(model, inputs), end_tokens(model))

@@ -48,7 +48,7 @@ class SelfCriticalConfig(Seq2SeqTrainingArguments):
 
     learning_rate: float = field(default=5e-6, metadata={"help": "The initial learning rate for AdamW."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many updates; below 1: a share of all."})
-    remove_unused_columns: bool | None = field(
+    remove_unused_columns: bool = field(
         default=False, metadata={"help": "Whether to drop columns that the model does not read; rewards read them."}
     )
     model_init_kwargs: dict[str, Any] | str | None = field(

@@ -21,14 +21,14 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from inspect import signature
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import transformers
 from accelerate.utils import gather_object, set_seed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel, Seq2SeqTrainer
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
@@ -105,7 +105,7 @@ class Rollout(NamedTuple):
         entropies: (B, K, L - 1), with gradient, if they have a weight.
         reference_log_probs: (B, K, L - 1), if the divergence has a weight.
         scored: their rewards, which are being found.
-        greedy: those of the greedily decoded captions, for that baseline.
+        greedy: those of the greedily decoded captions, if the baseline needs them.
     """
 
     sequences: torch.LongTensor
@@ -113,7 +113,7 @@ class Rollout(NamedTuple):
     entropies: torch.Tensor | None
     reference_log_probs: torch.Tensor | None
     scored: Future[ScoredCaptions]
-    greedy: Future[ScoredCaptions] | None
+    greedy: tuple[Future[ScoredCaptions], ...]
 
 
 class SelfCriticalTrainer(Seq2SeqTrainer):
@@ -156,6 +156,10 @@ class SelfCriticalTrainer(Seq2SeqTrainer):
             names it, and the checkpoint to resume from.
     """
 
+    args: SelfCriticalConfig
+    model: Any
+    data_collator: Callable[[Sequence[Any]], dict[str, Any]]
+
     def __init__(
         self,
         model: str | PreTrainedModel | nn.Module,
@@ -170,29 +174,30 @@ class SelfCriticalTrainer(Seq2SeqTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: Any = None,
     ) -> None:
-        name = model if isinstance(model, str) else model.config._name_or_path or type(model).__name__
+        network: Any = model
+        name = model if isinstance(model, str) else network.config._name_or_path or type(model).__name__
         if args is None:
             args = SelfCriticalConfig(f"{Path(name).name}-SCST")
         if isinstance(model, str):
-            model = load_model(model, args.model_init_kwargs)
+            network = load_model(model, args.model_init_kwargs)
         elif args.model_init_kwargs is not None:
             raise ValueError("`model_init_kwargs` are for a model that is given by its name")
         if peft_config is not None:
             from peft import get_peft_model
 
-            model = get_peft_model(model, peft_config)
-        model_kind(base_model(model))  # refuses models that it does not know
+            network = get_peft_model(network, peft_config)
+        model_kind(base_model(network))  # refuses models that it does not know
         if processing_class is None:
             processing_class = AutoProcessor.from_pretrained(name)
         self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        self.input_names = frozenset(signature(base_model(model).forward).parameters)
+        self.input_names = frozenset(signature(base_model(network).forward).parameters)
         if args.n_gpu > 1:
             args._n_gpu = 1  # `nn.DataParallel` knows one pass through the model; several GPUs need a process each
         if isinstance(train_dataset, IterableDataset) or isinstance(eval_dataset, IterableDataset):
             # Batches that the main process reads and shares out could have tensors alone.
-            args.accelerator_config.dispatch_batches = False
+            cast(Any, args.accelerator_config).dispatch_batches = False
         super().__init__(
-            model=model,
+            model=network,
             args=args,
             data_collator=data_collator or SelfCriticalCollator(self.input_names, self.tokenizer),
             train_dataset=train_dataset,
@@ -226,7 +231,7 @@ class SelfCriticalTrainer(Seq2SeqTrainer):
 
     def split_inputs(
         self, inputs: Mapping[str, Any]
-    ) -> tuple[dict[str, Any], list[list[str]], dict[str, Sequence[Any]]]:
+    ) -> tuple[dict[str, Any], list[Sequence[str]], dict[str, Sequence[Any]]]:
         """What the model reads, the references, and all other columns of a batch.
 
         Raises:
@@ -236,9 +241,11 @@ class SelfCriticalTrainer(Seq2SeqTrainer):
             raise ValueError(
                 f"a batch has no `references`, the reference captions of each image; it has {', '.join(inputs)}"
             )
-        references = [[each] if isinstance(each, str) else list(each) for each in inputs["references"]]
+        references: list[Sequence[str]] = [
+            [each] if isinstance(each, str) else list(each) for each in inputs["references"]
+        ]
         read = {name: value for name, value in inputs.items() if name in self.input_names}
-        columns = {
+        columns: dict[str, Sequence[Any]] = {
             name: value.tolist() if isinstance(value, torch.Tensor) else list(value)
             for name, value in inputs.items()
             if name not in self.input_names and name != "references"
@@ -277,12 +284,13 @@ class SelfCriticalTrainer(Seq2SeqTrainer):
         read, references, columns = self.split_inputs(inputs)
         images = without_labels(read)
         rollout = self.forward_pass(model, partial(self.rollout, images, references, columns))
-        scored, greedy = self.rewards_of(rollout)
-        greedy_rewards = None if greedy is None else greedy.rewards[:, 0].to(rollout.log_probs)  # (B,)
-        advantages = scst_advantages(scored.rewards.to(rollout.log_probs), args.baseline, greedy_rewards)  # (B, K)
+        scored, *greedy = self.rewards_of(rollout.scored, *rollout.greedy)
+        rewards, *greedy_rewards = (each.rewards.to(rollout.log_probs) for each in (scored, *greedy))
+        advantages = scst_advantages(
+            rewards, cast(str, args.baseline), *(each[:, 0] for each in greedy_rewards)
+        )  # (B, K)
 
-        is_whole = num_items_in_batch is None
-        num_images = len(references) if is_whole else num_items_in_batch
+        num_images = len(references) if num_items_in_batch is None else num_items_in_batch
         num_captions = num_images * args.num_generations
         loss = self_critical_loss(rollout.log_probs, advantages, args.max_new_tokens, num_captions)
         kl = None
@@ -294,12 +302,12 @@ class SelfCriticalTrainer(Seq2SeqTrainer):
             loss = loss - args.entropy_coef * entropy
         self.count(images, rollout.sequences, scored, kl=kl, entropy=rollout.entropies)
         # DDP takes the mean of the processes' gradients, and this is each one's share of the sum.
-        return loss if is_whole else loss * self.accelerator.num_processes
+        return loss if num_items_in_batch is None else loss * self.accelerator.num_processes
 
     def rollout(
         self,
         images: dict[str, torch.Tensor],
-        references: list[list[str]],
+        references: list[Sequence[str]],
         columns: dict[str, Sequence[Any]],
         network: nn.Module,
     ) -> Rollout:
@@ -324,14 +332,14 @@ class SelfCriticalTrainer(Seq2SeqTrainer):
                 temperature=args.temperature,
                 top_k=args.top_k,
                 top_p=args.top_p,
-                **(args.generation_kwargs or {}),
+                **cast(dict[str, Any], args.generation_kwargs or {}),
             )  # (B, K, L)
         scored = self.submit(network, images, sequences, references, columns)
-        greedy = None
+        greedy: tuple[Future[ScoredCaptions], ...] = ()
         if args.baseline == "greedy":
             with self.accelerator.autocast(), torch.no_grad():
                 found = self.decode_greedily(network, images)  # (B, 1, L')
-            greedy = self.submit(network, images, found, references, columns)
+            greedy = (self.submit(network, images, found, references, columns),)
         reference_log_probs = None
         if self.reference is not None:
             frozen = base_model(self.reference)
@@ -389,8 +397,8 @@ class SelfCriticalTrainer(Seq2SeqTrainer):
         self,
         network: nn.Module,
         images: dict[str, Any],
-        sequences: torch.LongTensor,
-        references: list[list[str]],
+        sequences: torch.Tensor,
+        references: list[Sequence[str]],
         columns: dict[str, Sequence[Any]],
     ) -> Future[ScoredCaptions]:
         """Begins to score captions (B, K, L) of B images, in the background."""
@@ -402,7 +410,7 @@ class SelfCriticalTrainer(Seq2SeqTrainer):
         sequences: torch.Tensor,
         prompt: int,
         end_token_ids: list[int],
-        references: list[list[str]],
+        references: list[Sequence[str]],
         columns: dict[str, Sequence[Any]],
     ) -> ScoredCaptions:
         """The rewards of captions (B, K, L) on the CPU, whose first tokens are a prompt."""
@@ -423,16 +431,15 @@ class SelfCriticalTrainer(Seq2SeqTrainer):
         texts = self.tokenizer.batch_decode(sequences, skip_special_tokens=True)
         return [text.strip() for text in texts]
 
-    def rewards_of(self, rollout: Rollout) -> tuple[ScoredCaptions, ScoredCaptions | None]:
-        """Waits for the rewards of a rollout. Where one fails, all processes end.
+    def rewards_of(self, *futures: Future[ScoredCaptions]) -> list[ScoredCaptions]:
+        """Waits for rewards that `submit` has begun to find. Where one fails, all processes end.
 
         Raises:
             RewardFailed: a reward failed here or in another process.
         """
-        failure, scored, greedy = None, None, None
+        failure, scored = None, []
         try:
-            scored = rollout.scored.result()
-            greedy = None if rollout.greedy is None else rollout.greedy.result()
+            scored = [future.result() for future in futures]
         except RewardFailed as error:
             failure = str(error)
         has_failed = failure is not None
@@ -450,15 +457,14 @@ class SelfCriticalTrainer(Seq2SeqTrainer):
                     "with train(resume_from_checkpoint=True)"
                 )
             raise RewardFailed(f"{next(text for text in said if text is not None)}; {remedy}")
-        assert scored is not None
-        return scored, greedy
+        return scored
 
     # The log
 
     def count(
         self,
         images: dict[str, Any],
-        sequences: torch.LongTensor,
+        sequences: torch.Tensor,
         scored: ScoredCaptions,
         kl: torch.Tensor | None = None,
         entropy: torch.Tensor | None = None,
@@ -512,19 +518,26 @@ class SelfCriticalTrainer(Seq2SeqTrainer):
 
     def _load_best_model(self) -> None:
         if isinstance(self.model, PreTrainedModel):
-            restore_weights(self.model, self.state.best_model_checkpoint)
+            restore_weights(self.model, cast(str, self.state.best_model_checkpoint))
         else:
             super()._load_best_model()
 
     # Evaluation
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
         """As the Trainer's, with the rewards of the captions among the metrics."""
         self.evaluation_sums = {}
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if self.evaluation_sums:
             rewards = averages(self.evaluation_sums)
-            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in rewards.items()})
+            cast(dict, output.metrics).update({f"{metric_key_prefix}_{name}": rewards[name] for name in rewards})
         return output
 
     def prediction_step(
@@ -534,7 +547,7 @@ class SelfCriticalTrainer(Seq2SeqTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
         **gen_kwargs: Any,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    ) -> tuple[Any, torch.Tensor | None, torch.Tensor | None]:
         """Evaluates a batch.
 
         With `predict_with_generate` captions are made as the model's `generation_config` says, else as in training.
@@ -552,18 +565,18 @@ class SelfCriticalTrainer(Seq2SeqTrainer):
         network = base_model(self.model)
         if model_kind(network) not in ("difnet", "encoder-decoder"):
             read = without_labels(read)  # which `generate` of the others would read
-        loss, sequences, labels = super().prediction_step(model, read, False, ignore_keys, **gen_kwargs)
+        losses, sequences, labels = super().prediction_step(model, read, False, ignore_keys, **gen_kwargs)
         if sequences is None:
-            return loss, None, None
+            return losses, None, None
         images = without_labels(read)
-        rollout = self.submit(network, images, sequences.unsqueeze(1), references, columns)
-        scored, _ = self.rewards_of(Rollout(sequences.unsqueeze(1), sequences, None, None, rollout, None))
-        self.count(images, sequences.unsqueeze(1), scored)
+        captions = sequences.unsqueeze(1)  # (B, 1, L)
+        (scored,) = self.rewards_of(self.submit(network, images, captions, references, columns))
+        self.count(images, captions, scored)
         if prediction_loss_only:
-            return loss, None, None
+            return losses, None, None
         if labels is None:  # without labels the Trainer does not call `compute_metrics`
             labels = torch.full_like(sequences[:, :1], IGNORED_LABEL)
-        return loss, sequences, labels
+        return losses, sequences, labels
 
     def _pad_tensors_to_max_len(self, tensor: torch.Tensor, max_length: int) -> torch.Tensor:
         """As that of `Seq2SeqTrainer`, which knows no pad token of a processor."""
@@ -595,7 +608,8 @@ def restore_weights(model: PreTrainedModel, folder: str) -> None:
     Raises:
         ValueError: weights are missing.
     """
-    saved, found = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+    network_class: Any = type(model)
+    saved, found = network_class.from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
     if found["missing_keys"]:
         raise ValueError(
             f"{printable(folder, 300)} lacks weights of the model: {sorted(found['missing_keys'])[0]}, .."
@@ -603,7 +617,7 @@ def restore_weights(model: PreTrainedModel, folder: str) -> None:
     model.load_state_dict(saved.state_dict())
 
 
-def base_model(model: nn.Module) -> Any:
+def base_model(model: Any) -> Any:
     """A model without the wrapper of its adapter, if it has one; the adapter lies inside its modules."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -651,10 +665,10 @@ def collect_rewards(
         raise ValueError(f"`reward_weights` has {len(weights)} weights for {len(given)} rewards")
     functions: dict[str, Reward] = {}
     for each in given:
-        name = each if isinstance(each, str) else name_of(each)
-        function = each
         if isinstance(each, str):
-            function = load_reward(each, training_captions=partial(training_references, train_dataset))
+            name, function = each, load_reward(each, training_captions=partial(training_references, train_dataset))
+        else:
+            name, function = name_of(each), each
         number = sum(known.partition("#")[0] == name for known in functions)
         functions[f"{name}#{number + 1}" if number else name] = function
     return WeightedRewards(functions, None if weights is None else dict(zip(functions, weights, strict=True)))
