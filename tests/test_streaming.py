@@ -22,6 +22,7 @@ from test_training_resume import killed_runs
 from tiny_packed import write_config, write_packed, write_parquet
 from training_runs import (
     REPOSITORY,
+    SCRIPT,
     arguments,
     changed_file,
     config,
@@ -149,7 +150,7 @@ class TestStreamedImages:
     def test_columns_and_sizes(self, stream, packed):
         assert isinstance(stream, StreamedImages)
         assert (len(stream), stream.file_rows) == (len(packed), tuple(TRAIN_FILES))
-        for name in ("image_id", "captions"):
+        for name in ("image_id", "file_name", "captions"):
             assert stream[name][:] == packed[name][:]
 
     def test_the_captions_are_read_once(self, data, tmp_path):
@@ -438,7 +439,7 @@ class TestMistakes:
         metadata = table.schema.metadata
         set_column(path, "captions", change)
         pq.write_table(pq.read_table(path).replace_schema_metadata(metadata), path)
-        with pytest.raises(ValueError, match=rf"{re.escape(str(path))}: an image lacks its id or a caption"):
+        with pytest.raises(ValueError, match=rf"{re.escape(str(path))}: an image lacks its id, its name or a caption"):
             open_stream(folder, "train", folder.parent)
         with pytest.raises(ValueError, match=r"damaged .*1 rows without captions"):
             load_packed_split(folder, "train")
@@ -531,6 +532,15 @@ class TestTraining:
             write_checksums(output / "last")
         assert run(*arguments(data, output, *STREAMED, "--resume", "last", save_every=3)) == 0
         assert same_weights(output / "last", finished_run / "last")
+
+    def test_two_processes_share_a_run(self, data, tmp_path):
+        """In both stages, from files of different lengths: both have as many batches, and neither waits for ever."""
+        words = arguments(data, tmp_path / "run", *STREAMED, "--cpu", xe_epochs=2, xe_batch_size=5, scst_batch_size=4)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
+        subprocess.run([*command, *words], check=True, capture_output=True, timeout=300)
+        steps = [line["step"] for line in read_log(tmp_path / "run", "validation")]
+        assert steps == [60 // 5, 2 * (60 // 5), 20 // 4]
+        assert len(read_checkpoint(tmp_path / "run" / "best_xe").stream) == 2
 
     def test_other_data_is_refused(self, data, finished_run, tmp_path, capsys):
         shutil.copytree(finished_run, tmp_path / "run")

@@ -58,14 +58,14 @@ METADATA_KEY = b"difnet"
 class StreamedImages:
     """A split whose images are read from Parquet files as they are trained on.
 
-    `images["captions"]` and `images["image_id"]` are columns, as those of a map-style dataset are.
+    `images["captions"]`, and `"image_id"` and `"file_name"` likewise, are columns as those of a map-style dataset.
 
     Args:
         files: paths or URLs, in the order of the split.
         file_rows: number of images in each of them.
         features: types of the columns.
         digest: SHA-256 of the footers of the files.
-        captions: `image_id` and `captions` of every image, memory-mapped.
+        captions: `image_id`, `file_name` and `captions` of every image, memory-mapped.
         sample: the first images with their features.
     """
 
@@ -175,7 +175,7 @@ def read_cached_captions(path: Path, state: list[list[Any]]) -> dict[str, Any] |
 
 
 def write_captions(path: Path, files: list[str], state: list[list[Any]]) -> None:
-    """Reads the columns `image_id` and `captions` of all files, and no other, into one Arrow file.
+    """Reads ids, names and captions of the images of all files, and no other columns, into one Arrow file.
 
     Raises:
         ValueError: a file is damaged or foreign.
@@ -188,7 +188,7 @@ def write_captions(path: Path, files: list[str], state: list[list[Any]]) -> None
         "features": summaries[0].features.to_dict(),
         "digest": hashlib.sha256("".join(summary.digest for summary in summaries).encode()).hexdigest(),
     }
-    columns = {"image_id": pa.int64(), "captions": pa.list_(pa.string())}
+    columns = {"image_id": pa.int64(), "file_name": pa.string(), "captions": pa.list_(pa.string())}
     schema = pa.schema(columns.items(), metadata={METADATA_KEY: json.dumps(known).encode()})
     with (
         atomic_output(path, overwrite=True) as unfinished,
@@ -203,7 +203,9 @@ def write_captions(path: Path, files: list[str], state: list[list[Any]]) -> None
                     captions = table.column("captions")
                     columns_and_words = (*table.columns, pc.list_flatten(captions))
                     if any(column.null_count for column in columns_and_words):
-                        raise ValueError(f"{printable(file, 300)}: an image lacks its id or a caption; pack again")
+                        raise ValueError(
+                            f"{printable(file, 300)}: an image lacks its id, its name or a caption; pack again"
+                        )
                     writer.write_table(table)
                     progress.update(len(table))
 
