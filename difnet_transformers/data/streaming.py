@@ -441,13 +441,13 @@ class StreamedBatches:
             # The network, a damaged page, or a state that is none: each with errors of its own.
             said = printable(reason_of(error), 300)
             raise ValueError(
-                f"{self._files_of(images)}: cannot be read ({said}); mend or replace it, then resume with --resume last"
+                f"{self._files_of(images)}: cannot be read ({said}); mend or replace it, then resume: --resume last"
             ) from None
         found = np.array([]) if table is None else table.column("image_id").to_numpy()
         if not np.array_equal(found[: len(images)], self._image_ids[images]):
             raise ValueError(
-                f"{self._files_of(images)}: other images than those whose captions were read; the dataset has changed: "
-                "start the run again with --resume last"
+                f"{self._files_of(images)}: other images than those whose captions were read; the dataset has "
+                "changed: start the run again with --resume last"
             )
         return table, state
 
