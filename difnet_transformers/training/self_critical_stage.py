@@ -105,15 +105,9 @@ class DifnetSelfCriticalTrainer(DifnetTrainer):
         """The files of the training images, by image id.
 
         Raises:
-            ValueError: an image has no file in the folder, or the dataset has no names of files.
+            ValueError: an image has no file in the folder.
         """
-        try:
-            ids, names = (self.train_images[column][:] for column in ("image_id", "file_name"))
-        except KeyError:
-            raise ValueError(
-                "--rewards clip_score:MODEL needs the names of the training images, which data that is streamed does "
-                "not have: give a packed dataset on the disk"
-            ) from None
+        ids, names = (self.train_images[column][:] for column in ("image_id", "file_name"))
         file_names = dict(zip(ids, names, strict=True))
         paths = match_images(find_images([str(folder)]), file_names).paths
         missing = next((image_id for image_id in file_names if image_id not in paths), None)
