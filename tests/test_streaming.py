@@ -45,6 +45,7 @@ from difnet_transformers.data import (
     open_stream,
 )
 from difnet_transformers.data.packed_dataset import packed_splits, split_fingerprint
+from difnet_transformers.data.parquet import hub_name
 from difnet_transformers.options import parse_options
 from difnet_transformers.training import DifnetSelfCriticalTrainer
 from difnet_transformers.training.checkpoint import read_checkpoint, write_checksums
@@ -144,6 +145,15 @@ class TestParquetFolders:
             assert evaluate_captions.main(words) == 0
         captions = [tmp_path / f"scores_{name}" / "captions_validation_results.json" for name in ("parquet", "arrow")]
         assert captions[0].read_bytes() == captions[1].read_bytes()
+
+
+class TestNames:
+    def test_a_name_on_the_hub_is_no_path(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "runs" / "packed").mkdir(parents=True)
+        assert hub_name("user/packed") == "user/packed"
+        for path in ("runs/packed", "runs/pakced", "packed", "/user/packed", "./../user/packed", "a/b/c"):
+            assert hub_name(path) is None, path
 
 
 class TestStreamedImages:
