@@ -394,16 +394,16 @@ def _ordered_tokens(vocab: Mapping[str, int] | Sequence[str], source: str) -> li
 class DifnetFeatureExtractor(FeatureExtractionMixin):
     """Precomputed features of images to the inputs of the model, checked and padded to one size.
 
-    Grids are square. Those with fewer than `grid_size**2` cells get rows of zeros at the end, as in the original.
+    Grids with fewer cells than `grid_size` says get rows of zeros at the end, as in the original.
 
     Args:
-        grid_size: cells along one side of the grid (default 7, so 49 cells).
+        grid_size: cells along one side of the grid (default 7, so 49 cells), or rows and columns.
         grid_feature_size: width of the grid feature of one cell (default 2048).
         num_segmentation_classes: classes of the segmentation feature (default 133).
         mask_padded_cells: whether a batch in which a grid was padded gets a `grid_attention_mask` (default). The
             original attends to padded cells: `False`.
-        cut_large_grids: whether a grid with more than `grid_size**2` cells is cut to its first ones, which are the top
-            rows of the image, as in the original. By default it is a ValueError.
+        cut_large_grids: whether a grid with more cells is cut to its first ones, which are the top rows of the image,
+            as in the original. By default it is a ValueError.
         grid_backbone: what made the grid features of the training data, where that is known: `name`,
             `parameters_sha256` and what else `provenance_of` of the pipeline says.
         segmentation_model: what made the segmentation features, where that is known: `name`, `class_names` (one for
@@ -414,7 +414,7 @@ class DifnetFeatureExtractor(FeatureExtractionMixin):
 
     def __init__(
         self,
-        grid_size: int = 7,
+        grid_size: int | Sequence[int] = 7,
         grid_feature_size: int = 2048,
         num_segmentation_classes: int = 133,
         mask_padded_cells: bool = True,
@@ -424,14 +424,16 @@ class DifnetFeatureExtractor(FeatureExtractionMixin):
         **kwargs,
     ):
         super().__init__(**kwargs)
+        sides = list(grid_size) if isinstance(grid_size, (list, tuple)) else [grid_size]
+        if len(sides) not in (1, 2) or not all(map(_is_positive, sides)):
+            raise ValueError(f"grid_size must be a positive integer, or rows and columns, not {_brief(grid_size)}.")
         for name, value in (
-            ("grid_size", grid_size),
             ("grid_feature_size", grid_feature_size),
             ("num_segmentation_classes", num_segmentation_classes),
         ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not _is_positive(value):
                 raise ValueError(f"{name} must be a positive integer, not {_brief(value)}.")
-        self.grid_size = grid_size
+        self.grid_size = sides[0] if sides[0] == sides[-1] else tuple(sides)
         self.grid_feature_size = grid_feature_size
         self.num_segmentation_classes = num_segmentation_classes
         self.mask_padded_cells = mask_padded_cells
@@ -443,6 +445,11 @@ class DifnetFeatureExtractor(FeatureExtractionMixin):
             _check_class_names(segmentation_model.get("class_names"), num_segmentation_classes)
         self.grid_backbone = None if grid_backbone is None else dict(grid_backbone)
         self.segmentation_model = None if segmentation_model is None else dict(segmentation_model)
+
+    @property
+    def grid_shape(self) -> tuple[int, int]:
+        """Rows and columns of the grid."""
+        return self.grid_size if isinstance(self.grid_size, tuple) else (self.grid_size, self.grid_size)
 
     def to_dict(self) -> dict[str, Any]:
         """All settings; `grid_backbone` and `segmentation_model` only where they are known."""
@@ -466,7 +473,7 @@ class DifnetFeatureExtractor(FeatureExtractionMixin):
         Args:
             grid_features: one image (N, grid_feature_size) or several: (B, N, grid_feature_size) or a list of images
                 whose N may differ. NumPy or torch, of any floating point or integer type, or nested lists.
-            segmentation_features: one image (num_segmentation_classes, grid_size, grid_size), several, or None for the
+            segmentation_features: one image (num_segmentation_classes, rows, columns), several, or None for the
                 paper's baseline.
             return_tensors: `"pt"` for torch; NumPy arrays by default.
             image_ids: what errors call the images besides their number, one for each.
@@ -475,9 +482,9 @@ class DifnetFeatureExtractor(FeatureExtractionMixin):
             cut_large_grids: in place of the setting of this name.
 
         Returns:
-            `grid_features` (B, grid_size**2, grid_feature_size) and `segmentation_features` (B,
-            num_segmentation_classes, grid_size, grid_size), float32, also for one image, and, if a grid was padded and
-            `mask_padded_cells`, `grid_attention_mask` (B, grid_size**2) int64: 1 for a real cell, 0 for a padded one.
+            `grid_features` (B, cells, grid_feature_size) and `segmentation_features` (B, num_segmentation_classes,
+            rows, columns), float32, also for one image, and, if a grid was padded and `mask_padded_cells`,
+            `grid_attention_mask` (B, cells) int64: 1 for a real cell, 0 for a padded one.
 
         Raises:
             ValueError: a wrong shape, width, number of cells, number of classes or type, NaN or infinity (named with
@@ -488,7 +495,7 @@ class DifnetFeatureExtractor(FeatureExtractionMixin):
         if image_ids is not None and len(image_ids) != len(grids):
             raise ValueError(f"{len(image_ids)} image_ids for {len(grids)} images: give one for each image.")
         cut = self.cut_large_grids if cut_large_grids is None else cut_large_grids
-        cells = self.grid_size**2
+        cells = math.prod(self.grid_shape)
         grid_batch = np.zeros((len(grids), cells, self.grid_feature_size), dtype=np.float32)
         mask = np.zeros((len(grids), cells), dtype=np.int64)
         for index, grid in enumerate(grids):
@@ -505,7 +512,7 @@ class DifnetFeatureExtractor(FeatureExtractionMixin):
         data = {"grid_features": grid_batch}
 
         if segmentation_features is not None:
-            shape = (self.num_segmentation_classes, self.grid_size, self.grid_size)
+            shape = (self.num_segmentation_classes, *self.grid_shape)
             maps = _as_images(segmentation_features, 3, "segmentation_features", str(shape), image_ids)
             if len(maps) != len(grids):
                 raise ValueError(
@@ -517,8 +524,8 @@ class DifnetFeatureExtractor(FeatureExtractionMixin):
                 where = f"segmentation_features of {_image_name(index, image_ids)}"
                 if segmentation.shape != shape:
                     is_other_grid = segmentation.ndim == 3 and segmentation.shape[0] == shape[0]
-                    size = f"{self.grid_size} x {self.grid_size}"
-                    remedy = f" Grids are square here, and of {size} cells: average them to that." * is_other_grid
+                    size = " x ".join(map(str, self.grid_shape))
+                    remedy = f" Grids have {size} cells here: average them to that." * is_other_grid
                     raise ValueError(f"{where}: expected {shape}, got {segmentation.shape}.{remedy}")
                 _copy_finite(segmentation, map_batch[index], where)
             data["segmentation_features"] = map_batch
@@ -534,11 +541,16 @@ class DifnetFeatureExtractor(FeatureExtractionMixin):
     def _too_large(self, cells: int) -> str:
         side = math.isqrt(cells)
         other = f"load a checkpoint made with grid_size {side}" if side**2 == cells else "use another checkpoint"
-        size = f"{self.grid_size} x {self.grid_size}"
+        size = " x ".join(map(str, self.grid_shape))
         return (
             f"{cells} cells, but the grid of this processor is {size}. Average them to {size}, {other}, or pass "
-            f"cut_large_grids=True to keep the first {self.grid_size**2}, the top of the image, as the original does."
+            f"cut_large_grids=True to keep the first {math.prod(self.grid_shape)}, the top of the image, as the "
+            "original does."
         )
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _check_class_names(names: Any, num_classes: int) -> None:

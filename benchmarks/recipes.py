@@ -26,7 +26,7 @@ from common import header, make_parser, markdown_table, results_path, write_repo
 from difnet_transformers.cli.main import main as difnet
 from difnet_transformers.data.packed_dataset import load_packed_split
 from difnet_transformers.files import atomic_write, make_folder, read_json
-from difnet_transformers.presets import preset_for
+from difnet_transformers.presets import option_words, preset_for
 
 METRICS = {"cider_d": "CIDEr-D", "bleu_4": "BLEU-4"}
 RECIPE = "the recipe"
@@ -57,14 +57,14 @@ CHANGES = {
     "learning rate 1e-3": Change("xe", {"--xe-learning-rate": 1e-3}),
     "grid cells dropped, 0.1": Change("xe", {"--grid-cell-dropout": 0.1}),
     "moving average of weights, 0.999": Change("xe", {"--ema-decay": 0.999}),
-    "d_model 384, 6 heads, ffn 1536": Change(
+    "d_model 256, 4 heads, ffn 1024": Change(
         "xe",
         network={
-            "d_model": 384,
-            "encoder_attention_heads": 6,
-            "decoder_attention_heads": 6,
-            "encoder_ffn_dim": 1536,
-            "decoder_ffn_dim": 1536,
+            "d_model": 256,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 1024,
+            "decoder_ffn_dim": 1024,
         },
     ),
     f"SCST: {RECIPE}": Change("scst"),
@@ -82,6 +82,7 @@ CHANGES = {
     "SCST: learning rate 2e-4": Change("scst", {"--scst-learning-rate": 2e-4}),
     "SCST: 1 epoch": Change("scst", {"--scst-epochs": 1}),
     "SCST: 5 epochs": Change("scst", {"--scst-epochs": 5}),
+    "SCST: CIDEr-D alone": Change("scst", {"--rewards": "cider_d"}),
     "SCST: samples instead of beams": Change("scst", {"--scst-samples": "sample"}),
 }
 Results = dict[str, dict[int, dict[str, Any]]]
@@ -111,7 +112,7 @@ class Study:
         }
         make_folder(folder)
         settings_file = folder / "settings.json"
-        if settings_file.exists() and read_json(settings_file) != self.settings:
+        if settings_file.exists() and read_json(settings_file) != json.loads(json.dumps(self.settings)):
             sys.exit(f"{folder} holds a study with other settings; delete it, or choose another --output")
         atomic_write(settings_file, json.dumps(self.settings))
 
@@ -138,8 +139,7 @@ class Study:
             words += ["--config", folder / "network.json"]
             words += ["--vocab", self.vocab] if self.vocab else ["--min-word-count", self.preset.min_word_count]
         training = {**self.preset.training, **change.options, **(QUICK if self.quick else {})}
-        for option, value in training.items():
-            words += [option, value] if value is not None else []
+        words += option_words({option: value for option, value in training.items() if value is not None})
         words += ["--resume", "last"] if (folder / "run" / "last").exists() else []
         arguments = ["train", *map(str, words)]
         print(f"$ difnet {shlex.join(arguments)}", file=sys.stderr)
@@ -171,7 +171,7 @@ def report(results: Results, study: Study) -> list[str]:
     device = "cpu" if study.cpu or not torch.cuda.is_available() else "cuda"
     notes = [
         f"{study.num_images:,} training images; scores of the best checkpoint on the validation split",
-        f"the recipe: {' '.join(f'{name} {value}' for name, value in options.items())}",
+        f"the recipe: {' '.join(map(str, option_words(options)))}",
         "rows of SCST start from the recipe's best XE checkpoint; minutes are those of the stage, on this machine as "
         "busy as it was",
     ]

@@ -5,7 +5,7 @@ import os
 from .bleu import bleu
 from .captions import Score
 from .cider import CiderD, CiderReward
-from .java_metrics import JavaMissing, check_java, meteor, spice
+from .java_metrics import JavaMissing, Meteor, check_java, meteor, spice
 from .rouge import rouge_l
 from .scoring import score_captions
 from .tokenizer import PTBTokenizer
@@ -20,6 +20,7 @@ __all__ = [
     "CiderD",
     "CiderReward",
     "JavaMissing",
+    "Meteor",
     "PTBTokenizer",
     "Score",
     "bleu",

@@ -8,6 +8,7 @@ sentence.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -83,28 +84,48 @@ def check_java(with_meteor: bool, with_spice: bool) -> None:
         _spice_program()
 
 
-def meteor(hypotheses: Sequence[Caption], references: Sequence[Sequence[Caption]]) -> Score:
-    """METEOR 1.5 (0 to 1) of one hypothesis for each image, strings or lists of tokens.
+class Meteor:
+    """METEOR 1.5 of any number of lists of captions. Its program, which takes seconds to start, runs until `close`.
 
-    Raises JavaMissing if Java or pycocoevalcap is not there; other errors as in `tokenized`.
+    Raises JavaMissing if Java or pycocoevalcap is not there.
     """
-    jar = _program("meteor", "meteor-1.5.jar")
-    command = [_java(), "-Xmx2G", *_LOCALE_FLAGS, "-jar", jar.name, "-", "-", "-stdio", "-l", "en", "-norm"]
-    hypotheses, references = tokenized(hypotheses, references)
-    # The program looks for its paraphrases in the folder that it runs in; it writes nothing there.
-    with (
-        tempfile.TemporaryFile() as complaints,
-        subprocess.Popen(
+
+    def __init__(self) -> None:
+        jar = _program("meteor", "meteor-1.5.jar")
+        command = [_java(), "-Xmx2G", *_LOCALE_FLAGS, "-jar", jar.name, "-", "-", "-stdio", "-l", "en", "-norm"]
+        self._complaints = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `close`)
+        # The program looks for its paraphrases in the folder that it runs in; it writes nothing there. It ends when
+        # its input does, and so never outlives this process; Ctrl-C, which asks a training to stop after its step, is
+        # not for it.
+        self._process = subprocess.Popen(
             command,
             cwd=jar.parent,
             env=_environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=complaints,
+            stderr=self._complaints,
+            start_new_session=True,
             encoding="utf-8",
-        ) as process,
-    ):
-        questions, answers = process.stdin, process.stdout
+        )
+
+    def __enter__(self) -> Meteor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the program."""
+        with contextlib.suppress(BrokenPipeError):
+            self._process.communicate()
+        self._complaints.close()
+
+    def score(self, hypotheses: Sequence[Caption], references: Sequence[Sequence[Caption]]) -> Score:
+        """METEOR (0 to 1) of one hypothesis for each image, strings or lists of tokens.
+
+        Errors as in `tokenized`; RuntimeError if the program has stopped.
+        """
+        questions, answers = self._process.stdin, self._process.stdout
         assert questions is not None  # both are pipes
         assert answers is not None
 
@@ -112,6 +133,7 @@ def meteor(hypotheses: Sequence[Caption], references: Sequence[Sequence[Caption]
             questions.write(line + "\n")
             questions.flush()
 
+        hypotheses, references = tokenized(hypotheses, references)
         try:
             statistics = []
             for words, group in zip(hypotheses, references, strict=True):
@@ -121,11 +143,20 @@ def meteor(hypotheses: Sequence[Caption], references: Sequence[Sequence[Caption]
             per_image = np.array([float(answers.readline()) for _ in hypotheses])
             corpus = float(answers.readline())
         except (BrokenPipeError, ValueError) as error:
-            process.kill()
-            complaints.seek(0)
-            said = complaints.read().decode(errors="replace").strip()[-500:]
+            self._process.kill()
+            self._complaints.seek(0)
+            said = self._complaints.read().decode(errors="replace").strip()[-500:]
             raise RuntimeError(f"METEOR stopped: {said or error}") from error
-    return Score(corpus, per_image)
+        return Score(corpus, per_image)
+
+
+def meteor(hypotheses: Sequence[Caption], references: Sequence[Sequence[Caption]]) -> Score:
+    """METEOR 1.5 (0 to 1) of one hypothesis for each image, strings or lists of tokens.
+
+    Raises JavaMissing if Java or pycocoevalcap is not there; other errors as in `tokenized`.
+    """
+    with Meteor() as scorer:
+        return scorer.score(hypotheses, references)
 
 
 def _spice_flags(java: str) -> list[str]:

@@ -54,7 +54,7 @@ def write_model_card(
     training: str = "",
     dataset: str | None = None,
     license: str | None = None,
-    grid_size: int | None = None,
+    grid_size: int | Sequence[int] | None = None,
     grid_backbone: str | None = None,
     segmentation: str | None = None,
 ) -> None:
@@ -69,7 +69,8 @@ def write_model_card(
         dataset: what the model was trained on. The YAML head names it if it is a dataset of the Hub (`user/name`); if
             there is a folder of that name, it is not.
         license: of the weights, as the Hub abbreviates it. By default the card makes no claim.
-        grid_size: cells along one side of the grid; by default that of the processor in `folder`, if there is one.
+        grid_size: cells along one side of the grid, or rows and columns; by default that of the processor in `folder`,
+            if there is one.
         grid_backbone: what made the grid features, such as "the ResNeXt-101 of grid-feats-vqa"; by default what the
             processor in `folder` records.
         segmentation: what made the segmentation maps; by default as well.
@@ -85,6 +86,7 @@ def write_model_card(
     folder = Path(folder)
     settings = _feature_settings(folder)
     backbone, second = (settings.get(name) or {} for name in ("grid_backbone", "segmentation_model"))
+    grid_size = grid_size or settings.get("grid_size")
     records = [backbone, second] if config.use_segmentation else [backbone]
     is_on_hub = dataset is not None and HUB_DATASET.fullmatch(dataset) and not Path(dataset).exists()
     template = jinja2.Environment(
@@ -97,7 +99,8 @@ def write_model_card(
         training=training.strip(),
         dataset=dataset if is_on_hub else None,
         license=license,
-        grid_size=grid_size or settings.get("grid_size"),
+        grid=grid_size if isinstance(grid_size, list | tuple) else (grid_size or 7, grid_size or 7),
+        is_grid_known=grid_size is not None,
         grid_backbone=grid_backbone or describe_backbone(backbone),
         segmentation=segmentation or describe_segmentation(second),
         segmentation_source=second.get("source"),
@@ -156,17 +159,18 @@ def _describe_classes(names: Sequence[str] | None, num_classes: int) -> str:
     return f"{num_classes} classes ({first}{', ..' if len(names) > NUM_NAMED_CLASSES else ''})"
 
 
-def license_option(**settings: Any) -> Any:
-    """The field `license: str | None = license_option()` of programs that write model cards.
+def license_option(of: str = "the weights for the model card", **settings: Any) -> Any:
+    """The field `license: str | None = license_option()` of programs that write cards.
 
     Args:
+        of: what is licensed, for the help.
         settings: further settings of `simple_parsing.field`, such as `group`.
     """
     return field(
         default=None,
         type=_license_argument,
         metavar="NAME",
-        help="license of the weights for the model card, as the Hub abbreviates it, e.g. apache-2.0 or cc-by-nc-4.0 "
+        help=f"license of {of}, as the Hub abbreviates it, e.g. apache-2.0 or cc-by-nc-4.0 "
         "(default: the card makes no claim)",
         **settings,
     )

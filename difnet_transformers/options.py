@@ -83,7 +83,7 @@ def image_size_option(**settings: Any) -> Any:
     """The field `image_size: str | None = image_size_option()`, a text for `sides_of`."""
     return field(
         default=None,
-        type=_image_size,
+        type=_size,
         metavar="SIZE",
         help="of --grid-backbone: what whole images are resized to, as N or HEIGHTxWIDTH (default: what it was "
         "trained with; not for X-101)",
@@ -92,12 +92,12 @@ def image_size_option(**settings: Any) -> Any:
 
 
 def grid_size_option(**settings: Any) -> Any:
-    """The field `grid_size: int | None = grid_size_option()` of programs that run a grid backbone."""
+    """The field `grid_size: str | None = grid_size_option()` of programs; `grid_size_of` reads it."""
     return field(
         default=None,
-        type=_grid_size,
-        metavar="N",
-        help="cells along a side of the grid (default: 7)",
+        type=_size,
+        metavar="SIZE",
+        help="cells of the grid: N along a side, or ROWSxCOLUMNS (default: 7)",
         **settings,
     )
 
@@ -125,23 +125,24 @@ def sides_of(text: str) -> tuple[int, int]:
     return int(sides[1]), int(sides[2] or sides[1])
 
 
-def _image_size(text: str) -> str:
+def grid_size_of(text: str | int | None) -> int | tuple[int, int] | None:
+    """Cells along a side of a grid, or its rows and columns where they differ; `None` remains.
+
+    Raises:
+        ValueError: it is no size.
+    """
+    if text is None:
+        return None
+    rows, columns = sides_of(str(text))
+    return rows if rows == columns else (rows, columns)
+
+
+def _size(text: str) -> str:
     try:
         sides_of(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text
-
-
-def _grid_size(text: str) -> int:
-    """Cells along a side. Both flows and the captioner have square grids."""
-    try:
-        rows, columns = sides_of(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    if rows != columns:
-        raise argparse.ArgumentTypeError(f"{rows} x {columns}: captioners read square grids; give one number")
-    return rows
 
 
 def option_name(name: str) -> str:
@@ -401,6 +402,8 @@ class _Kind:
             # YAML takes 1e-4 for a text: its numbers have a point.
             with contextlib.suppress(ValueError):
                 value = float(value)
+        if self.item is str and self.convert is not None and isinstance(value, int) and value is not True:
+            value = str(value)  # a size that is one number
         accepted: Any = {str: str, Path: str, float: (int, float)}.get(self.item, self.item)
         if not isinstance(value, accepted) or (isinstance(value, bool) and self.item is not bool):
             quotes = "" if self.item not in (str, Path) else "; write it in quotes"

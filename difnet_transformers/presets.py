@@ -28,7 +28,7 @@ class Preset:
     Args:
         max_images: the largest number of training images; `None` for any.
         network: fields of `DifnetConfig`; others have the paper's values.
-        training: options of `difnet train`; others have the paper's values.
+        training: options of `difnet train`, a tuple for one that takes several values; others have the paper's.
         min_word_count: how often the captions must have a word of the vocabulary.
     """
 
@@ -48,7 +48,7 @@ class Preset:
             if sizes
             else "the paper's"
         )
-        recipe = " ".join(f"{name} {value}" for name, value in self.training.items())
+        recipe = " ".join(map(str, option_words(self.training)))
         return images, network, recipe or "the paper's"
 
     def reason(self, num_images: int) -> str:
@@ -63,6 +63,14 @@ class Preset:
             f"{num_images:,} training images, so the network and recipe {row}: {network}; {recipe}; words that occur "
             f"{self.min_word_count} times or more (options after -- replace each)"
         )
+
+
+def option_words(options: Mapping[str, object]) -> list[object]:
+    """The words of a command line for options with their values."""
+    words: list[object] = []
+    for name, value in options.items():
+        words += [name, *(value if isinstance(value, list | tuple) else [value])]
+    return words
 
 
 # docs/own_images.md shows this table, and a test compares the two.
@@ -89,14 +97,14 @@ PRESETS = (
     Preset(
         max_images=20_000,
         network={
-            "d_model": 256,
+            "d_model": 384,
             "encoder_layers": 2,
             "decoder_layers": 2,
-            "encoder_attention_heads": 4,
-            "decoder_attention_heads": 4,
+            "encoder_attention_heads": 6,
+            "decoder_attention_heads": 6,
             "head_dim": 64,
-            "encoder_ffn_dim": 1024,
-            "decoder_ffn_dim": 1024,
+            "encoder_ffn_dim": 1536,
+            "decoder_ffn_dim": 1536,
             "dropout": 0.2,
             "attention_dropout": 0.2,
         },
@@ -115,6 +123,7 @@ PRESETS = (
             "--scst-schedule": "linear",
             "--scst-warmup-steps": 50,
             "--scst-dropout": 0.0,
+            "--rewards": ("cider_d", "bleu_4"),
         },
         min_word_count=3,
     ),

@@ -15,6 +15,7 @@ This file imports nothing of the project: a saved backbone carries it along and 
 """
 
 import copy
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,7 +54,7 @@ class GridFeatureBackboneConfig(PreTrainedConfig):
             X-152 and R-50 have (1, 1, 1).
         shortest_side (`int`, defaults to 600): pixels of the resized image's shortest side,
         longest_side (`int`, defaults to 1000): unless its longest side would exceed these.
-        grid_size (`int`, defaults to 7): cells on a side of the pooled grid.
+        grid_size (`int` or `tuple[int, int]`, defaults to 7): cells on a side of the pooled grid, or rows and columns.
         weights_source (`str`, *optional*): name of the file that the weights were converted from. `None` with random
             weights.
         weights_sha256 (`str`, *optional*): SHA-256 of that file.
@@ -75,7 +76,7 @@ class GridFeatureBackboneConfig(PreTrainedConfig):
     image_std: list[float | int] | tuple[float | int, ...] = (57.375, 57.120, 58.395)
     shortest_side: int = 600
     longest_side: int = 1000
-    grid_size: int = 7
+    grid_size: int | list[int] | tuple[int, ...] = 7
     weights_source: str | None = None
     weights_sha256: str | None = None
 
@@ -84,7 +85,10 @@ class GridFeatureBackboneConfig(PreTrainedConfig):
         # config.json holds lists
         self.depths, self.image_mean = tuple(self.depths), tuple(self.image_mean)
         self.image_std = tuple(self.image_std)
-        for name, length in (("depths", len(STAGES)), ("image_mean", 3), ("image_std", 3)):
+        lengths = {"depths": len(STAGES), "image_mean": 3, "image_std": 3}
+        if not isinstance(self.grid_size, int):
+            self.grid_size, lengths["grid_size"] = tuple(self.grid_size), 2
+        for name, length in lengths.items():
             if len(getattr(self, name)) != length:
                 raise ValueError(
                     f"GridFeatureBackboneConfig: `{name}` must have {length} values, got {getattr(self, name)}."
@@ -103,6 +107,12 @@ class GridFeatureBackboneConfig(PreTrainedConfig):
             value = getattr(self, name)
             if min(value if isinstance(value, tuple) else (value,)) <= 0:
                 raise ValueError(f"GridFeatureBackboneConfig: `{name}` must be positive, got {value}.")
+
+    @property
+    def grid_shape(self) -> tuple[int, int]:
+        """Rows and columns of the pooled grid."""
+        rows, columns = (self.grid_size, self.grid_size) if isinstance(self.grid_size, int) else self.grid_size
+        return rows, columns
 
     @property
     def grid_feature_size(self) -> int:
@@ -382,10 +392,10 @@ class GridFeatureBackbone(PreTrainedModel):
         Args:
             image: as for `preprocess`, or a list of these. Those whose resized forms have one size run together;
                 padding the others to it would change their features.
-            pooled (`bool`, defaults to `True`): averages the feature map to `grid_size` x `grid_size` cells.
+            pooled (`bool`, defaults to `True`): averages the feature map to the cells of `grid_size`.
 
         Returns:
-            `(grid_size**2, C)`, of a list `(B, grid_size**2, C)`; with `pooled=False`, which takes one image, the
+            `(cells, C)`, of a list `(B, cells, C)`; with `pooled=False`, which takes one image, the
             unpooled cells `(h * w, C)` and the pair `(h, w)`. In float32, whatever the model's dtype is, on its
             device.
 
@@ -395,13 +405,13 @@ class GridFeatureBackbone(PreTrainedModel):
         if not isinstance(image, list | tuple):
             feature_map = self._feature_map(self.preprocess(image))  # (1, C, h, w)
             if pooled:
-                feature_map = F.adaptive_avg_pool2d(feature_map, self.config.grid_size)
+                feature_map = F.adaptive_avg_pool2d(feature_map, self.config.grid_shape)
             cells = feature_map[0].flatten(1).T.contiguous()  # (h * w, C)
             return cells if pooled else (cells, (feature_map.shape[2], feature_map.shape[3]))
         if not pooled:
             raise ValueError("several images have feature maps of several sizes: pooled=False takes one image")
         prepared = [self.preprocess(each) for each in image]
-        shape = (len(prepared), self.config.grid_size**2, self.config.grid_feature_size)
+        shape = (len(prepared), math.prod(self.config.grid_shape), self.config.grid_feature_size)
         features = torch.empty(shape, device=self.device)
         for size in dict.fromkeys(pixel_values.shape for pixel_values in prepared):
             indices = [index for index, pixel_values in enumerate(prepared) if pixel_values.shape == size]
@@ -410,8 +420,8 @@ class GridFeatureBackbone(PreTrainedModel):
 
     @torch.no_grad()
     def pooled_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Cells `(B, grid_size**2, C)`, float32, of prepared images of one size `(B, 3, h, w)`."""
-        feature_map = F.adaptive_avg_pool2d(self._feature_map(pixel_values), self.config.grid_size)
+        """Cells `(B, cells, C)`, float32, of prepared images of one size `(B, 3, h, w)`."""
+        feature_map = F.adaptive_avg_pool2d(self._feature_map(pixel_values), self.config.grid_shape)
         return feature_map.flatten(2).transpose(1, 2)
 
     def _feature_map(self, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -48,7 +48,7 @@ both) and `grid_features(image or list of images)`."""
 
 Segmenter: TypeAlias = PanopticSegmenter | SegmentationModel
 """A source of segmentation features: `class_names`, `grid_size`, `model`, `kind`. Called with an RGB image it gives
-the feature `(classes, grid_size, grid_size)`; its `label_map(image)` has the index of each pixel's class."""
+the feature `(classes, rows, columns)`; its `label_map(image)` has the index of each pixel's class."""
 
 
 # The two feature networks
@@ -109,9 +109,7 @@ def load_grid_backbone(
         backbone = _load_x101(name, untrained, seed, revision)
         if grid_size is not None:
             rows, columns = as_pair(grid_size)
-            if rows != columns:
-                raise ValueError(f"a GridFeatureBackbone (X-101) has square grids, not {rows} x {columns} cells")
-            backbone.config.grid_size = rows
+            backbone.config.grid_size = rows if rows == columns else (rows, columns)
     if precision is not None:
         backbone = _with_precision(backbone, precision, torch.device(device))
     backbone.to(device)  # type: ignore[arg-type]
@@ -177,7 +175,7 @@ def load_segmenter(
     device: str | torch.device = "cpu",
     untrained: bool = False,
     seed: int = 0,
-    grid_size: int = 7,
+    grid_size: int | tuple[int, int] = 7,
     *,
     class_names: Sequence[str] | None = None,
     score_threshold: float | None = None,
@@ -190,7 +188,7 @@ def load_segmenter(
         device: where the network goes.
         untrained: for checks without weights: without a name a small network with random weights is made.
         seed: of these weights.
-        grid_size: cells along a side of the feature.
+        grid_size: cells along a side of the feature, or rows and columns.
         class_names: classes of the feature, of a captioner that was trained with them; those of the model are matched
             by name. By default the model's own.
         score_threshold: of an object detector, boxes with lower scores are dropped; by default 0.5.
@@ -253,7 +251,7 @@ def _drawn_from(seed: int, build: Callable[[], Any]) -> Any:
         return build()
 
 
-def _small_segmenter(grid_size: int, class_names: Sequence[str] | None = None) -> Segmenter:
+def _small_segmenter(grid_size: int | tuple[int, int], class_names: Sequence[str] | None = None) -> Segmenter:
     """A small Mask2Former with random weights, of COCO's classes or others."""
     from transformers import (
         Mask2FormerConfig,
@@ -665,7 +663,7 @@ class DifnetImageCaptioningPipeline(Pipeline):
             fits.append(("grid_feature_size", config.grid_feature_size, extractor.grid_feature_size))
             fits.append(("grid_size", as_pair(config.grid_size), as_pair(extractor.grid_size)))
         if self.segmenter is not None:
-            fits.append(("grid_size", self.segmenter.grid_size, extractor.grid_size))
+            fits.append(("grid_size", as_pair(self.segmenter.grid_size), as_pair(extractor.grid_size)))
             classes = len(self.segmenter.class_names)
             fits.append(("num_segmentation_classes", classes, extractor.num_segmentation_classes))
         for name, given, wanted in fits:

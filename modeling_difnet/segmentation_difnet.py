@@ -166,29 +166,32 @@ def no_channel(channels: Iterable[int]) -> np.integer:
     return np.uint8(VOID) if max(channels, default=0) < VOID else np.int64(-1)
 
 
-def pool_channel_map(channel_map: np.ndarray, grid_size: int = 7, num_classes: int = len(CLASS_NAMES)) -> np.ndarray:
+def pool_channel_map(
+    channel_map: np.ndarray, grid_size: int | tuple[int, int] = 7, num_classes: int = len(CLASS_NAMES)
+) -> np.ndarray:
     """The share of each class in each cell.
 
     Equals `adaptive_avg_pool2d(one_hot(channel_map), grid_size)` without building the bit maps: a cell's average
     of a bit map is how often the channel occurs in it, divided by its pixels. As there, the cells of a map whose sides
-    are no multiples of `grid_size` share pixels.
+    are no multiples of the grid's share pixels.
 
     Args:
         channel_map: (H, W), channels below `num_classes`; any other value is void.
-        grid_size: cells along a side (default 7).
+        grid_size: cells along a side (default 7), or rows and columns.
         num_classes: of the feature (default 133, the original's).
 
     Returns:
-        float32 (num_classes, grid_size, grid_size), in [0, 1]. The classes of a cell sum to 1 where no pixel is void.
+        float32 (num_classes, rows, columns), in [0, 1]. The classes of a cell sum to 1 where no pixel is void.
     """
     if channel_map.ndim != 2 or channel_map.size == 0 or channel_map.dtype.kind not in "iu":
         raise ValueError(f"expected channels of shape (height, width), got {channel_map.dtype} {channel_map.shape}")
     known = (channel_map >= 0) & (channel_map < num_classes)  # (H, W)
     channel_map = np.where(known, channel_map, num_classes).astype(np.int64)
-    feature = np.zeros((num_classes, grid_size, grid_size), dtype=np.float32)
+    rows, columns = (grid_size, grid_size) if isinstance(grid_size, int) else grid_size
+    feature = np.zeros((num_classes, rows, columns), dtype=np.float32)
     height, width = channel_map.shape
-    for row, column in itertools.product(range(grid_size), repeat=2):
-        cell = channel_map[_extent(row, height, grid_size), _extent(column, width, grid_size)]
+    for row, column in itertools.product(range(rows), range(columns)):
+        cell = channel_map[_extent(row, height, rows), _extent(column, width, columns)]
         counts = np.bincount(cell.reshape(-1), minlength=num_classes + 1)[:num_classes]
         feature[:, row, column] = counts / np.float32(cell.size)
     return feature
@@ -209,25 +212,27 @@ class PanopticSegmenter:
     Args:
         model: a universal segmentation model; its `id2label` is matched by name (`channels_of_labels`).
         processor: its image processor, or for OneFormer its processor.
-        grid_size: cells along a side of the feature (default 7).
+        grid_size: cells along a side of the feature (default 7), or rows and columns.
     """
 
     kind = "panoptic"
     class_names = CLASS_NAMES
 
-    def __init__(self, model: PreTrainedModel, processor: Any, grid_size: int = 7) -> None:
+    def __init__(self, model: PreTrainedModel, processor: Any, grid_size: int | tuple[int, int] = 7) -> None:
         self.model = model.eval()
         self.processor = processor
         self.grid_size = grid_size
         self.channels = channels_of_labels(model.config.id2label or {})
 
     @classmethod
-    def from_pretrained(cls, name: str, grid_size: int = 7, revision: str | None = None) -> PanopticSegmenter:
+    def from_pretrained(
+        cls, name: str, grid_size: int | tuple[int, int] = 7, revision: str | None = None
+    ) -> PanopticSegmenter:
         """Load a folder or a repository of the Hub.
 
         Args:
             name: the folder or repository.
-            grid_size: cells along a side of the feature.
+            grid_size: cells along a side of the feature, or rows and columns.
             revision: branch, tag or commit of the repository.
 
         Raises:
@@ -270,7 +275,7 @@ class PanopticSegmenter:
         return channel_map(result["segmentation"].cpu().numpy(), segments)
 
     def __call__(self, image: Image.Image) -> np.ndarray:
-        """The segmentation feature of an RGB image, float32 (133, grid_size, grid_size)."""
+        """The segmentation feature of an RGB image, float32 (133, rows, columns)."""
         return pool_channel_map(self.label_map(image), self.grid_size)
 
 

@@ -55,7 +55,7 @@ class SegmentationModel:
         model: a universal or semantic segmentation model, or an object detector.
         processor: its image processor, or for OneFormer its processor.
         kind: "panoptic", "semantic" or "boxes", see `kind_of`.
-        grid_size: cells along a side of the feature (default 7).
+        grid_size: cells along a side of the feature (default 7), or rows and columns.
         class_names: classes of the feature, of a captioner that was trained with them; by default those of the
             model, which otherwise must be the same, in whatever order.
         score_threshold: of a detector, boxes with lower scores are dropped (default 0.5).
@@ -69,7 +69,7 @@ class SegmentationModel:
         model: PreTrainedModel,
         processor: Any,
         kind: str,
-        grid_size: int = 7,
+        grid_size: int | tuple[int, int] = 7,
         class_names: Sequence[str] | None = None,
         score_threshold: float = 0.5,
     ) -> None:
@@ -86,7 +86,7 @@ class SegmentationModel:
     def from_pretrained(
         cls,
         name: str,
-        grid_size: int = 7,
+        grid_size: int | tuple[int, int] = 7,
         class_names: Sequence[str] | None = None,
         score_threshold: float = 0.5,
         revision: str | None = None,
@@ -160,7 +160,7 @@ class SegmentationModel:
         return labels
 
     def __call__(self, image: Image.Image) -> np.ndarray:
-        """The segmentation feature of an RGB image, float32 (classes, grid_size, grid_size)."""
+        """The segmentation feature of an RGB image, float32 (classes, rows, columns)."""
         return class_shares(self.label_map(image), len(self.class_names), self.grid_size)
 
 
@@ -237,16 +237,16 @@ def index_map(label_map: np.ndarray, indices: Mapping[int, int]) -> np.ndarray:
     return table[places.reshape(label_map.shape)]
 
 
-def class_shares(label_map: np.ndarray, num_classes: int, grid_size: int = 7) -> np.ndarray:
+def class_shares(label_map: np.ndarray, num_classes: int, grid_size: int | tuple[int, int] = 7) -> np.ndarray:
     """The share of each class in each cell, as `pool_channel_map` has it.
 
     Args:
         label_map: (H, W) indices below `num_classes`; negative ones are no class.
         num_classes: of the feature.
-        grid_size: cells along a side (default 7).
+        grid_size: cells along a side (default 7), or rows and columns.
 
     Returns:
-        float32 (num_classes, grid_size, grid_size); the classes of a cell sum to at most 1.
+        float32 (num_classes, rows, columns); the classes of a cell sum to at most 1.
     """
     return pool_channel_map(label_map, grid_size, num_classes)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import datasets
 import torch
+from captioners import make_vit_gpt2
 from datasets import Dataset
 from PIL import Image
 from test_convert_checkpoint import pickle_vocabulary
@@ -25,6 +26,7 @@ from transformers import (
     SegformerForSemanticSegmentation,
     SegformerImageProcessor,
     SwinConfig,
+    ViTImageProcessor,
 )
 
 from convert_checkpoint import convert, to_original_state_dict
@@ -71,6 +73,7 @@ def make_world(folder: Path) -> Path:
     make_feature_networks(folder)
     make_captioner_with_records(folder)
     make_caption_sources(folder)
+    make_other_captioner(folder)
     (folder / "network.json").write_text(json.dumps(SIZES))
     return folder
 
@@ -102,6 +105,13 @@ def make_captioner_with_records(folder: Path) -> None:
         segmentation_model=segmentation_provenance_of(load_segmenter(str(folder / segmenter)), segmenter),
     )
     DifnetProcessor(extractor, DifnetTokenizer(vocab=words)).save_pretrained(folder / "my_captioner")
+
+
+def make_other_captioner(folder: Path) -> None:
+    """`vit-gpt2/`: a `VisionEncoderDecoderModel` with its tokenizer and image processor."""
+    captioner = make_vit_gpt2()
+    for part in (captioner.model, captioner.tokenizer, ViTImageProcessor(size={"height": 8, "width": 8})):
+        part.save_pretrained(folder / "vit-gpt2")
 
 
 def make_images(folder: Path) -> None:

@@ -1,4 +1,5 @@
-"""A look-alike of the Hugging Face Hub for tests without internet: models over HTTP on 127.0.0.1, kept in memory.
+"""A look-alike of the Hugging Face Hub for tests without internet: models and datasets over HTTP on 127.0.0.1, kept in
+memory.
 
     with Hub() as hub:
         hub.publish("user/difnet", folder)
@@ -17,8 +18,10 @@ branch, `main`, is all there is. The endpoints, as https://huggingface.co/docs/h
     POST  /api/validate-yaml                                     is the model card's YAML head right? (always yes)
     POST  /api/models/{id}/preupload/{revision}                  how files are to be sent
     POST  /api/models/{id}/commit/{revision}                     a commit: files to add and to delete
+    POST  /api/models/{id}/paths-info/{revision}                 some of its files
 
-`{id}` is `user/name`, or a bare `name` as the oldest models have.
+`{id}` is `user/name`, or a bare `name` as the oldest models have. Datasets have `/api/datasets/..` and
+`/datasets/{id}/resolve/..`; a model and a dataset of one name are one repository here.
 """
 
 import base64
@@ -28,15 +31,15 @@ import re
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from pathlib import Path, PurePosixPath
+from urllib.parse import parse_qs, unquote, urlsplit
 
 REPOSITORY = r"(?P<id>[^/]+(?:/[^/]+)?)"
 
 
 @dataclass
 class Repository:
-    """The files of every commit of one model, oldest commit first."""
+    """The files of every commit of one model or dataset, oldest commit first."""
 
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
 
@@ -50,6 +53,13 @@ class Repository:
     @property
     def head(self) -> str:
         return list(self.commits)[-1]
+
+
+def entry_of(path: str, content: bytes | None = None) -> dict:
+    """A file in a listing, or without content a folder."""
+    if content is None:
+        return {"type": "directory", "path": path, "oid": hashlib.sha1(path.encode()).hexdigest()}
+    return {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
 
 
 class Hub:
@@ -157,13 +167,16 @@ class Handler(BaseHTTPRequestHandler):
             inside = {path: content for path, content in found[1].items() if path.startswith(prefix)}
             if folder and not inside:
                 return self.answer(404, {"error": f"No folder {folder}"}, X_Error_Code="EntryNotFound")
-            self.answer(
-                200,
-                [
-                    {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-                    for path, content in inside.items()
-                ],
-            )
+            recursive = parse_qs(urlsplit(self.path).query).get("recursive", [""])[0].lower() in ("1", "true")
+            entries = []
+            for path, content in inside.items():
+                parents = [parent.as_posix() for parent in PurePosixPath(path).parents][:-1]
+                below = sorted(parent for parent in parents if parent.startswith(prefix) and parent != folder)
+                shown = below if recursive else below[:1]
+                entries += [folder_entry for name in shown if (folder_entry := entry_of(name)) not in entries]
+                if recursive or not below:
+                    entries.append(entry_of(path, content))
+            self.answer(200, entries)
 
     def resolve(self, id: str, revision: str, path: str) -> None:
         if found := self.find(id, revision):
@@ -179,6 +192,17 @@ class Handler(BaseHTTPRequestHandler):
                 headers["Content_Range"] = f"bytes {start}-{last}/{len(content)}"
                 content, status = content[start : last + 1], 206
             self.answer(status, content, **headers)
+
+    def paths_info(self, id: str, revision: str) -> None:
+        if found := self.find(id, revision):
+            asked = parse_qs(self.body.decode())["paths"]
+            entries = []
+            for path in asked:
+                if path in found[1]:
+                    entries.append(entry_of(path, found[1][path]))
+                elif any(name.startswith(f"{path}/") for name in found[1]):
+                    entries.append(entry_of(path))
+            self.answer(200, entries)
 
     # Writing
 
@@ -219,10 +243,11 @@ class Handler(BaseHTTPRequestHandler):
     routes = [
         (("POST",), r"/api/repos/create", create),
         (("POST",), r"/api/validate-yaml", validate_yaml),
-        (("POST",), rf"/api/models/{REPOSITORY}/preupload/(?P<revision>[^/]+)", preupload),
-        (("POST",), rf"/api/models/{REPOSITORY}/commit/(?P<revision>[^/]+)", commit),
-        (("GET",), rf"/api/models/{REPOSITORY}/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?", tree),
-        (("GET",), rf"/api/models/{REPOSITORY}/revision/(?P<revision>[^/]+)", model_info),
-        (("GET",), rf"/api/models/{REPOSITORY}", model_info),
-        (("HEAD", "GET"), rf"/{REPOSITORY}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", resolve),
+        (("POST",), rf"/api/(?:models|datasets)/{REPOSITORY}/preupload/(?P<revision>[^/]+)", preupload),
+        (("POST",), rf"/api/(?:models|datasets)/{REPOSITORY}/commit/(?P<revision>[^/]+)", commit),
+        (("POST",), rf"/api/(?:models|datasets)/{REPOSITORY}/paths-info/(?P<revision>[^/]+)", paths_info),
+        (("GET",), rf"/api/(?:models|datasets)/{REPOSITORY}/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?", tree),
+        (("GET",), rf"/api/(?:models|datasets)/{REPOSITORY}/revision/(?P<revision>[^/]+)", model_info),
+        (("GET",), rf"/api/(?:models|datasets)/{REPOSITORY}", model_info),
+        (("HEAD", "GET"), rf"(?:/datasets)?/{REPOSITORY}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", resolve),
     ]

@@ -97,6 +97,41 @@ def test_the_study_of_recipes_has_a_row_for_each_change_and_resumes(tmp_path):
     assert {path: path.read_text() for path in (tmp_path / "runs").rglob("done.json")} == done
 
 
+@pytest.mark.slow
+def test_the_study_of_rewards_has_all_metrics_of_each_row_and_resumes(tmp_path):
+    write_packed(tmp_path / "packed", {"train": 40, "validation": 10})
+    words = ["--dataset", tmp_path / "packed", "--rows", "plain", "CIDEr-D + repeats", "plain + KL 0.05", "--seeds", 5]
+    words += ["--quick", "--cpu", "--output", tmp_path / "runs", "--table", tmp_path / "table.md"]
+    words += ["--charts", tmp_path / "charts"]
+    run_benchmark("rewards.py", *words)
+    charts = {
+        f"{group}_{metric}.svg" for group in ("rewards", "regularisers") for metric in ("validation", "bad_endings")
+    }
+    assert {path.name for path in (tmp_path / "charts").iterdir()} == charts
+    table = (tmp_path / "table.md").read_text()
+    metrics = "CIDEr-D | BLEU-4 | ROUGE-L | length | bad endings | unfinished | repeats | words | minutes"
+    assert f"| row | {metrics} |" in table
+    for row in ("XE, where SCST starts", "plain", "CIDEr-D + repeats", "plain + KL 0.05"):
+        assert re.search(rf"^\| {re.escape(row)} \| \d\.\d{{4}} \| ", table, flags=re.MULTILINE)
+    assert "| CIDEr-D + repeats | `--rewards cider_d repeats` |" in table
+    # The cross-entropy that all rows start from is trained once; the same command finds all runs done.
+    done = {path: path.read_text() for path in (tmp_path / "runs").rglob("done.json")}
+    assert len(done) == 5
+    run_benchmark("rewards.py", *words)
+    assert {path: path.read_text() for path in (tmp_path / "runs").rglob("done.json")} == done
+
+
+@pytest.mark.slow
+def test_the_study_of_rewards_on_the_corpus_of_the_demo(tmp_path):
+    words = ["--quick", "--cpu", "--rows", "end token in CIDEr-D", "samples, greedy baseline", "--seeds", 3]
+    run_benchmark("rewards.py", *words, "--output", tmp_path / "runs", "--table", tmp_path / "table.md")
+    assert (
+        "the demo's corpus: 34 training images; metrics of 5 images of the split test"
+        in (tmp_path / "table.md").read_text()
+    )
+
+
 def test_every_benchmark_is_run_here():
     scripts = {path.name for path in (REPOSITORY / "benchmarks").glob("*.py")}
-    assert scripts == {*SHORT, "common.py", "demo_study.py", "recipes.py", "relevance_on_objects.py", "two_flows.py"}
+    studies = {"demo_study.py", "recipes.py", "relevance_on_objects.py", "rewards.py", "two_flows.py"}
+    assert scripts == {*SHORT, *studies, "common.py"}

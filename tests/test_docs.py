@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import datasets
 import pytest
 import torch
 from docs_world import copy_world, make_world
@@ -125,6 +126,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def here(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with all that the docs name, which is the current one."""
     monkeypatch.chdir(copy_world(world, tmp_path / "here"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.syspath_prepend(str(tmp_path / "here"))
     return tmp_path / "here"
 

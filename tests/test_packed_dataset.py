@@ -373,10 +373,10 @@ class TestOpening:
         with pytest.raises(ValueError, match="leads out of"):
             load_packed_split(folder, "../train")
 
-    def test_parquet_gets_its_own_advice(self, tmp_path):
+    def test_parquet_that_was_cut_off_is_named(self, tmp_path):
         (tmp_path / "data").mkdir()
         (tmp_path / "data" / "train-00000-of-00001.parquet").write_bytes(b"PAR1")
-        with pytest.raises(ValueError, match=r"packed as Parquet.* pack without --parquet, or convert it"):
+        with pytest.raises(ValueError, match=r"train-00000-of-00001\.parquet: damaged or cut off .* or pack again"):
             load_packed_split(tmp_path, "train")
 
     def test_names_of_splits(self, folder, tmp_path):

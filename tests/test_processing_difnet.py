@@ -493,7 +493,7 @@ class TestGridsThatDoNotFit:
 
     def test_maps_of_other_grids_and_grids_that_are_not_flat(self):
         extractor = DifnetFeatureExtractor(2, 3, 5)
-        with pytest.raises(ValueError, match=r"got \(5, 1, 4\)\. Grids are square here, and of 2 x 2 cells"):
+        with pytest.raises(ValueError, match=r"got \(5, 1, 4\)\. Grids have 2 x 2 cells here"):
             extractor(np.ones((4, 3)), np.ones((5, 1, 4)))
         with pytest.raises(ValueError, match=r"reshape\(-1, 3\)"):
             extractor([np.ones((2, 2, 3))])

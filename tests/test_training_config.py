@@ -17,7 +17,7 @@ from training_runs import (
 from transformers import get_scheduler
 
 from difnet_transformers.cli import train
-from difnet_transformers.options import bundled_recipes, read_recipe
+from difnet_transformers.options import bundled_recipes, parse_options, read_recipe
 from difnet_transformers.training import (
     DifnetSelfCriticalTrainer,
     TrainingConfig,
@@ -243,3 +243,9 @@ class TestTheRecipeOfARun:
         words = arguments(data, output, save_every=3)
         assert run(*words, "--resume", str(finished_run / "best_xe")) == 0
         assert TrainingConfig(**read_recipe(TrainingConfig, str(output / "recipe.yaml"))) == config(*words, "--cpu")
+
+
+def test_weights_to_start_from_have_a_second_name() -> None:
+    words = ["--dataset", "packed", "--output", "run", "--init-from", "difnet"]
+    args = parse_options(TrainingConfig, words, prog="difnet train", description="", renamed=train.OTHER_NAMES)
+    assert args.model == "difnet"

@@ -55,7 +55,7 @@ def finished_run(data, tmp_path_factory) -> Path:
     return finish_run(data, tmp_path_factory.mktemp("runs") / "finished")
 
 
-def killed_runs(data: Path, output: Path, whole: float, kills: int, seed: int) -> int:
+def killed_runs(data: Path, output: Path, whole: float, kills: int, seed: int, *flags: str) -> int:
     """Runs the program, kills it at random moments and resumes it, until it is done; the number of kills.
 
     Every other kill waits for a checkpoint that is being written or renamed.
@@ -67,7 +67,7 @@ def killed_runs(data: Path, output: Path, whole: float, kills: int, seed: int) -
     killed = 0
     while True:
         resume = ["--resume", "last"] if any((output / name).exists() for name in ("last", "last.previous")) else []
-        words = [*arguments(data, output, save_every=3), "--cpu", *resume]
+        words = [*arguments(data, output, *flags, save_every=3), "--cpu", *resume]
         child = context.Process(target=train.main, args=(words,))
         child.start()
         if killed < kills:

@@ -79,7 +79,6 @@ def test_the_name_decides_between_x101_and_other_models(dinov2: str, tmp_path: P
     [
         ({"layer": 2}, "reads its last stage"),
         ({"image_size": 224}, "reads its last stage"),
-        ({"grid_size": (7, 5)}, "square grids, not 7 x 5"),
         ({"precision": "fp8"}, "precision must be auto or one of fp32, bf16"),
     ],
 )
@@ -202,7 +201,7 @@ def test_both_flows_have_cells_of_one_size(dinov2: str, images: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--grid-size", "7x5"], "7 x 5: captioners read square grids; give one number"),
+        (["--grid-size", "7by5"], "7by5 is no size: give N, or HEIGHTxWIDTH"),
         (["--grid-size", "0"], "0 is no size"),
         (["--image-size", "wide"], "wide is no size: give N, or HEIGHTxWIDTH"),
         (["--precision", "fp8"], "invalid choice: 'fp8'"),

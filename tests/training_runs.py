@@ -32,6 +32,7 @@ QUICK = {
 # All regularization that draws no random numbers, for runs that must be equal however they are cut into parts.
 REGULARIZED = ["--label-smoothing", "0.1", "--weight-decay", "0.1", "--scst-weight-decay", "0.2"]
 REGULARIZED += ["--scst-schedule", "cosine", "--scst-warmup-steps", "1", "--ema-decay", "0.8"]
+REGULARIZED += ["--scst-kl-weight", "0.1", "--scst-entropy-weight", "0.01"]
 REGULARIZED += ["--freeze", "model.encoder.grid_embedding", "model.decoder.layers.0.self_attn"]
 
 

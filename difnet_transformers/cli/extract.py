@@ -15,6 +15,7 @@ from ..command_line import run_command
 from ..options import (
     check_at_least,
     debug_option,
+    grid_size_of,
     grid_size_option,
     image_size_option,
     layer_option,
@@ -77,7 +78,7 @@ class ExtractOptions:
     grid_backbone: str | None = field(default=None, metavar="NAME", help="folder, repository or function")
     layer: int | None = layer_option()
     image_size: str | None = image_size_option()
-    grid_size: int | None = grid_size_option()
+    grid_size: str | None = grid_size_option()
     precision: str | None = precision_option()
     batch_size: int | None = field(
         default=None,
@@ -123,7 +124,7 @@ class ExtractOptions:
         given = [option_name(name) for name in SEGMENTATION_SOURCES if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are two sources of segmentation: give one")
-        check_at_least(self, 1, "grid_size", "batch_size")
+        check_at_least(self, 1, "batch_size")
         if self.score_threshold is not None and not 0 <= self.score_threshold <= 1:
             raise ValueError(f"--score-threshold must be from 0 to 1, not {self.score_threshold}")
         if (self.packed is None) != (self.captions is None):
@@ -159,7 +160,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "extract_features.py") -
             manifest = extract_features(
                 options.images,
                 options.output,
-                **{name: getattr(options, name) for name in SOURCES if name != "image_size"},
+                **{name: getattr(options, name) for name in SOURCES if name not in ("image_size", "grid_size")},
+                grid_size=grid_size_of(options.grid_size),
                 image_size=None if options.image_size is None else sides_of(options.image_size),
                 device=options.device,
                 untrained=options.untrained,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +14,17 @@ from simple_parsing import field
 
 from ..command_line import run_command
 from ..files import printable
-from ..options import check_at_least, debug_option, option_name, parse_options, save_options, strict_option
+from ..model_card import HUB_DATASET, license_option
+from ..options import (
+    check_at_least,
+    debug_option,
+    grid_size_of,
+    grid_size_option,
+    parse_options,
+    save_options,
+    sides_of,
+    strict_option,
+)
 
 DESCRIPTION = """\
 Pack grid features, segmentation features and captions into one dataset.
@@ -38,6 +50,9 @@ What is needed, and where it comes from:
                   their splits, e.g. captions_train2017.json and captions_val2017.json.
 
 The result is opened by datasets.load_from_disk(OUTPUT) and has the splits train (with restval), validation and test.
+With --parquet it is opened or streamed by datasets.load_dataset(OUTPUT), and --push-to-hub USER/NAME uploads it with a
+data card, with the token of `hf auth login` or HF_TOKEN. A failed upload leaves OUTPUT whole; the same command uploads
+again and packs nothing twice.
 A value kept as float16 is off by at most 1/2048 of itself (of a thousandth of the image's largest value where it
 is smaller); where that does not hold the image is named, and --dtype float32 keeps every value as it is.
 
@@ -49,6 +64,24 @@ then 2."""
 LARGEST_GRID_SIZE = 255  # the number of cells is stored as uint16
 LARGEST_GRID_FEATURE_SIZE = 2**20
 LINES_OF_LEFT_OUT = 100
+
+
+class ShardBytes(int):
+    """A size of shards in bytes, where a plain number counts images."""
+
+
+def shard_size(text: str) -> int:
+    """`1000`, or `500MB` in bytes.
+
+    Raises:
+        ArgumentTypeError: it is neither.
+    """
+    size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B", text.strip().upper())
+    if size is not None:
+        return ShardBytes(float(size[1]) * (1024 if size[3] else 1000) ** " KMGT".index(size[2] or " "))
+    if not text.strip().lstrip("-").isdecimal():
+        raise argparse.ArgumentTypeError(f"{printable(text)}: give a number of images, or a size such as 500MB")
+    return int(text)
 
 
 @dataclass(kw_only=True)
@@ -63,7 +96,12 @@ class PackOptions:
     output: Path = field(metavar="FOLDER", help="the packed folder")
     dtype: str = field(default="float16", choices=["float16", "float32"], help="type that features are stored in")
     num_proc: int = field(default=1, metavar="N", help="processes; same output")
-    shard_size: int = field(default=1000, metavar="N", help="images a shard")
+    shard_size: int = field(
+        default=1000,
+        type=shard_size,
+        metavar="SIZE",
+        help="images a shard, or what it takes at most, such as 500MB (default: 1000)",
+    )
     parquet: bool = field(default=False, help="Parquet for the Hub and streaming, instead of Arrow")
     skip_missing: bool = field(default=False, help="leave out missing or broken images, on the record")
     verify: bool = field(default=False, help="read FOLDER against its sources instead of packing")
@@ -71,26 +109,43 @@ class PackOptions:
     cut: bool = field(
         default=False, help="keep the first cells of larger grids, as the original does, without the rest"
     )
-    grid_size: int = field(default=7, metavar="N", help="cells along a side")
+    grid_size: str | None = grid_size_option()
     grid_feature_size: int = field(default=2048, metavar="N", help="values of a cell")
     num_segmentation_classes: int | None = field(
         default=None, metavar="N", help="classes of the segmentation features (default: what they say, or 133)"
     )
+    push_to_hub: str | None = field(
+        default=None, metavar="USER/NAME", help="of --parquet: upload to this dataset of the Hub"
+    )
+    private: bool = field(default=False, help="of --push-to-hub: a dataset that is new there is private")
+    license: str | None = license_option("the data for its card")
     strict: bool = strict_option()
     debug: bool = debug_option()
 
     def __post_init__(self) -> None:
         if self.pool and self.cut:
             raise ValueError("--pool and --cut are two ways to fit a grid: give one")
-        check_at_least(self, 1, "num_proc", "shard_size", "grid_size", "grid_feature_size", "num_segmentation_classes")
-        largest = {"grid_size": LARGEST_GRID_SIZE, "grid_feature_size": LARGEST_GRID_FEATURE_SIZE}
-        for name, limit in largest.items():
-            if getattr(self, name) > limit:
-                raise ValueError(f"{option_name(name)} must be at most {limit:,}")
+        rows, columns = sides_of(self.grid_size or "7")
+        if isinstance(self.shard_size, ShardBytes):
+            bytes_per_image = rows * columns * self.grid_feature_size * (2 if self.dtype == "float16" else 4) + 2000
+            self.shard_size = max(1, self.shard_size // bytes_per_image)
+        if self.push_to_hub is not None and not self.parquet:
+            raise ValueError("--push-to-hub goes with --parquet, the form that datasets on the Hub have")
+        if self.push_to_hub is not None and not HUB_DATASET.fullmatch(self.push_to_hub):
+            raise ValueError(f"--push-to-hub {printable(self.push_to_hub)}: give USER/NAME")
+        if self.private and self.push_to_hub is None:
+            raise ValueError("--private goes with --push-to-hub")
+        check_at_least(self, 1, "num_proc", "shard_size", "grid_feature_size", "num_segmentation_classes")
+        if max(rows, columns) > LARGEST_GRID_SIZE:
+            raise ValueError(f"--grid-size must be at most {LARGEST_GRID_SIZE:,}")
+        if self.grid_feature_size > LARGEST_GRID_FEATURE_SIZE:
+            raise ValueError(f"--grid-feature-size must be at most {LARGEST_GRID_FEATURE_SIZE:,}")
 
     def save(self, path: Path) -> None:
         """Writes a recipe of the packing, without what has no influence on the result and the folder of the output."""
-        save_options(dataclasses.replace(self, output=Path(self.output.name), num_proc=1, debug=False), path)
+        output = Path(self.output.name)
+        recipe = dataclasses.replace(self, output=output, num_proc=1, push_to_hub=None, private=False, debug=False)
+        save_options(recipe, path)
 
 
 def one_or_several(paths: Sequence[str]) -> str | tuple[str, ...]:
@@ -112,7 +167,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "pack_coco.py") -> int:
             segmentation=None if options.segmentation is None else one_or_several(options.segmentation),
             annotations=options.annotations,
             dtype=options.dtype,
-            grid_size=options.grid_size,
+            grid_size=grid_size_of(options.grid_size) or 7,
             grid_feature_size=options.grid_feature_size,
             num_segmentation_classes=options.num_segmentation_classes,
             skip_missing=options.skip_missing,
@@ -131,12 +186,13 @@ def main(argv: Sequence[str] | None = None, prog: str = "pack_coco.py") -> int:
             parquet=options.parquet,
             shard_size=options.shard_size,
             save_recipe=options.save,
+            license=options.license,
         )
         if was_complete:
             print(f"{output} is complete already; --verify compares it with its sources")
         for split, counts in provenance["splits"].items():
             print(f"{split}: {counts['images']:,} images, {counts['captions']:,} captions")
-        for line in fitted_lines(provenance.get("grids_of_another_size", {}), options.grid_size):
+        for line in fitted_lines(provenance.get("grids_of_another_size", {}), config.grid_size):
             print(line)
         left_out = provenance["left_out"]
         for problem in left_out[:LINES_OF_LEFT_OUT]:
@@ -145,6 +201,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "pack_coco.py") -> int:
             print(f"left out: {len(left_out) - LINES_OF_LEFT_OUT:,} more; see {output}/provenance.json")
         opened = f"load_dataset({output!r})" if options.parquet else f"load_from_disk({output!r})"
         print(f"packed into {output}; open it with datasets.{opened} or see {output}/README.md")
+        if options.push_to_hub is not None:
+            from ..data.upload import push_folder
+
+            url = push_folder(options.output, options.push_to_hub, options.private, options.license)
+            print(f"uploaded to {url}; train on it with --dataset {options.push_to_hub} --streaming")
         return 2 if options.strict and left_out else 0
 
     return run_command(prog, run, options.debug, resume="the same command resumes from here")

@@ -24,13 +24,17 @@ metrics, recipe.yaml the options: the file that repeats the run.
 The program can be stopped or killed at any time: the same command with --resume last resumes the run, which ends with
 the same weights. A checkpoint is resumed with the data, the options and the number of processes of its run; its files
 and the data are compared with SHA-256 sums. What may change: where data and output lie, what is logged and saved when,
-the numbers of epochs and steps, and the patience; until SCST has begun all --scst options, later --scst-batch-size and
---gradient-accumulation-steps; in the XE stage these two, if their product stays.
+the numbers of epochs and steps, and the patience; until SCST has begun --rewards and all --scst options, later
+--scst-batch-size and --gradient-accumulation-steps; in the XE stage these two, if their product stays.
 Batch sizes are those of one process. On several machines OUTPUT must be on a disk that all of them see."""
+
+OTHER_NAMES = {"--init-from": "--model"}
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
-    args = parse_options(TrainingConfig, argv, prog=prog, description=DESCRIPTION, positional_recipe=True)
+    args = parse_options(
+        TrainingConfig, argv, prog=prog, description=DESCRIPTION, renamed=OTHER_NAMES, positional_recipe=True
+    )
 
     def command() -> int:
         from ..training.command import train

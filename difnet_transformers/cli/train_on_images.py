@@ -128,7 +128,7 @@ class TrainOnImagesOptions:
     )
     layer: int | None = layer_option(group=FEATURES)
     image_size: str | None = image_size_option(group=FEATURES)
-    grid_size: int | None = grid_size_option(group=FEATURES)
+    grid_size: str | None = grid_size_option(group=FEATURES)
     precision: str | None = precision_option(group=FEATURES)
     untrained: bool = field(
         default=False, group=FEATURES, help="a small random network instead: its features only tell images apart"

@@ -12,6 +12,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "ImageCaptionBatches",
             "ReferenceBatches",
         ],
+        "image_references": ["ImageReferences"],
         "packed_dataset": ["PackedImages", "load_packed_split"],
+        "streaming": ["StreamedBatches", "StreamedImages", "open_stream"],
     },
 )

@@ -127,19 +127,32 @@ class Batches:
         self.epoch, self._next_batch, self._resumed = state["epoch"], state["next_batch"], True
 
 
-class _TokenizedCaptions:
-    """The labels `w1 .. wn <eos>` of every caption, in one flat array."""
+class TokenizedCaptions:
+    """The labels `w1 .. wn <eos>` of every caption, in one flat array.
 
-    def __init__(self, images: PackedImages, tokenizer: DifnetTokenizer, max_length: int | None = None):
+    Args:
+        dataset: with the columns `image_id` and `captions`.
+        tokenizer: of the model.
+        max_length: a caption of more tokens (`<eos>` counted) raises ValueError, which names its image.
+
+    Attributes:
+        ids: (tokens,), of one caption after another.
+        unknown_share: the share of `<unk>` among them.
+        starts: where each caption begins in `ids`, and the end, (captions + 1,).
+        image_starts: the first caption of each image, and their number, (images + 1,).
+    """
+
+    def __init__(self, dataset: Dataset, tokenizer: DifnetTokenizer, max_length: int | None = None):
         ids, lengths, counts = [], [], []
-        for start in range(0, len(images), 1000):
-            rows = range(start, min(start + 1000, len(images)))
-            for row, captions in zip(rows, images.captions(rows), strict=True):
+        texts = dataset.select_columns("captions").with_format(None)
+        for start in range(0, len(dataset), 1000):
+            rows = range(start, min(start + 1000, len(dataset)))
+            for row, captions in zip(rows, texts[rows]["captions"], strict=True):
                 counts.append(len(captions))
                 for words, caption in zip(tokenizer.encode_captions(captions), captions, strict=True):
                     if max_length is not None and len(words) + 1 > max_length:
                         raise ValueError(
-                            f"image {images.dataset[row]['image_id']}: a caption has {len(words) + 1} tokens, the "
+                            f"image {dataset[row]['image_id']}: a caption has {len(words) + 1} tokens, the "
                             f"model takes {max_length} (max_position_embeddings); shorten it and pack again, or train "
                             f"a model with a longer position table: {caption[:60]!r}.."
                         )
@@ -182,7 +195,7 @@ class CaptionPairBatches(Batches):
         **options,
     ):
         super().__init__(dataset, batch_size, shuffle=shuffle, drop_last=drop_last, **options)
-        self._captions = _TokenizedCaptions(self.images, tokenizer, max_length)
+        self._captions = TokenizedCaptions(dataset, tokenizer, max_length)
         self.unknown_share = self._captions.unknown_share
 
     def num_items(self) -> int:
@@ -213,7 +226,7 @@ class ImageCaptionBatches(Batches):
         **options,
     ):
         super().__init__(dataset, batch_size, shuffle=shuffle, drop_last=drop_last, **options)
-        self._captions = _TokenizedCaptions(self.images, tokenizer, max_length)
+        self._captions = TokenizedCaptions(dataset, tokenizer, max_length)
         self.unknown_share = self._captions.unknown_share
 
     def make_batch(self, items: np.ndarray) -> dict[str, Any]:
@@ -275,7 +288,7 @@ class CaptionPairs:
         if captions_per_image is not None and captions_per_image < 1:
             raise ValueError(f"expected captions_per_image >= 1, or None for all captions, got {captions_per_image}")
         self.images = PackedImages(dataset, dtype, mask_padded_cells)
-        self._captions = _TokenizedCaptions(self.images, tokenizer, max_length)
+        self._captions = TokenizedCaptions(dataset, tokenizer, max_length)
         starts = self._captions.image_starts
         counts = np.diff(starts)
         if captions_per_image is not None:

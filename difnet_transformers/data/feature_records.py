@@ -7,15 +7,19 @@ features and no record of it: segmentation features of 133 classes without a rec
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..files import printable, read_json
+from .grids import grid_shape
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from .streaming import StreamedImages
 
 NUM_COCO_CLASSES = 133
 
@@ -48,21 +52,37 @@ def records_in(content: object) -> FeatureRecords:
     return records if is_sound else records._replace(segmentation_model=None)
 
 
-def records_of_dataset(folder: str | os.PathLike) -> FeatureRecords:
-    """The records in provenance.json of a packed dataset; empty where it cannot be read."""
+def provenance_of_dataset(folder: str | os.PathLike) -> dict[str, Any]:
+    """What provenance.json of a packed folder or dataset of the Hub says; empty where it cannot be read."""
+    path = Path(folder, "provenance.json")
     try:
-        return records_in(read_json(Path(folder, "provenance.json")))
+        if not Path(folder).exists():
+            from .parquet import hub_file  # needs datasets
+
+            path = hub_file(folder, "provenance.json")
+        content = read_json(path)
     except (OSError, ValueError):
-        return FeatureRecords()
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
-def records_of_split(split: Dataset, folder: str | os.PathLike) -> FeatureRecords:
-    """The records of the packed dataset that a split lies in; of `folder` where the split lies in none."""
+def records_of_dataset(folder: str | os.PathLike) -> FeatureRecords:
+    """The records in provenance.json of a packed folder or dataset of the Hub; empty where it cannot be read."""
+    return records_in(provenance_of_dataset(folder))
+
+
+def packed_folder_of(split: Dataset | StreamedImages, folder: str | os.PathLike) -> Path:
+    """The packed dataset that a split lies in; `folder` where the split lies in none."""
     for file in split.cache_files[:1]:
         packed = Path(file["filename"]).parent.parent
         if (packed / "provenance.json").exists():
-            return records_of_dataset(packed)
-    return records_of_dataset(folder)
+            return packed
+    return Path(folder)
+
+
+def records_of_split(split: Dataset | StreamedImages, folder: str | os.PathLike) -> FeatureRecords:
+    """The records of the packed dataset that a split lies in; of `folder` where the split lies in none."""
+    return records_of_dataset(packed_folder_of(split, folder))
 
 
 def records_of_checkpoint(folder: str | os.PathLike) -> FeatureRecords:
@@ -72,6 +92,18 @@ def records_of_checkpoint(folder: str | os.PathLike) -> FeatureRecords:
     except (OSError, ValueError):
         return FeatureRecords()
     return records_in(settings.get("feature_extractor") if isinstance(settings, Mapping) else None)
+
+
+def grid_size_of_features(manifest: Mapping[str, Any], num_cells: int) -> int | tuple[int, int]:
+    """Cells along a side of the grids that `difnet extract` made, or their rows and columns where these differ.
+
+    Args:
+        manifest: content of manifest.json.
+        num_cells: of a grid.
+    """
+    recorded = (records_in(manifest).grid_backbone or {}).get("grid_size", math.isqrt(num_cells))
+    rows, columns = grid_shape(recorded)
+    return rows if rows == columns else (rows, columns)
 
 
 def recorded_classes(record: Mapping[str, Any] | None, num_classes: int | None = None) -> tuple[str, ...] | None:

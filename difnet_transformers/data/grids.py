@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -10,29 +11,43 @@ from .errors import GridSizeError
 from .normalization import show
 
 
-def fit_grid(array: np.ndarray, grid_size: int, width: int, fit: str = "refuse") -> tuple[np.ndarray, int]:
+def grid_shape(grid_size: int | Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of a grid that may be given by the cells along a side."""
+    rows, columns = (grid_size, grid_size) if isinstance(grid_size, int) else grid_size
+    return rows, columns
+
+
+def grid_text(grid_size: int | Sequence[int]) -> str:
+    """A grid's size in words, such as `7 x 7`."""
+    return " x ".join(map(str, grid_shape(grid_size)))
+
+
+def fit_grid(
+    array: np.ndarray, grid_size: int | Sequence[int], width: int, fit: str = "refuse"
+) -> tuple[np.ndarray, int]:
     """Grid features in the size asked for.
 
     Args:
         array: (N, width) cells row by row, or an unpooled (width, H, W), which is averaged.
-        grid_size: cells along a side.
+        grid_size: cells along a side, or rows and columns.
         width: values of a cell.
         fit: what becomes of a square grid of another size: "refuse" a larger one and pad a smaller one with zeros at
             its end, "pool" (average) it to the size asked for, or "cut" a larger one to its first cells and pad a
             smaller one, as the original implementation does.
 
     Returns:
-        Float32 (grid_size**2, width), and the number of cells that are not padded.
+        Float32 (cells, width), and the number of cells that are not padded.
 
     Raises:
         ValueError: another shape, or a grid that does not fit; the text says what to do.
     """
-    cells = grid_size**2
+    shape = grid_shape(grid_size)
+    cells = math.prod(shape)
     is_map = array.ndim == 3 and array.shape[0] == width
     if not (is_map or (array.ndim == 2 and array.shape[1] == width)) or not array.size:
         raise ValueError(f"expected the shape (cells, {width}) or ({width}, height, width), got {show(array.shape)}")
     if is_map:
-        return average_pool(_as_float32(array), grid_size), cells
+        return average_pool(_as_float32(array), shape), cells
     side = math.isqrt(len(array))
     if len(array) != cells and fit == "pool":
         if side**2 != len(array):
@@ -40,42 +55,43 @@ def fit_grid(array: np.ndarray, grid_size: int, width: int, fit: str = "refuse")
                 f"{len(array)} cells are no square grid, so that --pool cannot know their height and width; give "
                 f"unpooled maps ({width}, height, width)"
             )
-        return average_pool(_as_float32(array).T.reshape(width, side, side), grid_size), cells
+        return average_pool(_as_float32(array).T.reshape(width, side, side), shape), cells
     if len(array) > cells and fit != "cut":
-        raise GridSizeError(_too_many_cells(len(array), side, grid_size))
+        raise GridSizeError(_too_many_cells(len(array), side, shape))
     grid = _as_float32(array[:cells])
     padded = np.zeros((cells, width), dtype=np.float32)
     padded[: len(grid)] = grid
     return padded, len(grid)
 
 
-def _too_many_cells(count: int, side: int, grid_size: int) -> str:
-    cut = f"--cut (keeps the first {grid_size**2} cells, the upper part of the image, as the original does)"
+def _too_many_cells(count: int, side: int, shape: tuple[int, int]) -> str:
+    size = grid_text(shape)
+    cut = f"--cut (keeps the first {math.prod(shape)} cells, the upper part of the image, as the original does)"
     if side**2 == count:
         return (
-            f"a grid of {side} x {side} cells where {grid_size} x {grid_size} are asked for; give --grid-size {side} "
-            f"(keeps all {count} cells), --pool (averages them to {grid_size} x {grid_size}) or {cut}"
+            f"a grid of {side} x {side} cells where {size} are asked for; give --grid-size {side} "
+            f"(keeps all {count} cells), --pool (averages them to {size}) or {cut}"
         )
     return (
         f"{count} cells, which are no square grid (regions of a detector, or height and width differ), where "
-        f"{grid_size} x {grid_size} are asked for; give square grids, unpooled maps, or {cut}"
+        f"{size} are asked for; give grids of that size, unpooled maps, or {cut}"
     )
 
 
-def average_pool(feature_map: np.ndarray, size: int) -> np.ndarray:
+def average_pool(feature_map: np.ndarray, grid_size: int | Sequence[int]) -> np.ndarray:
     """Adaptive average pooling, as `torch.nn.functional.adaptive_avg_pool2d`, with the cells row by row.
 
     The mean over a rectangle is the mean over its rows of the means over its columns, so two small matrices do it.
 
     Args:
         feature_map: (C, H, W).
-        size: cells along a side.
+        grid_size: cells along a side, or rows and columns.
 
     Returns:
-        (size * size, C).
+        (rows * columns, C).
     """
-    rows, columns = (_pooling_matrix(length, size) for length in feature_map.shape[1:])
-    return (rows @ feature_map @ columns.T).reshape(len(feature_map), size * size).T
+    rows, columns = map(_pooling_matrix, feature_map.shape[1:], grid_shape(grid_size))
+    return (rows @ feature_map @ columns.T).reshape(len(feature_map), -1).T
 
 
 def _pooling_matrix(length: int, size: int) -> np.ndarray:

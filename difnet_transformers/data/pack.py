@@ -48,6 +48,7 @@ def pack_dataset(
     parquet: bool = False,
     shard_size: int = 1000,
     save_recipe: Callable[[Path], object] | None = None,
+    license: str | None = None,
 ) -> Packed:
     """Packs everything into `output`, by way of `<output>.partial`.
 
@@ -60,6 +61,7 @@ def pack_dataset(
         parquet: whether shards are Parquet for the Hub and streaming, instead of Arrow.
         shard_size: images in a shard.
         save_recipe: writes the options of the run to the path it is given.
+        license: of the data, for the card.
 
     Raises:
         ValueError: the sources cannot be used, or another process is packing into `output`; the text names the files
@@ -97,7 +99,7 @@ def pack_dataset(
             packed = work / "packed"
             if not parquet:
                 _write_dataset_files(config, shards, reports, packed)
-            (packed / "README.md").write_text(dataset_card(provenance, parquet), encoding="utf-8")
+            (packed / "README.md").write_text(dataset_card(provenance, parquet, license), encoding="utf-8")
             (packed / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
             if save_recipe is not None:
                 save_recipe(packed / "recipe.yaml")

@@ -1,8 +1,8 @@
 """The packed dataset: its columns, the codec of its values, opening it, and its rows as tensors.
 
-`difnet pack` writes it, `datasets.load_from_disk` opens it. In place of the original's `data/field.py`, which opens
-the HDF5 file for every item, rows are gathered from the memory-mapped Arrow file: each is copied once, straight into
-its place in the batch.
+`difnet pack` writes it, `datasets.load_from_disk` opens it, or `load_dataset` where it is Parquet (`parquet.py`). In
+place of the original's `data/field.py`, which opens the HDF5 file for every item, rows are gathered from the
+memory-mapped Arrow file: each is copied once, straight into its place in the batch.
 
 Packing imports this module and stays small in memory: torch is imported where tensors are made.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy as np
 
 from ..command_line import requires
 from ..files import check_regular_file, path_inside, printable, read_json
+from .grids import grid_shape
 
 with requires("data"):
     from datasets import (
@@ -47,17 +49,21 @@ FINGERPRINTED_BYTES = 2**28  # of the grid features of a split; a second of work
 
 
 def packed_features(
-    dtype: str = "float16", grid_size: int = 7, grid_feature_size: int = 2048, with_segmentation: bool = True
+    dtype: str = "float16",
+    grid_size: int | Sequence[int] = 7,
+    grid_feature_size: int = 2048,
+    with_segmentation: bool = True,
 ) -> Features:
     """The columns of a packed dataset, one row an image.
 
-    `grid_cells` counts the cells that the source had (at most `grid_size**2`); the rows of `grid_features` behind them
-    are zeros. `segmentation_features` is what `encode_segmentation` makes; the paper's baseline goes without.
+    `grid_cells` counts the cells that the source had (at most those of `grid_size`); the rows of `grid_features`
+    behind them are zeros. `segmentation_features` is what `encode_segmentation` makes; the paper's baseline goes
+    without.
     `restval` says whether a training image comes from the part of COCO's validation images that is used for training.
 
     Args:
         dtype: of the features, "float16" or "float32".
-        grid_size: cells along a side.
+        grid_size: cells along a side, or rows and columns.
         grid_feature_size: values of a cell.
         with_segmentation: whether there are segmentation features.
     """
@@ -65,7 +71,7 @@ def packed_features(
         "image_id": Value("int64"),
         "file_name": Value("string"),
         "restval": Value("bool"),
-        "grid_features": Array2D((grid_size**2, grid_feature_size), dtype),
+        "grid_features": Array2D((math.prod(grid_shape(grid_size)), grid_feature_size), dtype),
         "grid_cells": Value("uint16"),
         "segmentation_features": Value("binary"),
         "captions": List(Value("string")),
@@ -171,19 +177,18 @@ def decode_segmentation(packed: Sequence[bytes], dtype: Any = None) -> np.ndarra
 
 
 def packed_splits(folder: str | os.PathLike) -> list[str]:
-    """The names of the splits of a packed folder.
+    """The names of the splits of a packed folder, or of a packed dataset of the Hub.
 
     Raises:
-        ValueError: the folder is no packed dataset; the text says what it is, or how to make one.
+        ValueError: the folder is no packed dataset; the text says how to make one.
     """
+    from .parquet import is_parquet, parquet_files
+
     shown, place = printable(folder, 300), Path(folder)
     names = place / "dataset_dict.json"
     if not names.exists():
-        if any(place.glob("data/*.parquet")) or any(place.glob("*.parquet")):
-            raise ValueError(
-                f"{shown} is packed as Parquet, for the Hub and datasets.load_dataset; this program reads Arrow: pack "
-                "without --parquet, or convert it: datasets.load_dataset(FOLDER).save_to_disk(ANOTHER)"
-            )
+        if is_parquet(folder):
+            return list(parquet_files(folder))
         if (place / "state.json").exists():
             return []
         raise ValueError(f"{shown} is not a packed dataset: `difnet pack` makes one.")
@@ -198,18 +203,38 @@ def load_packed_split(folder: str | os.PathLike, split: str) -> Dataset:
     """One split of a packed dataset.
 
     Args:
-        folder: what `difnet pack` wrote, without `--parquet`.
+        folder: what `difnet pack` wrote, also with `--parquet`, or the name of such a dataset on the Hub. Of Parquet
+            `datasets` keeps a copy as Arrow in its cache on the disk.
         split: "train", "validation" or "test".
 
     Raises:
         ValueError: the folder is no packed dataset, has no such split, or is damaged; the text names the file.
     """
-    shown = printable(folder, 300)
-    splits = packed_splits(folder)
+    from .parquet import is_parquet, load_parquet_split, parquet_files
+
+    shown, place = printable(folder, 300), Path(folder)
+    files = parquet_files(folder) if is_parquet(folder) else None
+    splits = packed_splits(folder) if files is None else list(files)
     if split not in splits:
         found = printable(", ".join(splits)) or "no splits"
         raise ValueError(f"{shown} has no split {split!r}, it has {found}.")
-    place = path_inside(folder, split)
+    if files is None:
+        place = path_inside(folder, split)
+        dataset = _load_arrow_split(place, shown)
+    else:
+        dataset = load_parquet_split(files[split], split)
+    if len(dataset) == 0:
+        raise ValueError(f"{shown}: the split {split!r} is empty.")
+    try:
+        _check_table(dataset)
+    except Exception as error:
+        said = printable(" ".join(str(error).split()), 200)
+        raise ValueError(f"{printable(place, 300)}: damaged ({said}); pack again") from None
+    return dataset
+
+
+def _load_arrow_split(place: Path, shown: str) -> Dataset:
+    """The dataset in the folder of a split."""
     data_files = _data_files(place)
     try:
         dataset = Dataset.load_from_disk(str(place))
@@ -224,13 +249,6 @@ def load_packed_split(folder: str | os.PathLike, split: str) -> Dataset:
         ) from None
     if "grid_features" not in features:
         raise ValueError(f"{shown} is a dataset, but not a packed one: `difnet pack` makes it.")
-    if len(dataset) == 0:
-        raise ValueError(f"{shown}: the split {split!r} is empty.")
-    try:
-        _check_table(dataset)
-    except Exception as error:
-        said = printable(" ".join(str(error).split()), 200)
-        raise ValueError(f"{printable(place, 300)}: damaged ({said}); pack again") from None
     return dataset
 
 
@@ -305,6 +323,11 @@ class PackedImages:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the packed grid features are damaged ({printable(str(error))}); pack again") from None
         self._starts = np.cumsum([0] + [len(grids) for grids in self._grids])
+        if self._starts[-1] != len(self._cells):
+            raise ValueError(
+                f"the packed grid features are damaged ({self._starts[-1]:,} grids of {len(self._cells):,} images); "
+                "pack again"
+            )
         self._table_rows = None if dataset._indices is None else dataset._indices.column(0).to_numpy()
         wrong = np.flatnonzero((self._cells < 1) | (self._cells > self.cell_shape[0]))
         if len(wrong):

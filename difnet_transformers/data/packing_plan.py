@@ -21,7 +21,7 @@ from .feature_records import (
     order_of_classes,
     recorded_classes,
 )
-from .grids import fit_grid
+from .grids import fit_grid, grid_shape, grid_text
 from .packed_dataset import LARGEST_SEGMENTATION, packed_features
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class PackingConfig:
             paper's baseline.
         annotations: what `read_annotations` takes.
         dtype: type that features are stored in, "float16" or "float32".
-        grid_size: cells along a side.
+        grid_size: cells along a side, or rows and columns where they differ.
         grid_feature_size: values of a cell.
         num_segmentation_classes: channels of the segmentation features; `None` for what they say, or else 133.
         skip_missing: whether images that cannot be used are left out, and named in provenance.json.
@@ -55,7 +55,7 @@ class PackingConfig:
     segmentation: str | tuple[str, ...] | None
     annotations: str
     dtype: str = "float16"
-    grid_size: int = 7
+    grid_size: int | tuple[int, int] = 7
     grid_feature_size: int = 2048
     num_segmentation_classes: int | None = NUM_COCO_CLASSES
     skip_missing: bool = False
@@ -70,7 +70,7 @@ class PackingConfig:
 
     def segmentation_shape(self) -> tuple[int, int, int]:
         """(classes, height, width)."""
-        return (self.num_segmentation_classes or NUM_COCO_CLASSES, self.grid_size, self.grid_size)
+        return (self.num_segmentation_classes or NUM_COCO_CLASSES, *grid_shape(self.grid_size))
 
     def columns(self) -> Features:
         """The columns of the packed dataset."""
@@ -206,7 +206,7 @@ def with_recorded_classes(config: PackingConfig) -> PackingConfig:
     config = dataclasses.replace(config, num_segmentation_classes=num_classes, class_orders=tuple(orders))
     if math.prod(config.segmentation_shape()) > LARGEST_SEGMENTATION:
         raise DataError(
-            f"{num_classes:,} segmentation classes on {config.grid_size} x {config.grid_size} cells are more than "
+            f"{num_classes:,} segmentation classes on {grid_text(config.grid_size)} cells are more than "
             f"{LARGEST_SEGMENTATION:,} values an image; make features with a smaller --grid-size"
         )
     return config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shlex
 from collections.abc import Mapping, Sequence
@@ -11,13 +12,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from ..command_line import describe
 from ..files import atomic_write, printable, read_json, sha256_of
+from ..progress import progress_bar
 from .errors import DataError, Problem
 from .feature_files import GridFiles
-from .feature_records import FeatureRecords, recorded_classes
+from .feature_records import FeatureRecords, recorded_classes, records_in
+from .grids import grid_shape, grid_text
 from .packing_plan import PackingConfig, Plan, recorded_segmentation
 from .shards import FITTED, Shard, ShardReport
 
@@ -105,7 +106,9 @@ def _describe_files(files: Sequence[str], known_hashes: Path) -> dict[str, dict[
     except (OSError, ValueError):
         known = {}
     described = {}
-    with tqdm(total=sum(map(os.path.getsize, files)), unit="B", unit_scale=True, desc="hashing sources") as progress:
+    with progress_bar(
+        total=sum(map(os.path.getsize, files)), unit="B", unit_scale=True, desc="hashing sources"
+    ) as progress:
         for path in files:
             status = os.stat(path)
             state = f"{path} {status.st_size} {status.st_mtime_ns}"
@@ -128,7 +131,9 @@ def packing_command(config: PackingConfig, output: Path, parquet: bool, shard_si
     words += [f"--{config.grid_fit}"] * (config.grid_fit != "refuse")
     for name in ("grid_size", "grid_feature_size", "num_segmentation_classes"):
         if getattr(config, name) != getattr(PackingConfig, name):
-            words += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
+            value = getattr(config, name)
+            text = "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            words += [f"--{name.replace('_', '-')}", text]
     return shlex.join(words)
 
 
@@ -147,12 +152,15 @@ def read_provenance(folder: Path) -> dict[str, Any]:
         ) from None
     # Folders of the first version were packed before the choice existed.
     content = {"grid_fit": "cut", **content} if isinstance(content, dict) else {}
-    sizes = [content.get(name) for name in ("grid_size", "grid_feature_size")]
+    grid_size = content.get("grid_size")
+    if isinstance(grid_size, list) and len(grid_size) == 2:
+        content["grid_size"] = tuple(grid_size)
+    sides = grid_size if isinstance(grid_size, list) and len(grid_size) == 2 else [grid_size]
     shards, splits, left_out = (content.get(name) for name in ("shards", "splits", "left_out"))
     is_whole = (
         content.get("dtype") in ("float16", "float32")
         and content.get("grid_fit") in GRID_FITS
-        and all(isinstance(size, int) and 0 < size < 2**16 for size in sizes)
+        and all(isinstance(size, int) and 0 < size < 2**16 for size in (*sides, content.get("grid_feature_size")))
         and isinstance(shards, dict)
         and all(isinstance(shard, dict) and isinstance(shard.get("sha256"), str) for shard in shards.values())
         and isinstance(splits, dict)
@@ -167,17 +175,18 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     return content
 
 
-def fitted_lines(counts: Mapping[str, int], grid_size: int) -> list[str]:
+def fitted_lines(counts: Mapping[str, int], grid_size: int | Sequence[int]) -> list[str]:
     """What became of grids of another size, one line for each kind.
 
     Args:
         counts: `"grids_of_another_size"` of a provenance.
-        grid_size: cells along a side.
+        grid_size: cells along a side, or rows and columns.
     """
+    size = grid_text(grid_size)
     done = {
-        "padded": f"had fewer than {grid_size} x {grid_size} cells and were padded with zeros at the end",
-        "pooled": f"were averaged to {grid_size} x {grid_size} cells (--pool)",
-        "cut": f"were cut to the first {grid_size**2} cells (--cut)",
+        "padded": f"had fewer than {size} cells and were padded with zeros at the end",
+        "pooled": f"were averaged to {size} cells (--pool)",
+        "cut": f"were cut to the first {math.prod(grid_shape(grid_size))} cells (--cut)",
     }
     return [f"{counts[name]:,} grids {what}." for name, what in done.items() if counts.get(name)]
 
@@ -189,8 +198,46 @@ def _class_line(classes: Sequence[str] | None) -> str:
     return f"Its {len(classes)} classes, in order: {printable(', '.join(classes), 4000)}.\n"
 
 
-def dataset_card(provenance: Mapping[str, Any], parquet: bool) -> str:
-    """The README.md of a packed folder, as the Hub shows it."""
+def _network_lines(provenance: Mapping[str, Any]) -> str:
+    """What made the features, one line each; empty where it is not recorded."""
+    lines = ""
+    for name, record in zip(("Grid", "Segmentation"), records_in(provenance), strict=True):
+        if record is not None:
+            made_by = record.get("name") or record.get("source") or "several networks"
+            digest = record.get("parameters_sha256")
+            said = f", SHA-256 of its parameters `{printable(digest)}`" if digest else ""
+            lines += f"{name} features: `{printable(made_by, 200)}`{said}.\n"
+    return f"\n{lines}" if lines else ""
+
+
+def _column_table(provenance: Mapping[str, Any]) -> str:
+    shape, width = grid_shape(provenance["grid_size"]), provenance["grid_feature_size"]
+    columns = {
+        "image_id": ("int64", "id in the annotations"),
+        "file_name": ("string", "of the image"),
+        "restval": ("bool", "of COCO's validation images, used for training"),
+        "grid_features": (f"{provenance['dtype']} ({math.prod(shape)}, {width})", "a row for each cell of the grid"),
+        "grid_cells": ("uint16", "cells without those that pad the grid with zeros"),
+        "segmentation_features": (
+            f"binary, of {provenance['dtype']} ({provenance['num_segmentation_classes']}, {shape[0]}, {shape[1]})",
+            "the share of each class in each cell, packed by `encode_segmentation`",
+        ),
+        "captions": ("list of string", "reference captions"),
+    }
+    if provenance["num_segmentation_classes"] is None:
+        del columns["segmentation_features"]
+    rows = "".join(f"| `{name}` | {kind} | {what} |\n" for name, (kind, what) in columns.items())
+    return f"\n| column | type | |\n|---|---|---|\n{rows}"
+
+
+def dataset_card(provenance: Mapping[str, Any], parquet: bool, license: str | None = None) -> str:
+    """The README.md of a packed folder, as the Hub shows it.
+
+    Args:
+        provenance: of the folder.
+        parquet: whether its shards are Parquet.
+        license: of the data, as the Hub abbreviates it; by default the card makes no claim.
+    """
     files = "".join(
         f"      - split: {split}\n        path: data/{split}-*.parquet\n" for split in provenance["splits"] if parquet
     )
@@ -210,12 +257,14 @@ def dataset_card(provenance: Mapping[str, Any], parquet: bool) -> str:
     classes = recorded_classes(provenance.get("segmentation_model"))
     opened = "load_dataset(folder)" if parquet else "load_from_disk(folder)"
     return (
-        f"---\ntask_categories:\n  - image-to-text\nlanguage:\n  - en\n{head}---\n\n"
+        f"---\n{f'license: {license}{chr(10)}' if license else ''}"
+        f"task_categories:\n  - image-to-text\nlanguage:\n  - en\n{head}---\n\n"
         "# COCO features and captions for DIFNet\n\n"
         f"`datasets.{opened}` opens it; `difnet_transformers.data` of DIFNet for Transformers makes batches of it. "
         f"One row an image; grid features as {provenance['dtype']}, segmentation packed by `encode_segmentation`.\n"
         f"{_class_line(classes)}\n"
-        f"| split | images | captions | images of restval |\n|---|---|---|---|\n{counts}\n"
+        f"| split | images | captions | images of restval |\n|---|---|---|---|\n{counts}"
+        f"{_column_table(provenance)}{_network_lines(provenance)}\n"
         f"{fitted}"
         f"Left out: {len(provenance['left_out'])} images.\n\n"
         f"Made by `{printable(provenance['command'], 2000)}` from\n\n{names}\n"

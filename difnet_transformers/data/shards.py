@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -21,13 +22,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from ..command_line import requires
 from ..files import atomic_write, printable, read_json, sha256_of
+from ..progress import progress_bar
 from .errors import BrokenImage, DataError, Problem, raise_problems
 from .feature_files import GridFiles, SegmentationFiles
-from .grids import check_segmentation, fit_grid
+from .grids import check_segmentation, fit_grid, grid_shape
 from .packed_dataset import encode_segmentation, to_stored
 from .packing_plan import PackingConfig, Plan, PlannedImage
 
@@ -42,9 +43,9 @@ class ImageFeatures(NamedTuple):
     """Features of one image as float32.
 
     Attributes:
-        grid: (grid_size**2, grid_feature_size).
+        grid: (cells, grid_feature_size).
         cells: number of cells that are not padded.
-        segmentation: (classes, grid_size, grid_size), or `None`.
+        segmentation: (classes, rows, columns), or `None`.
     """
 
     grid: np.ndarray
@@ -79,7 +80,7 @@ class FeatureReader:
         source = image.grid_file
         try:
             array = self.grids.read(image.grid_file, image_id)
-            num_cells = config.grid_size**2
+            num_cells = math.prod(grid_shape(config.grid_size))
             grid, cells = fit_grid(array, config.grid_size, config.grid_feature_size, config.grid_fit)
             has_other_size = array.ndim == 2 and len(array) != num_cells
             segmentation = None
@@ -270,7 +271,7 @@ def write_shards(
     todo = [shard for shard in shards if shard not in reports]
     _check_space(config, sum(shard.stop - shard.start for shard in todo), work)
     done = sum(report.rows for report in reports.values())
-    progress = tqdm(total=plan.num_images(), initial=done, unit=" images", desc="packing", mininterval=0.5)
+    progress = progress_bar(total=plan.num_images(), initial=done, unit=" images", desc="packing", mininterval=0.5)
     with progress:
         arguments = {
             shard: (config, shard.images(plan), work / "packed" / shard.path, report_paths[shard], scratch)
@@ -328,7 +329,7 @@ def _terminating_workers() -> Iterator[None]:
 
 def _check_space(config: PackingConfig, num_images: int, folder: Path) -> None:
     itemsize = np.dtype(config.dtype).itemsize
-    needed = num_images * (config.grid_size**2 * config.grid_feature_size * itemsize + 2000)
+    needed = num_images * (math.prod(grid_shape(config.grid_size)) * config.grid_feature_size * itemsize + 2000)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise DataError(

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from ..command_line import requires
 from ..files import path_inside, printable, sha256_of
+from ..progress import progress_bar
 from .errors import BrokenImage, DataError, Problem, raise_problems
 from .normalization import normalize_caption, normalize_file_name
 from .packed_dataset import decode_segmentation, float16_bound, load_packed_split, packed_splits, quiet_datasets
@@ -29,7 +29,7 @@ class Verification(NamedTuple):
 
     num_images: int
     fitted: dict[str, int]
-    grid_size: int
+    grid_size: int | tuple[int, int]
 
 
 def verify_dataset(config: PackingConfig, folder: Path) -> Verification:
@@ -86,7 +86,7 @@ def _differences(
     reader: FeatureReader, images: Collection[PlannedImage], dataset: Dataset, split: str
 ) -> Iterator[Problem]:
     dataset = dataset.with_format("numpy", dtype=np.float32, columns=["grid_features"], output_all_columns=True)
-    for index, image in enumerate(tqdm(images, unit=" images", desc=f"verifying {split}")):
+    for index, image in enumerate(progress_bar(images, unit=" images", desc=f"verifying {split}")):
         row = dataset[index]
         try:
             features = reader.read(image)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-from tqdm import tqdm
 
+from ..progress import progress_bar
 from .captions import make_captions
 from .drawings import SIDE
 from .features import grid_features, segmentation_features
@@ -40,7 +40,7 @@ def write_corpus(folder: Path, scenes: Sequence[Scene]) -> None:
         (folder / "segmentations" / name).mkdir(parents=True, exist_ok=True)
     (folder / "annotations").mkdir(exist_ok=True)
     with h5py.File(folder / "coco_grid_feats2.hdf5", "w") as grids:
-        for scene in tqdm(scenes, unit=" scenes", desc="drawing"):
+        for scene in progress_bar(scenes, unit=" scenes", desc="drawing"):
             drawing, part = draw_scene(scene), FOLDER_OF_SPLIT[scene.split]
             drawing.image.save(folder / part / image_file_name(scene))
             grids[f"{scene.image_id}_features"] = grid_features(scene, drawing)

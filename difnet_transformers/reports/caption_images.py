@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from modeling_difnet.pipeline_difnet import DifnetImageCaptioningPipeline
 
 from ..command_line import LeftOut, requires
 from ..evaluation.image_captions import CaptionItem, ImageCaptions, caption_items, coco_results
 from ..files import atomic_write, printable
+from ..progress import progress_bar
 from ..stage_times import StageTimes
 
 with requires("images"):
@@ -79,7 +78,7 @@ def caption_images(
     results: list[ImageCaptions] = []
     times = StageTimes()
     try:
-        with tqdm(total=len(items), unit=" images", desc="captioning", disable=len(items) == 1) as bar:
+        with progress_bar(total=len(items), unit=" images", desc="captioning", disable=len(items) == 1) as bar:
             for result in caption_items(captioner, items, batch_size, generation_options, left_out, times):
                 results.append(result)
                 bar.update()

@@ -28,6 +28,7 @@ from ..checkpoints import load_captioner
 from ..command_line import LeftOut, describe, requires
 from ..data import ReferenceBatches, load_packed_split
 from ..files import atomic_write, path_inside, printable
+from ..progress import progress_bar
 
 with requires("images"):
     from PIL import Image
@@ -98,7 +99,9 @@ def explain_images(
     paths = find_images(images, leave_out=left_out.add)
     explained: list[ExplainedImage] = []
     try:
-        for path, name in zip(tqdm(paths, unit=" images", desc="explaining"), unique_names(paths), strict=True):
+        for path, name in zip(
+            progress_bar(paths, unit=" images", desc="explaining"), unique_names(paths), strict=True
+        ):
             try:
                 each = explain_image(
                     captioner, path, name=name, caption=caption, method=method, **(generation_options or {})
@@ -200,12 +203,13 @@ def explain_split(
                 method,
                 seed,
                 class_names=class_names or recorded_class_names(processor.feature_extractor),
+                grid_shape=processor.feature_extractor.grid_shape,
                 num_shown=num_shown if number == 0 else 0,
                 with_faithfulness=with_faithfulness and number == 0,
             )
             batches = ReferenceBatches(images, batch_size, dtype=model.dtype)
             try:
-                for batch in tqdm(batches, unit=" batches", desc=f"explaining {split}"):
+                for batch in progress_bar(batches, unit=" batches", desc=f"explaining {split}"):
                     captioned = caption_batch(explanation.model, batch, generation_options, left_out)
                     if captioned.ids:
                         explain_or_leave_out(captioned, explanation.add, left_out)
@@ -275,6 +279,7 @@ class _SplitExplanation:
         method: of the maps.
         seed: of random cells.
         class_names: of the segmentation features, where they are known.
+        grid_shape: rows and columns of cells.
         num_shown: how many of the first images are explained for the page.
         with_faithfulness: whether cells are removed.
         outputs: of `relevance`, one for each batch.
@@ -288,6 +293,7 @@ class _SplitExplanation:
     method: str
     seed: int
     class_names: Sequence[str] | None
+    grid_shape: tuple[int, int]
     num_shown: int
     with_faithfulness: bool
     outputs: list[RelevanceOutput] = field(default_factory=list)
@@ -312,6 +318,7 @@ class _SplitExplanation:
                 [self.open_split_image(image_id) for image_id in first.ids],
                 method=self.method,
                 class_names=self.class_names,
+                grid_shape=self.grid_shape,
             )
         removed = {}
         if self.with_faithfulness:

@@ -95,6 +95,7 @@ def explain_captions(
     method: str = "conservative",
     allow_unknown_words: bool = True,
     class_names: Sequence[str] | None = None,
+    grid_shape: tuple[int, int] | None = None,
 ) -> tuple[list[ExplainedImage], RelevanceOutput]:
     """Explains one caption of each image.
 
@@ -109,6 +110,7 @@ def explain_captions(
         method: of `relevance`.
         allow_unknown_words: of `relevance`.
         class_names: of the segmentation features, see `ExplainedImage`.
+        grid_shape: rows and columns of cells; by default those of the segmentation, or of a square grid.
 
     Returns:
         What pages and panels show, and the output of `relevance` that it is taken from.
@@ -127,7 +129,7 @@ def explain_captions(
         targets="caption",
         allow_unknown_words=allow_unknown_words,
     )
-    shape = infer_grid_shape(inputs["grid_features"], inputs["segmentation_features"])
+    shape = grid_shape or infer_grid_shape(inputs["grid_features"], inputs["segmentation_features"])
     flows = {"both": output.cells(), "grid": output.grid, "segmentation": output.segmentation}
     explained = []
     for index, (name, image) in enumerate(zip(names, images, strict=True)):
@@ -202,6 +204,7 @@ def explain_image(
         [image],
         method=method,
         class_names=recorded_class_names(processor.feature_extractor),
+        grid_shape=processor.feature_extractor.grid_shape,
     )
     return explained[0]
 

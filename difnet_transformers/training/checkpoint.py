@@ -69,6 +69,7 @@ class Progress:
         best_score: the best CIDEr-D on the validation split, over both stages.
         reward_average, reward_peak, reward_steps: of SCST, a running mean of the reward, the highest that it has been,
             and the optimizer steps that it was taken over.
+        reference: SHA-256 of the weights that the run may not leave far behind, with --scst-kl-weight.
         log_bytes: length of `log.jsonl`.
     """
 
@@ -82,6 +83,7 @@ class Progress:
     reward_average: float = 0.0
     reward_peak: float = 0.0
     reward_steps: int = 0
+    reference: str = ""
     log_bytes: int = 0
 
 
@@ -95,6 +97,7 @@ class Checkpoint:
         num_processes: of the run.
         gradient_scaler: state of the scaler of fp16.
         data: fingerprints of the splits "train" and "validation"; `None` in checkpoints of the first version.
+        stream: of a run that streams its data, where each process stood (`StreamedBatches.state_dict`).
         version: of the format.
         resized: whether the run resumes with other batch sizes; not in the file.
     """
@@ -104,6 +107,7 @@ class Checkpoint:
     num_processes: int
     gradient_scaler: dict[str, Any] | None = None
     data: dict[str, Any] | None = None
+    stream: list[dict[str, Any]] | None = None
     version: int = 1
     resized: bool = field(default=False, init=False)
 
@@ -244,6 +248,7 @@ def save_checkpoint(
     write_model: Callable[[Path], None],
     also_as: Sequence[str] = (),
     trained_weights: dict[str, torch.Tensor] | None = None,
+    stream: dict[str, Any] | None = None,
 ) -> None:
     """Writes `last`, and the same checkpoint under the names `also_as`; every process calls it.
 
@@ -258,12 +263,13 @@ def save_checkpoint(
         write_model: makes a folder for `from_pretrained`.
         also_as: further names, such as "best".
         trained_weights: by name, where those of `model` are an average.
+        stream: where this process stands in the data that it streams, if it does.
 
     Raises:
         OSError: the folder cannot be written, for example because the disk is full; the checkpoints of before are
             as they were.
     """
-    states = gather_object([random_states()])
+    states, streams = gather_object([random_states()]), gather_object([stream])
     problem = None
     if accelerator.is_main_process:
         unfinished = output / "last.unfinished"
@@ -283,6 +289,7 @@ def save_checkpoint(
                 "progress": asdict(progress),
                 "options": options,
                 "data": data,
+                **({"stream": streams} if stream is not None else {}),
                 "num_processes": accelerator.num_processes,
                 "gradient_scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
             }
@@ -337,6 +344,7 @@ def what_is_wrong(content: Any) -> str | None:
         "gradient_scaler": dict | NoneType,
         **({"version": int} if "version" in content else {}),
         **({"data": dict | NoneType} if "data" in content else {}),
+        **({"stream": list} if "stream" in content else {}),
     }
     for name, kind in types.items():
         if name not in content:
@@ -347,6 +355,11 @@ def what_is_wrong(content: Any) -> str | None:
         return f"version is {printable(content['version'])}, this program knows up to {VERSION}; take a newer one"
     if content["num_processes"] < 1:
         return f"num_processes is {content['num_processes']}"
+    streams = content.get("stream")
+    if streams is not None and (
+        len(streams) != content["num_processes"] or not all(isinstance(each, dict) for each in streams)
+    ):
+        return f"stream is {printable(streams)}"
     return what_is_wrong_in_progress(content["progress"])
 
 

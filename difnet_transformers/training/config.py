@@ -7,6 +7,8 @@ epochs 0 to 20, and it trains at most 100 epochs in all. `recipes/original.yaml`
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ CHOICES = {
     "xe_schedule": ["original", "constant", "linear", "cosine", *TRANSFORMERS_SCHEDULES],
     "scst_schedule": ["constant", "linear", "cosine"],
     "scst_samples": ["beam", "sample"],
+    "scst_baseline": ["mean", "leave_one_out", "greedy", "group"],
     "mixed_precision": ["no", "bf16", "fp16"],
 }
 POSITIVE = (
@@ -52,12 +55,42 @@ POSITIVE = (
     "evaluation_batch_size",
     "log_every",
     "save_every",
+    "shuffle_buffer",
     "xe_learning_rate",
     "scst_learning_rate",
     "max_grad_norm",
+    "scst_temperature",
 )
 PROBABILITIES = ("label_smoothing", "scheduled_sampling", "scst_dropout", "grid_cell_dropout", "ema_decay")
-NOT_NEGATIVE = ("weight_decay", "scst_weight_decay", "warmup_steps", "scst_warmup_steps")
+NOT_NEGATIVE = (
+    "weight_decay",
+    "scst_weight_decay",
+    "warmup_steps",
+    "scst_warmup_steps",
+    "scst_kl_weight",
+    "scst_entropy_weight",
+    "scst_top_k",
+)
+
+# Those that have a name; besides them there are `clip_score:MODEL` and `package.module:function`.
+REWARDS = (
+    "cider_d",
+    "cider_d_eos",
+    "cider_d_image",
+    "cider_d_image_eos",
+    "bleu_1",
+    "bleu_2",
+    "bleu_3",
+    "bleu_4",
+    "rouge_l",
+    "meteor",
+    "spice",
+    "spider",
+    "repeats",
+    "bad_endings",
+    "unfinished",
+)
+REWARD_WITH_ARGUMENT = re.compile(r"clip_score:.+|[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 @dataclass
@@ -70,7 +103,7 @@ class TrainingConfig:
         ValueError: a value is out of range, or two of them exclude each other; the text names the option.
     """
 
-    dataset: Path = field(metavar="FOLDER", help="packed dataset")
+    dataset: Path = field(metavar="FOLDER", help="packed dataset, also of Parquet, or the name of one on the Hub")
     output: Path = field(metavar="FOLDER", help="the run's folder")
     stage: str = field(
         default="both",
@@ -84,7 +117,10 @@ class TrainingConfig:
     license: str | None = license_option()
 
     model: str | None = field(
-        default=None, group=MODEL, metavar="FOLDER", help="start from these weights (default: from scratch)"
+        default=None,
+        group=MODEL,
+        metavar="FOLDER",
+        help="start from these weights (also: --init-from; default: from scratch)",
     )
     config: Path | None = field(
         default=None,
@@ -163,11 +199,40 @@ class TrainingConfig:
         default="beam",
         group=RECIPE,
         choices=CHOICES["scst_samples"],
-        help="the original's beams, or samples with leave-one-out baseline",
+        help="the original's beams, or samples of the model's distribution",
+    )
+    scst_baseline: str | None = field(
+        default=None,
+        group=RECIPE,
+        choices=CHOICES["scst_baseline"],
+        help="what is subtracted from a reward: the mean of the image's captions, the mean of the other ones, or the "
+        "reward of the greedy caption; group: the mean, in units of the spread (default: mean for beams, "
+        "leave_one_out for samples)",
+    )
+    scst_temperature: float = field(default=1.0, group=RECIPE, metavar="X", help="of --scst-samples sample")
+    scst_top_k: int = field(
+        default=0, group=RECIPE, metavar="N", help="of --scst-samples sample: among the N likeliest words; 0: all"
+    )
+    scst_top_p: float = field(
+        default=1.0,
+        group=RECIPE,
+        metavar="P",
+        help="of --scst-samples sample: among the likeliest words that have P together",
     )
     scst_num_captions: int = field(default=5, group=RECIPE, metavar="N", help="captions of an image")
+    rewards: list[str] = field(
+        default_factory=lambda: ["cider_d"],
+        group=RECIPE,
+        metavar="NAME[=WEIGHT]",
+        help="what SCST maximises, a weighted sum: cider_d, cider_d_eos (the end of a caption counts), bleu_4, "
+        "rouge_l, meteor, spider, repeats, bad_endings, unfinished .., clip_score:MODEL, or package.module:function "
+        "(default: cider_d)",
+    )
+    reward_images: Path | None = field(
+        default=None, group=RECIPE, metavar="FOLDER", help="training images, for --rewards clip_score:MODEL"
+    )
     eos_in_reward: bool = field(
-        default=False, group=RECIPE, help="the end of a caption counts as a word in the reward"
+        default=False, group=RECIPE, help="the end of a caption counts as a word in the reward cider_d"
     )
     max_epochs: int = field(default=100, group=RECIPE, metavar="N", help="of both stages")
     max_new_tokens: int = field(default=20, group=RECIPE, metavar="N", help="length of decoded captions")
@@ -199,6 +264,18 @@ class TrainingConfig:
         help="of XE: decoupled, of matrices (AdamW); 0 is the original's Adam",
     )
     scst_weight_decay: float = field(default=0.0, group=REGULARIZATION, metavar="X", help="the same, of SCST")
+    scst_kl_weight: float = field(
+        default=0.0,
+        group=REGULARIZATION,
+        metavar="X",
+        help="of SCST: weight of the divergence from the weights that it starts from",
+    )
+    scst_entropy_weight: float = field(
+        default=0.0,
+        group=REGULARIZATION,
+        metavar="X",
+        help="of SCST: weight of the entropy of the words, which is to stay high",
+    )
     scst_dropout: float | None = field(
         default=None, group=REGULARIZATION, metavar="P", help="both dropouts during SCST (default: the model's)"
     )
@@ -229,12 +306,21 @@ class TrainingConfig:
         metavar="NAME",
         help="trackers of Accelerate, or none (default: tensorboard)",
     )
+    streaming: bool = field(
+        default=False,
+        group=MACHINE,
+        help="read the training images of Parquet, of a folder or the Hub, as they are needed; no copy on the disk",
+    )
+    shuffle_buffer: int = field(
+        default=1000, group=MACHINE, metavar="N", help="of --streaming: images that are shuffled together"
+    )
     debug: bool = debug_option()
 
     def __post_init__(self) -> None:
         self.dataset, self.output = Path(self.dataset), Path(self.output)
         self.config = None if self.config is None else Path(self.config)
         self.vocab = None if self.vocab is None else Path(self.vocab)
+        self.reward_images = None if self.reward_images is None else Path(self.reward_images)
         if self.xe_batch_size is None:
             self.xe_batch_size = 50 if self.xe_batches == "pairs" else 10
         for name, choices in CHOICES.items():
@@ -250,10 +336,12 @@ class TrainingConfig:
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise ValueError(f"{option_name(name)} must be 0 or a number above it, not {value}")
-        if self.scst_num_captions < 2:
+        if self.scst_num_captions < 2 and self.baseline() != "greedy":
             raise ValueError(
                 "--scst-num-captions must be at least 2: the baseline is the mean over an image's captions"
             )
+        self._check_samples()
+        self._check_rewards()
         if self.model is not None and (self.config is not None or self.no_segmentation):
             raise ValueError(
                 "--config and --no-segmentation are for models from scratch; --model has its own configuration"
@@ -276,6 +364,39 @@ class TrainingConfig:
                 f"--scst-schedule {self.scst_schedule} has to know where it ends: give --scst-epochs or --max-steps"
             )
         check_license(self.license)
+
+    def _check_samples(self) -> None:
+        """Raises ValueError for options of samples that beams do not have."""
+        if not self.scst_temperature < math.inf:
+            raise ValueError(f"--scst-temperature must be a number greater than 0, not {self.scst_temperature}")
+        if not 0 < self.scst_top_p <= 1:
+            raise ValueError(f"--scst-top-p must be greater than 0 and at most 1, not {self.scst_top_p}")
+        if self.scst_samples == "beam":
+            for name in ("scst_temperature", "scst_top_k", "scst_top_p"):
+                if getattr(self, name) != getattr(type(self), name):
+                    raise ValueError(f"{option_name(name)} goes with --scst-samples sample; beams are not drawn")
+
+    def _check_rewards(self) -> None:
+        """Raises ValueError for rewards that cannot be, or that lack another option."""
+        weights = parse_rewards(self.rewards)
+        if self.eos_in_reward and "cider_d" not in weights:
+            raise ValueError("--eos-in-reward goes with --rewards cider_d")
+        if self.eos_in_reward and "cider_d_eos" in weights:
+            raise ValueError("--eos-in-reward makes cider_d the reward cider_d_eos, which --rewards has too")
+        sees_images = any(name.startswith("clip_score:") for name in weights)
+        if sees_images and self.reward_images is None:
+            raise ValueError("--rewards clip_score:MODEL needs --reward-images FOLDER, the training images")
+        if self.reward_images is not None and not sees_images:
+            raise ValueError("--reward-images goes with --rewards clip_score:MODEL")
+
+    def reward_weights(self) -> dict[str, float]:
+        """The rewards by name, with their weights."""
+        weights = parse_rewards(self.rewards)
+        return {"cider_d_eos" if self.eos_in_reward and name == "cider_d" else name: weights[name] for name in weights}
+
+    def baseline(self) -> str:
+        """The baseline of SCST: `scst_baseline`, or what goes with the kind of samples."""
+        return self.scst_baseline or ("mean" if self.scst_samples == "beam" else "leave_one_out")
 
     def schedule_options(self) -> tuple[tuple[str, float], ...]:
         """The arguments of the XE schedule, with their names.
@@ -300,3 +421,32 @@ class TrainingConfig:
             for entry in fields(self)
             if groups[entry.name] == REGULARIZATION and getattr(self, entry.name) != entry.default
         }
+
+
+def parse_rewards(words: Sequence[str]) -> dict[str, float]:
+    """Rewards with their weights, of words such as `cider_d` (weight 1) and `bad_endings=0.5`.
+
+    Raises:
+        ValueError: a weight or a name cannot be, or a name comes twice.
+    """
+    weights: dict[str, float] = {}
+    for word in words:
+        name, equals, text = word.rpartition("=")
+        if not equals:
+            name, text = word, "1"
+        try:
+            weight = float(text)
+        except ValueError:
+            raise ValueError(f"--rewards {word}: write NAME=WEIGHT, such as bad_endings=0.5") from None
+        if not math.isfinite(weight) or weight == 0:
+            raise ValueError(f"--rewards {word}: a weight is a number other than 0")
+        if name not in REWARDS and REWARD_WITH_ARGUMENT.fullmatch(name) is None:
+            raise ValueError(
+                f"--rewards {word}: choose from {', '.join(REWARDS)}, clip_score:MODEL and package.module:function"
+            )
+        if name in weights:
+            raise ValueError(f"--rewards {word}: {name} comes twice")
+        weights[name] = weight
+    if not weights:
+        raise ValueError("--rewards needs at least one, such as cider_d")
+    return weights

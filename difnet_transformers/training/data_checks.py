@@ -10,7 +10,7 @@ from datasets import Dataset
 from modeling_difnet import DifnetConfig
 
 from ..command_line import describe
-from ..data import PackedImages, load_packed_split
+from ..data import PackedImages, StreamedImages, load_packed_split
 from ..files import printable
 
 # What reading a row of a packed dataset can raise.
@@ -34,6 +34,11 @@ def open_split(folder: str | Path, split: str) -> Dataset:
     except ValueError as error:
         raise ValueError(f"{printable(folder, 300)}: {error}") from error
     return dataset
+
+
+def sample_of(images: Dataset | StreamedImages) -> PackedImages:
+    """The images of a split that can be looked at: all of them, or the first ones of a stream."""
+    return PackedImages(images.sample if isinstance(images, StreamedImages) else images)
 
 
 def form_of(batch: dict[str, torch.Tensor]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -66,12 +71,14 @@ def usual_row(images: PackedImages) -> dict[str, torch.Tensor]:
     return readable[max(range(len(forms)), key=lambda row: forms.count(forms[row]))]
 
 
-def check_data(config: DifnetConfig, images: Dataset, source: str | Path, max_new_tokens: int) -> None:
+def check_data(
+    config: DifnetConfig, images: Dataset | StreamedImages, source: str | Path, max_new_tokens: int
+) -> None:
     """Compares a split with the model.
 
     Args:
         config: the model's configuration.
-        images: a split of a packed dataset.
+        images: a split of a packed dataset, or a stream of one.
         source: the dataset's folder, for messages.
         max_new_tokens: length of the captions to decode.
 
@@ -84,7 +91,7 @@ def check_data(config: DifnetConfig, images: Dataset, source: str | Path, max_ne
             f"(max_position_embeddings {config.max_position_embeddings}). Give a smaller number."
         )
     try:
-        batch = usual_row(PackedImages(images))
+        batch = usual_row(sample_of(images))
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     if config.use_segmentation and "segmentation_features" not in batch:

@@ -21,11 +21,13 @@ from modeling_difnet.generation_difnet import default_generation_config
 from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer
 
 from ..checkpoints import load_model, load_processor
-from ..data import PackedImages
+from ..data import StreamedImages
 from ..data.feature_records import (
     FeatureRecords,
     difference_of_classes,
     order_of_classes,
+    packed_folder_of,
+    provenance_of_dataset,
     recorded_classes,
     records_in,
     records_of_split,
@@ -33,7 +35,7 @@ from ..data.feature_records import (
 from ..files import printable, read_json
 from ..original_files import read_vocabulary
 from .config import TrainingConfig
-from .data_checks import usual_row
+from .data_checks import sample_of, usual_row
 
 MOST_LAYERS = 1000
 # What a field of --config is called in the message when the data says something else, and what to do about it.
@@ -53,7 +55,7 @@ FACTS_OF_DATA = {
 
 
 def make_model(
-    args: TrainingConfig, train: Dataset, validation: Dataset
+    args: TrainingConfig, train: Dataset | StreamedImages, validation: Dataset
 ) -> tuple[DifnetForConditionalGeneration, DifnetProcessor]:
     """The model to train and its processor: `args.model`, or one from scratch.
 
@@ -73,13 +75,36 @@ def make_model(
         keep_records(model.config, processor.feature_extractor, records)
         return model, processor
     tokenizer = make_tokenizer(args, train, validation)
-    config, cells = make_config(args, tokenizer, train)
+    config = make_config(args, tokenizer, train)
     tokenizer.model_max_length = config.max_position_embeddings
-    extractor = DifnetFeatureExtractor(math.isqrt(cells), config.grid_feature_size, config.num_segmentation_classes)
+    grid_size = grid_size_of(train, args.dataset)
+    extractor = DifnetFeatureExtractor(grid_size, config.grid_feature_size, config.num_segmentation_classes)
     keep_records(config, extractor, records)
     model = DifnetForConditionalGeneration(config)
     model.generation_config = default_generation_config(config)
     return model, DifnetProcessor(extractor, tokenizer)
+
+
+def grid_size_of(train: Dataset | StreamedImages, dataset: str | os.PathLike) -> int | tuple[int, int]:
+    """Cells along a side of the grids, or rows and columns: as the segmentation features or the packing say it.
+
+    Raises:
+        ValueError: nothing says it, and the grids are not square.
+    """
+    row = usual_row(sample_of(train))
+    cells = row["grid_features"].shape[1]
+    if "segmentation_features" in row:
+        rows, columns = row["segmentation_features"].shape[2:]
+        return rows, columns
+    said = provenance_of_dataset(packed_folder_of(train, dataset)).get("grid_size")
+    if isinstance(said, list) and len(said) == 2 and math.prod(said) == cells:
+        return said[0], said[1]
+    if math.isqrt(cells) ** 2 == cells:
+        return math.isqrt(cells)
+    raise ValueError(
+        f"{printable(dataset, 300)}: {cells} cells are no square grid, and nothing says their rows and columns; pack "
+        "with --grid-size ROWSxCOLUMNS"
+    )
 
 
 def keep_records(config: DifnetConfig, extractor: DifnetFeatureExtractor, records: FeatureRecords) -> None:
@@ -166,7 +191,7 @@ def reorder_classes(model: DifnetForConditionalGeneration, order: Sequence[int])
 
 
 def load_given_model(
-    args: TrainingConfig, source: str, train: Dataset, validation: Dataset
+    args: TrainingConfig, source: str, train: Dataset | StreamedImages, validation: Dataset
 ) -> tuple[DifnetForConditionalGeneration, DifnetProcessor]:
     """The model of the checkpoint `source`, with other words where `args` say so."""
     model, processor = load_checkpoint(source)
@@ -199,8 +224,8 @@ def load_checkpoint(source: str | Path) -> tuple[DifnetForConditionalGeneration,
     return model, processor
 
 
-def make_config(args: TrainingConfig, tokenizer: DifnetTokenizer, train: Dataset) -> tuple[DifnetConfig, int]:
-    """The configuration of a model from scratch, and the cells of a grid.
+def make_config(args: TrainingConfig, tokenizer: DifnetTokenizer, train: Dataset | StreamedImages) -> DifnetConfig:
+    """The configuration of a model from scratch.
 
     Args:
         args: `config`, `dropout`, `no_segmentation`, and `dataset` for messages.
@@ -210,8 +235,8 @@ def make_config(args: TrainingConfig, tokenizer: DifnetTokenizer, train: Dataset
     Raises:
         ValueError: --config contradicts the data or the other options, or makes no network.
     """
-    batch = usual_row(PackedImages(train))
-    cells, width = batch["grid_features"].shape[1:]
+    batch = usual_row(sample_of(train))
+    width = batch["grid_features"].shape[2]
     given = read_config(args.config)
     found: dict[str, Any] = {
         "vocab_size": len(tokenizer),
@@ -248,7 +273,7 @@ def make_config(args: TrainingConfig, tokenizer: DifnetTokenizer, train: Dataset
     except Exception as error:  # of Transformers' checks of types, which is no ValueError
         raise ValueError(f"{where}: {' '.join(str(error).split())}") from error
     check_size(config, where)
-    return config, cells
+    return config
 
 
 def least_weights(config: DifnetConfig) -> int:
@@ -307,7 +332,7 @@ def read_config(path: Path | None) -> dict[str, Any]:
     return fields
 
 
-def make_tokenizer(args: TrainingConfig, train: Dataset, validation: Dataset) -> DifnetTokenizer:
+def make_tokenizer(args: TrainingConfig, train: Dataset | StreamedImages, validation: Dataset) -> DifnetTokenizer:
     """The tokenizer of `vocab`, or of the words that the captions of both splits have `min_word_count` times."""
     if args.vocab is not None:
         return DifnetTokenizer(vocab=read_vocabulary(args.vocab))

@@ -20,6 +20,8 @@ from tqdm import tqdm
 from ..files import name_file_in_errors
 from .checkpoint import Progress
 
+OF_CAPTIONS = ("caption_length", "unfinished", "bad_endings")
+
 
 class TrainingFailed(RuntimeError):
     """The loss or the reward has become useless, so that the run cannot continue."""
@@ -107,8 +109,11 @@ class Log:
             "gradient_norm": totals.get("gradient_norm", 0.0) / self.steps / processes,
         }
         if "captions" in totals:
-            for name in ("reward", "baseline", "reward_spread", "caption_length", "unfinished", "bad_endings"):
+            of_rewards = sorted(name for name in totals if name.startswith("reward_") and name != "reward_spread")
+            for name in ("reward", *of_rewards, "baseline", "reward_spread", *OF_CAPTIONS):
                 line[name] = totals[name] / totals["captions"]
+        if "tokens" in totals:
+            line |= {name: totals[name] / totals["tokens"] for name in ("kl", "entropy") if name in totals}
         line["images_per_second"] = totals["images"] / elapsed
         line |= {f"share_{name}": seconds / elapsed for name, seconds in self.seconds.items()}
         self.write("train", line)

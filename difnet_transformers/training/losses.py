@@ -64,25 +64,6 @@ class SequenceLogProbs(nn.Module):
         return known if len(known) > 1 else known[0]
 
 
-def encode_images(model: DifnetForConditionalGeneration, features: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Runs the encoder once for all that a training step does with its images, with a graph and with dropout.
-
-    In the original, decoding and gradient share the encoder's states, as one graph. What differs here is that decoding
-    needs no graph.
-
-    Args:
-        model: the network; dropout is as its mode says.
-        features: of B images, by the names of `forward`.
-
-    Returns:
-        What takes the place of the features: `encoder_outputs`, and the mask of the cells where there is one.
-    """
-    encoded: dict[str, Any] = {"encoder_outputs": model.get_encoder()(**features, return_dict=True)}
-    if "grid_attention_mask" in features:
-        encoded["grid_attention_mask"] = features["grid_attention_mask"]
-    return encoded
-
-
 def xe_sequences(
     batch: dict[str, torch.Tensor], config: DifnetConfig
 ) -> tuple[torch.LongTensor, dict[str, torch.Tensor]]:

@@ -1,4 +1,4 @@
-"""Regularization that acts on the network or its inputs: averaged and frozen weights, dropout, hidden grid cells.
+"""Regularization: averaged and frozen weights, dropout, hidden grid cells, and what keeps SCST near its start.
 
 The original (mrwu-mac/DIFNet, CVPR 2022) has one dropout for both stages and nothing else; these are off by default.
 Label smoothing and scheduled sampling are in `losses.py`, weight decay in `optimization.py`.
@@ -130,3 +130,32 @@ def hide_cells(features: dict[str, torch.Tensor], probability: float) -> dict[st
     if "segmentation_features" in features:
         masks["segmentation_attention_mask"] = mask
     return {**features, **masks}
+
+
+def kl_to_reference(log_probs: torch.Tensor, reference_log_probs: torch.Tensor) -> torch.Tensor:
+    """The divergence of the model from a frozen reference, estimated at single tokens that the model decoded.
+
+    `exp(r - l) - (r - l) - 1`, the estimator k3 of Schulman (2020) that TRL takes, where `l` and `r` are the token's
+    log-probabilities. It is never negative, and for samples its mean is the Kullback-Leibler divergence.
+
+    Args:
+        log_probs: (B, K, L - 1) of `SequenceLogProbs`.
+        reference_log_probs: (B, K, L - 1) of the reference, without gradient.
+
+    Returns:
+        (B, K, L - 1), 0 at `<pad>`.
+    """
+    difference = reference_log_probs - log_probs
+    return torch.expm1(difference) - difference
+
+
+def mean_of_tokens(
+    values: torch.Tensor, max_new_tokens: int, num_captions: int | float | torch.Tensor
+) -> torch.Tensor:
+    """A mean over tokens as `self_critical_loss` takes it: divided by the longest length, whatever that of a caption.
+
+    Args:
+        values: (B, K, L - 1), 0 at `<pad>`.
+        max_new_tokens, num_captions: as those of `self_critical_loss`.
+    """
+    return values.sum() / (max_new_tokens * num_captions)

@@ -18,7 +18,7 @@ from .config import TrainingConfig
 # Options that only say where, how often and how long; a resumed run may have others.
 MAY_CHANGE = frozenset(
     """dataset output resume report_to log_every save_every evaluation_batch_size xe_epochs scst_epochs xe_patience
-    scst_patience max_epochs max_steps debug license""".split()  # noqa: SIM905
+    scst_patience max_epochs max_steps reward_images debug license""".split()  # noqa: SIM905
 )
 
 
@@ -79,7 +79,7 @@ def _may_change_here(name: str, before: dict[str, Any], now: dict[str, Any], pro
         return xe_images_per_step[0] == xe_images_per_step[1]
     if name in ("scst_batch_size", "gradient_accumulation_steps"):
         return progress.stage != "done"
-    of_scst = name.startswith("scst_") or name == "eos_in_reward"
+    of_scst = name.startswith("scst_") or name in ("rewards", "eos_in_reward")
     return of_scst and progress.stage != "done" and not scst_has_begun
 
 
@@ -124,4 +124,6 @@ def options_as_json(args: TrainingConfig) -> dict[str, Any]:
 
 def flag(name: str, value: Any) -> str:
     """An option with its value, as a message names it."""
+    if isinstance(value, list):
+        value = " ".join(map(str, value)) if value else None
     return f"{option_name(name)} {value}" if value is not None else f"no {option_name(name)}"

@@ -32,9 +32,17 @@ from tqdm import tqdm
 from modeling_difnet import DifnetForConditionalGeneration
 from processing_difnet import DifnetProcessor, DifnetTokenizer
 
-from ..data import CaptionPairBatches, ImageCaptionBatches, ReferenceBatches
+from ..data import (
+    CaptionPairBatches,
+    ImageCaptionBatches,
+    ReferenceBatches,
+    StreamedBatches,
+    StreamedImages,
+    open_stream,
+)
 from ..data.feature_records import FeatureRecords, records_of_split
 from ..data.packed_dataset import split_fingerprint
+from ..data.parquet import hub_name
 from ..files import folder_lock, make_folder, name_file_in_errors, printable
 from ..model_card import write_model_card
 from ..options import save_options
@@ -67,7 +75,7 @@ from .validation import caption_split, score_split, validation_loss
 
 RECIPE = "recipe.yaml"
 
-Batches: TypeAlias = "CaptionPairBatches | ImageCaptionBatches | ReferenceBatches"
+Batches: TypeAlias = "CaptionPairBatches | ImageCaptionBatches | ReferenceBatches | StreamedBatches"
 
 
 class TrainingStopped(KeyboardInterrupt):
@@ -85,7 +93,8 @@ class DifnetTrainer:
             validation split), which are folders for `from_pretrained`, `log.jsonl`, and `recipe.yaml`, the file that
             repeats the run.
         model: network to train; by default made as `args` say, from scratch or from `args.model`.
-        train_dataset: a split of a packed dataset; by default `args.train_split` of `args.dataset`.
+        train_dataset: a split of a packed dataset, or a stream of one (`open_stream`); by default `args.train_split`
+            of `args.dataset`, which `args.streaming` makes a stream.
         eval_dataset: likewise; by default `args.validation_split`.
         processing_class: the processor of `model`, which needs it.
 
@@ -102,7 +111,7 @@ class DifnetTrainer:
     model: DifnetForConditionalGeneration
     processor: DifnetProcessor
     tokenizer: DifnetTokenizer
-    train_images: Dataset
+    train_images: Dataset | StreamedImages
     validation_images: Dataset
     progress: Progress
     optimizer: Any  # Accelerate's, around Adam or AdamW
@@ -113,7 +122,7 @@ class DifnetTrainer:
         *,
         args: TrainingConfig,
         model: DifnetForConditionalGeneration | None = None,
-        train_dataset: Dataset | None = None,
+        train_dataset: Dataset | StreamedImages | None = None,
         eval_dataset: Dataset | None = None,
         processing_class: DifnetProcessor | None = None,
     ):
@@ -200,11 +209,7 @@ class DifnetTrainer:
             notes = check_same_run(checkpoint, resumed, args, self.accelerator.num_processes)
             if not check_files(resumed, checkpoint.version):
                 notes.append(f"{resumed} has no checksums (an older version wrote it): its files could not be checked")
-        given = (self.given_train_dataset, self.given_eval_dataset)
-        self.train_images, self.validation_images = (
-            open_split(args.dataset, name) if images is None else images
-            for images, name in zip(given, (args.train_split, args.validation_split), strict=True)
-        )
+        self.train_images, self.validation_images = self.open_splits()
         set_seed(args.seed)
         self.model, self.processor = self.load_model(resumed)
         if args.freeze:
@@ -215,14 +220,26 @@ class DifnetTrainer:
             check_data(self.config, images, args.dataset, args.max_new_tokens)
         self.fingerprints = None
         if self.accelerator.is_main_process:
-            splits = {"train": self.train_images, "validation": self.validation_images}
-            self.fingerprints = {name: split_fingerprint(images) for name, images in splits.items()}
+            train, validation = self.train_images, self.validation_images
+            self.fingerprints = {
+                "train": train.fingerprint() if isinstance(train, StreamedImages) else split_fingerprint(train),
+                "validation": split_fingerprint(validation),
+            }
             if resumed is not None and checkpoint is not None and checkpoint.data is not None:
                 names = {"train": args.train_split, "validation": args.validation_split}
                 check_same_data(checkpoint.data, self.fingerprints, resumed, args.dataset, names)
             elif resumed is not None:
                 notes.append(f"{resumed} has no fingerprints of its data (an older version wrote it): not compared")
         return notes
+
+    def open_splits(self) -> tuple[Dataset | StreamedImages, Dataset]:
+        """The splits to train and to validate on: given, or as `args` say."""
+        args, train, validation = self.args, self.given_train_dataset, self.given_eval_dataset
+        if train is None and args.streaming:
+            train = open_stream(args.dataset, args.train_split, args.output)
+        elif train is None:
+            train = open_split(args.dataset, args.train_split)
+        return train, open_split(args.dataset, args.validation_split) if validation is None else validation
 
     def load_model(self, resumed: Path | None) -> tuple[DifnetForConditionalGeneration, DifnetProcessor]:
         """The model to train and its processor: resumed, given, or as `args` say."""
@@ -305,16 +322,26 @@ class DifnetTrainer:
             "mask_padded_cells": self.processor.feature_extractor.mask_padded_cells,
         }
 
+    def make_batches(self, form: type, **options: Any) -> Any:
+        """This process's share of the training images, shuffled.
+
+        Args:
+            form: `CaptionPairBatches`, `ImageCaptionBatches` or `ReferenceBatches`.
+            options: of `form`, by name; `batch_size` is one of them.
+        """
+        options |= {"shuffle": True, "seed": self.args.seed, **self.process_share()}
+        if isinstance(self.train_images, StreamedImages):
+            return StreamedBatches(form, self.train_images, shuffle_buffer=self.args.shuffle_buffer, **options)
+        return form(self.train_images, **options)
+
     @cached_property
-    def xe_batches(self) -> CaptionPairBatches | ImageCaptionBatches:
+    def xe_batches(self) -> CaptionPairBatches | ImageCaptionBatches | StreamedBatches:
         form = CaptionPairBatches if self.args.xe_batches == "pairs" else ImageCaptionBatches
-        batches = form(
-            self.train_images,
-            self.tokenizer,
-            self.args.xe_batch_size,
+        batches = self.make_batches(
+            form,
+            batch_size=self.args.xe_batch_size,
+            tokenizer=self.tokenizer,
             max_length=self.config.max_position_embeddings,
-            seed=self.args.seed,
-            **self.process_share(),
         )
         if batches.unknown_share > 0:
             self.accelerator.print(f"{batches.unknown_share:.2%} of the words are not in the vocabulary (<unk>)")
@@ -339,6 +366,7 @@ class DifnetTrainer:
     def remaining_batches(self) -> Batches:
         """The batches of the epoch that is under way, from where it stands."""
         progress, batches = self.progress, self.train_batches()
+        batches.epoch = progress.epoch - 1  # the number of batches of a stream depends on it
         self.check_number(batches, progress.stage)
         if progress.batch and progress.batch >= len(batches):
             if self.checkpoint is None or not self.checkpoint.resized:
@@ -348,8 +376,16 @@ class DifnetTrainer:
                 )
             progress.batch = len(batches)  # larger batches, of which the rest of the images makes none
         position = {"epoch": progress.epoch - 1, "next_batch": progress.batch}
-        batches.load_state_dict({**batches.state_dict(), **position})
+        batches.load_state_dict({**batches.state_dict(), **self.stream_state(), **position})
         return batches
+
+    def stream_state(self) -> dict[str, Any]:
+        """Where this process's stream stood, if the checkpoint that the run resumes from was made here."""
+        progress, state = self.progress, {}
+        if self.checkpoint is not None and self.checkpoint.stream is not None:
+            state = self.checkpoint.stream[self.accelerator.process_index]
+        here = {"stage": progress.stage, "epoch": progress.epoch - 1, "next_batch": progress.batch}
+        return state if here.items() <= state.items() else {"stream": None}
 
     def check_batches(self) -> None:
         """Every stage that is to come must have a batch for every process."""
@@ -543,14 +579,22 @@ class DifnetTrainer:
                 self.write_model,
                 also_as,
                 trained_weights,
+                self.position_in_stream(),
             )
+
+    def position_in_stream(self) -> dict[str, Any] | None:
+        """Where this process stands in what it streams, for the checkpoint."""
+        if not isinstance(self.train_images, StreamedImages) or self.progress.stage == "done":
+            return None
+        return {"stage": self.progress.stage, **self.train_batches().state_dict()}
 
     def write_model(self, folder: Path) -> None:
         """A complete folder for `from_pretrained`."""
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
         weights = self.args.model or (self.given_model.name_or_path if self.given_model is not None else "")
-        start, dataset = f"from {Path(weights).name}" if weights else "from scratch", self.args.dataset.name
+        start = f"from {Path(weights).name}" if weights else "from scratch"
+        dataset = hub_name(self.args.dataset) or self.args.dataset.name
         write_model_card(
             folder,
             self.config,

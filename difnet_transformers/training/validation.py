@@ -14,7 +14,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
-from tqdm import tqdm
 
 from caption_metrics import score_captions
 from modeling_difnet import (
@@ -27,6 +26,7 @@ from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTok
 
 from ..command_line import LeftOut, describe
 from ..data import CaptionPairBatches, ReferenceBatches
+from ..progress import progress_bar
 from .data_checks import ROW_ERRORS, form_of, usual_row
 from .losses import xe_sequences
 from .processes import raise_for_all, total
@@ -111,7 +111,7 @@ def caption_split(
     problem: Exception | None = None
     was_training = model.training
     model.eval()
-    bar = tqdm(total=len(dataset), unit=" images", desc=description, disable=not accelerator.is_main_process)
+    bar = progress_bar(total=len(dataset), unit=" images", desc=description, disable=not accelerator.is_main_process)
     # An error waits until the other processes are done: they would wait for this one forever.
     try:
         usual = form_of(usual_row(batches.images))

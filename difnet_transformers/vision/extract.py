@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import io
 import json
-import math
 import os
 import shutil
 import sys
@@ -41,6 +40,7 @@ from ..allocation import keep_freed_memory
 from ..checkpoints import check_device
 from ..command_line import describe, requires
 from ..files import atomic_write, folder_lock, name_file_in_errors, printable, read_json
+from ..progress import progress_bar
 from ..stage_times import StageTimes
 from .image_batches import DECODING, LoadedImage, grid_features_of, load_image, prefetch
 from .segmentation_sources import (
@@ -60,7 +60,7 @@ with requires("images"):
 
     from ..data.coco import CocoFile, merge_images, read_images
     from ..data.feature_files import SEGMENTATIONS
-    from ..data.feature_records import recorded_classes, records_in
+    from ..data.feature_records import grid_size_of_features, recorded_classes, records_in
     from ..data.image_files import find_images, image_ids_from_names, match_images
 
 GRIDS = "grid_features.hdf5"
@@ -264,7 +264,7 @@ def extract_features(
     grid_backbone: str | None = None,
     layer: int | None = None,
     image_size: tuple[int, int] | None = None,
-    grid_size: int | None = None,
+    grid_size: int | tuple[int, int] | None = None,
     precision: str | None = None,
     batch_size: int | None = None,
     segmentation_model: str | None = None,
@@ -291,7 +291,7 @@ def extract_features(
         grid_backbone: folder or repository of a `GridFeatureBackbone` or another vision model, or
             `package.module:function`.
         layer, image_size, precision: of the backbone, see `load_grid_backbone`.
-        grid_size: cells along a side; by default 7, or what the configuration of X-101 says.
+        grid_size: cells along a side, or rows and columns; by default 7, or what the configuration of X-101 says.
         batch_size: images that the backbone sees together; by default 8, and 1 for X-101, whose images differ in size.
         segmentation_model: folder or repository of a segmentation model or object detector of Transformers.
         score_threshold: of an object detector, see `load_segmenter`.
@@ -333,7 +333,8 @@ def extract_features(
                 grid_size=grid_size,
                 precision=precision,
             )
-            cells = as_pair(backbone.config.grid_size)[0]
+            rows, columns = as_pair(backbone.config.grid_size)
+            cells = rows if rows == columns else (rows, columns)
         elif layer is not None or image_size is not None or precision is not None:
             raise ExtractionError("--layer, --image-size and --precision belong to --grid-backbone")
         segmentation: SegmentationSource | None = open_annotations(
@@ -453,7 +454,7 @@ def extract_missing(extraction: Extraction, work: WorkFolder, state: PartialStat
     name = "extracting" if state.num_processes == 1 else f"extracting (1 of {state.num_processes} processes)"
     total = sum(image.image_id in pending for batch in share for image in batch)
     with (
-        tqdm(total=total, unit=" images", desc=name, disable=not state.is_main_process) as bar,
+        progress_bar(total=total, unit=" images", desc=name, disable=not state.is_main_process) as bar,
         contextlib.closing(extraction.loaded_ahead(share)) as loaded,
     ):
         for batch in share:
@@ -489,7 +490,7 @@ def finish(
                     hdf5.attrs[key] = text
         left_out = {problem["image_id"] for problem in extraction.problems(work) if problem["kind"] == LEFT_OUT}
         made = [(batch, image) for batch in extraction.batches() for image in batch if image.image_id not in left_out]
-        for batch, image in tqdm(made, unit=" images", desc="collecting the features"):
+        for batch, image in progress_bar(made, unit=" images", desc="collecting the features"):
             names = extraction.arrays_of(image)
             contents = work.read_arrays(image.image_id, names)
             if contents is None:  # damaged since it was written
@@ -604,11 +605,12 @@ def pack_features(features: Path, packed: Path, captions: str, skip_missing: boo
         raise ExtractionError("--packed needs grid features: give --grid-backbone")
     with h5py.File(grids, "r") as file:
         cells, grid_feature_size = file[next(iter(file))].shape
+    grid_size = grid_size_of_features(read_json(features / "manifest.json"), cells)
     config = PackingConfig(
         features=(str(grids),),
         segmentation=str(segmentations) if segmentations.exists() else None,
         annotations=captions,
-        grid_size=math.isqrt(cells),
+        grid_size=grid_size,
         grid_feature_size=grid_feature_size,
         num_segmentation_classes=None,
         skip_missing=skip_missing,

@@ -67,7 +67,7 @@ class SegmentationSource(Protocol):
     record: dict[str, Any]
 
     def __call__(self, image: Image.Image, file: ImageFile) -> np.ndarray:
-        """The feature, float32 (classes, 7, 7), of an image that is open already."""
+        """The feature, float32 (classes, rows, columns), of an image that is open already."""
         ...
 
     def files_of(self, file: ImageFile) -> list[Path]:
@@ -92,7 +92,7 @@ class CocoSegmentations:
 
     Args:
         files: as `read_instances` or `read_panoptic` reads them.
-        grid_size: cells along a side of the feature.
+        grid_size: cells along a side of the feature, or rows and columns.
 
     Attributes:
         class_names: of the feature, in its order.
@@ -104,7 +104,7 @@ class CocoSegmentations:
 
     kind: str
 
-    def __init__(self, files: Sequence[CocoFile], grid_size: int = 7) -> None:
+    def __init__(self, files: Sequence[CocoFile], grid_size: int | tuple[int, int] = 7) -> None:
         self.files = files
         self.grid_size = grid_size
         self.file_of: dict[int, CocoFile] = {}
@@ -222,13 +222,13 @@ class LabelMaps:
     Args:
         folder: they lie in it or in folders below.
         order: how labels are numbered, a key of `LABEL_ORDERS`.
-        grid_size: cells along a side of the feature.
+        grid_size: cells along a side of the feature, or rows and columns.
 
     Raises:
         ValueError: there is none.
     """
 
-    def __init__(self, folder: Path, order: str, grid_size: int = 7) -> None:
+    def __init__(self, folder: Path, order: str, grid_size: int | tuple[int, int] = 7) -> None:
         self.folder = folder
         self.grid_size = grid_size
         self.channels = channels_of_labels(LABEL_ORDERS[order])
@@ -282,7 +282,7 @@ def open_annotations(
     instances: Sequence[Path] | None,
     label_maps: Path | None,
     label_order: str,
-    grid_size: int = 7,
+    grid_size: int | tuple[int, int] = 7,
 ) -> SegmentationSource | None:
     """The source of segmentations that needs no network; `None` without any.
 
@@ -291,7 +291,7 @@ def open_annotations(
         instances: COCO's `instances_*.json`.
         label_maps: folder of label maps.
         label_order: how these number the classes, a key of `LABEL_ORDERS`.
-        grid_size: cells along a side of the feature.
+        grid_size: cells along a side of the feature, or rows and columns.
 
     Raises:
         ValueError: a file is not what it should be; the text names it.

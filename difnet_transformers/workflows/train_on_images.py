@@ -8,7 +8,6 @@ the commands and their settings (`presets.py`).
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,12 +28,14 @@ from ..data.caption_sources.splits import NO_RULE, SPLITS, SplitRule
 from ..data.caption_sources.tables import USUAL_COLUMNS, ColumnNames
 from ..data.captions import read_annotations
 from ..data.feature_files import GridFiles
+from ..data.feature_records import grid_size_of_features
+from ..data.grids import grid_shape
 from ..data.image_files import find_images, match_images
 from ..data.packed_dataset import load_packed_split
 from ..files import atomic_output, atomic_write, printable, read_json
 from ..model_card import METRICS, check_license
 from ..options import option_name
-from ..presets import Preset, preset_for
+from ..presets import Preset, option_words, preset_for
 from ..reports.pages import SheetImage, Table, html_sheet
 
 if TYPE_CHECKING:
@@ -268,7 +269,8 @@ def pack(annotations: Path, output: Path, skip_missing: bool) -> None:
     """Features and captions as one dataset, in `output`/packed."""
     words: list[object] = [*_feature_arguments(output), "--annotations", annotations]
     cells, channels = _grid_shape(output)
-    words += ["--grid-size", math.isqrt(cells)] if cells != 49 else []
+    grid_size = grid_size_of_features(read_json(output / "features" / "manifest.json"), cells)
+    words += ["--grid-size", "x".join(map(str, grid_shape(grid_size)))] if grid_size != 7 else []
     words += ["--grid-feature-size", channels] if channels != 2048 else []
     words += ["--skip-missing"] if skip_missing or most_have_features(annotations, output) else []
     run_difnet("pack", [*words, "--output", output / "packed"])
@@ -314,7 +316,7 @@ def train(vocabulary: Path, output: Path, preset: Preset, options: Sequence[obje
     run, config = output / "training", output / "config.json"
     atomic_write(config, json.dumps(dict(preset.network), indent=1) + "\n")
     words: list[object] = ["--dataset", output / "packed", "--output", run, "--config", config, "--vocab", vocabulary]
-    words += [word for option in preset.training.items() for word in option]
+    words += option_words(preset.training)
     words += options
     if any((run / name).exists() for name in ("last", "last.previous")):
         words += ["--resume", "last"]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...command_line import reason_of, requires
 from ...files import atomic_output, printable, read_json
+from ...progress import progress_bar
 from ..errors import DataError
 from ..image_files import IMAGE_SUFFIXES
 from .rows import SPLIT_WORDS, CaptionSource, UnusableEntry, note_on_duplicates, split_of, usable_captions
@@ -142,7 +143,6 @@ class _Writer:
             has_splits: whether the dataset has others too; the name of the only one says nothing.
         """
         from datasets import Image
-        from tqdm import tqdm
 
         features = rows.features
         images = [column for column, feature in features.items() if isinstance(feature, Image)]
@@ -159,7 +159,7 @@ class _Writer:
             )
         kept = [found.image, *found.captions, *([found.split] if found.split else [])]
         rows = rows.select_columns(list(dict.fromkeys(kept))).cast_column(found.image, Image(decode=False))
-        for number, row in enumerate(tqdm(rows, desc=f"images of {split}", disable=None, leave=False)):
+        for number, row in enumerate(progress_bar(rows, desc=f"images of {split}", leave=False)):
             place = f"{split}, row {number}"
             self.source.num_entries += 1
             try:
