@@ -14,8 +14,8 @@ from torch.autograd.function import once_differentiable
 
 from .linear_difnet import Linear, linear
 
-# Logits that exist at a time: 8 MB in float32, which stay in a CPU's cache. A block has at least `MIN_BLOCK` words.
-MAX_LOGITS, MIN_BLOCK = 2**21, 512
+# Logits that exist at a time: 4 MB in float32, which stay in a CPU's cache. A block has at least `MIN_BLOCK` words.
+MAX_LOGITS, MIN_BLOCK = 2**20, 512
 
 
 class TokenLogProbs(NamedTuple):
@@ -134,14 +134,12 @@ class BlockedLogProbs(torch.autograd.Function):
         for start in range(0, len(weight), ctx.block_size):
             block = weight[start : start + ctx.block_size]
             logits = linear(states, block).to(log_sum.dtype)  # (T, block)
-            of_logits = (logits - log_sum.unsqueeze(1)).exp_()  # the probabilities
             # Of a log-probability: 1 at the token, minus the probabilities. Of the mean: 1 / V at each word, minus the
             # probabilities. Of the entropy: minus the probabilities times what a logit is above the expected one.
-            if of_entropies is None:
-                of_logits *= -(of_log_probs + of_means).unsqueeze(1)
-            else:
-                above = logits.sub_(expected.unsqueeze(1)).mul_(of_entropies.unsqueeze(1))
-                of_logits *= -above.add_((of_log_probs + of_means).unsqueeze(1))
+            factor = -(of_log_probs + of_means).unsqueeze(1)  # (T, 1)
+            if of_entropies is not None:
+                factor = factor - (logits - expected.unsqueeze(1)) * of_entropies.unsqueeze(1)  # (T, block)
+            of_logits = logits.sub_(log_sum.unsqueeze(1)).exp_().mul_(factor)
             if of_means is not zero:
                 of_logits += (of_means / len(weight)).unsqueeze(1)
             is_here, column = in_block(targets, start, len(block))
