@@ -54,6 +54,7 @@ from difnet_transformers.training import (
     caption_rewards,
     cross_entropy_loss,
     decode_for_scst,
+    encode_images,
     make_optimizer,
     scst_advantages,
     self_critical_loss,
@@ -142,13 +143,16 @@ class DifnetSteps:
 
         def step(done: Callable[[str], None] = lambda part: None) -> torch.Tensor:
             with self.autocast():
-                sequences = decode_for_scst(self.model, images, "beam", NUM_CAPTIONS, MAX_NEW_TOKENS)
+                encoded = encode_images(self.model, images)
+            done("encoder")
+            with self.autocast():
+                sequences = decode_for_scst(self.model, encoded, "beam", NUM_CAPTIONS, MAX_NEW_TOKENS)
             on_cpu = sequences.cpu()
             done("decoding")
             reward = background.submit(rewards, on_cpu)
             with self.autocast():
-                log_probs = self.scorer(sequences, **images)
-            done("forward")
+                log_probs = self.scorer(sequences, **encoded)
+            done("forward of the decoder")
             advantages = scst_advantages(reward.result()).to(self.device)
             done("reward (waiting for it)")
             num_captions = NUM_IMAGES * NUM_CAPTIONS

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import EncoderDecoderCache
 from transformers.generation import (
     GenerateBeamEncoderDecoderOutput,
     GenerationConfig,
@@ -29,15 +29,16 @@ from transformers.generation import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
-from transformers.modeling_outputs import BaseModelOutput
 
 from .cache_difnet import CACHE_NAME, add_start_tokens, count_leading_padding, move_padding_left, resolve_cache
 from .checks_difnet import check_beams, check_drafts, check_original_beam_search, check_request, check_settings
 from .configuration_difnet import DifnetConfig
+from .token_log_probs_difnet import TokenLogProbs, token_log_probs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from .decoding_step_difnet import FastStep, ForwardStep
     from .modeling_difnet import DifnetForConditionalGeneration
 
     # Nothing here needs it, but a saved model takes along the files that its own files name.
@@ -118,25 +119,21 @@ class BeamState(Hypotheses):
         lengths (`(B, 1)`): number of the prompt's tokens, without the padding that it begins with.
         visible (`(B, K, slots)`): which slots of the cache a hypothesis looks at. Slots: the prompt, then `num_beams`
             for each step.
-        encoder_states (`(B, N, d_model)`): what the decoder attends to.
-        grid_attention_mask (`(B, N)`): which of these cells it may look at; all by default.
-        cache: keys and values of all slots and of the encoder's output.
+        step: what computes the next logits, with keys and values of all slots and of the encoder's output.
     """
 
     images: torch.LongTensor
     finished: torch.Tensor
     lengths: torch.LongTensor
     visible: torch.Tensor
-    encoder_states: torch.Tensor
-    grid_attention_mask: torch.Tensor | None
-    cache: EncoderDecoderCache
+    step: "ForwardStep | FastStep"
 
     def keep(self, images: torch.LongTensor) -> None:
         """Leaves out all images but some, given by their rows here."""
         for field in fields(self):
             if isinstance(value := getattr(self, field.name), torch.Tensor):
                 setattr(self, field.name, value[images])
-        self.cache.batch_select_indices(images)
+        self.step.keep(images)
 
     def step_inputs(self, pad_token_id: int) -> dict[str, torch.Tensor]:
         """What the decoder reads next: each hypothesis's newest token, which is added to the visible slots."""
@@ -145,9 +142,9 @@ class BeamState(Hypotheses):
         # A hypothesis looks at its own newest token, unless that is `<pad>`, which the original hides.
         self.visible = torch.cat([self.visible, own_slot & (newest != pad_token_id).unsqueeze(-1)], dim=2)
         return {
-            "decoder_input_ids": newest,
-            "decoder_attention_mask": self.visible.unsqueeze(1),  # (B, 1, K, slots)
-            "decoder_position_ids": self.lengths + self.tokens.shape[2],  # (B, 1)
+            "tokens": newest,
+            "attention_mask": self.visible.unsqueeze(1),  # (B, 1, K, slots)
+            "position_ids": self.lengths + self.tokens.shape[2],  # (B, 1)
         }
 
     def advance(
@@ -215,6 +212,8 @@ def original_beam_search(
     Raises:
         ValueError: sampling, a stopping criterion or an output that this search does not know, flash attention.
     """
+    from .decoding_step_difnet import decoding_step  # which imports the network, which imports this file
+
     check_original_beam_search(model, stopping_criteria, generation_config, model_kwargs)
     num_beams, pad_token_id = generation_config.num_beams, model.config.pad_token_id
     eos_token_ids = generation_config._eos_token_tensor
@@ -224,12 +223,17 @@ def original_beam_search(
     prompts = input_ids[::num_beams]  # (B, prompt)
     num_steps = generation_config.max_length - prompts.shape[1]
 
+    encoder_states, grid_attention_mask = (
+        None if each is None else each[::num_beams]
+        for each in (model_kwargs["encoder_outputs"].last_hidden_state, model_kwargs.get("grid_attention_mask"))
+    )  # (B, N, d_model), (B, N)
+    num_slots = prompts.shape[1] + num_beams * (num_steps - 1)
     state, prompt_inputs = begin_search(
         prompts,
         num_beams,
         pad_token_id,
-        model_kwargs["encoder_outputs"].last_hidden_state,
-        model_kwargs.get("grid_attention_mask"),
+        decoding_step(model, encoder_states, grid_attention_mask, num_slots),
+        torch.promote_types(encoder_states.dtype, torch.float32),
         model_kwargs.get("decoder_attention_mask"),
         with_scores,
     )
@@ -244,14 +248,8 @@ def original_beam_search(
             state.store(results)
             state.keep((~is_closed).nonzero().squeeze(1))
 
-        logits = model(
-            **(prompt_inputs if step == 0 else state.step_inputs(pad_token_id)),
-            encoder_outputs=BaseModelOutput(state.encoder_states),
-            grid_attention_mask=state.grid_attention_mask,
-            past_key_values=state.cache,
-            use_cache=True,
-            return_dict=True,
-        ).logits[:, -state.scores.shape[1] :]  # (B, K, V)
+        logits = state.step.logits(**(prompt_inputs if step == 0 else state.step_inputs(pad_token_id)))
+        logits = logits[:, -state.scores.shape[1] :]  # (B, K, V)
         log_probs = logits.to(state.scores.dtype).log_softmax(-1)
         if logits_processor or with_scores:
             log_probs, processed = process_all_rows(logits_processor, prompts, results.tokens, state, log_probs)
@@ -284,8 +282,8 @@ def begin_search(
     prompts: torch.LongTensor,  # (B, prompt)
     num_beams: int,
     pad_token_id: int,
-    encoder_states: torch.Tensor,  # (B * num_beams, N, d_model)
-    grid_attention_mask: torch.Tensor | None,  # (B * num_beams, N)
+    step: "ForwardStep | FastStep",
+    dtype: torch.dtype,  # of log-probabilities
     prompt_mask: torch.Tensor | None,  # (B * num_beams, prompt)
     with_origins: bool,
 ) -> tuple[BeamState, dict[str, torch.Tensor]]:
@@ -295,7 +293,7 @@ def begin_search(
         ValueError: the mask hides a whole prompt.
     """
     (batch_size, prompt_length), device = prompts.shape, prompts.device
-    inputs = {"decoder_input_ids": prompts}
+    inputs = {"tokens": prompts}
     lengths = torch.full((batch_size, 1), prompt_length, device=device)
     visible = prompts != pad_token_id  # (B, prompt)
     if prompt_mask is not None:
@@ -310,18 +308,16 @@ def begin_search(
                 f"`decoder_attention_mask` hides the whole prompt of image {image}: `<bos>` is no padding."
             )
         positions = torch.arange(1, prompt_length + 1, device=device) - num_leading
-        inputs |= {"decoder_attention_mask": visible.long(), "decoder_position_ids": positions.clamp(min=0)}
-    full_precision = encoder_states.new_zeros(0, dtype=torch.promote_types(encoder_states.dtype, torch.float32))
-    hypotheses = Hypotheses.empty((batch_size, 1, 0), pad_token_id, full_precision, with_origins)
+        inputs |= {"attention_mask": visible.long(), "position_ids": positions.clamp(min=0)}
+    like = torch.empty(0, dtype=dtype, device=device)
+    hypotheses = Hypotheses.empty((batch_size, 1, 0), pad_token_id, like, with_origins)
     state = BeamState(
         **vars(hypotheses),
         images=torch.arange(batch_size, device=device),
         finished=torch.zeros(batch_size, 1, dtype=torch.bool, device=device),
         lengths=lengths,
         visible=visible.unsqueeze(1),
-        encoder_states=encoder_states[::num_beams],
-        grid_attention_mask=None if grid_attention_mask is None else grid_attention_mask[::num_beams],
-        cache=EncoderDecoderCache(DynamicCache(), DynamicCache()),
+        step=step,
     )
     return state, inputs
 
@@ -577,23 +573,23 @@ class DifnetGenerationMixin(GenerationMixin):
 # Log-probabilities of given captions
 
 
-def vocabulary_log_probs(
+def caption_states(
     model: "DifnetForConditionalGeneration",
     sequences: torch.LongTensor,
     grid_features: torch.Tensor | None = None,
     segmentation_features: torch.Tensor | None = None,
     decoder_input_ids: torch.Tensor | None = None,
     **model_kwargs,
-) -> tuple[torch.Tensor, torch.BoolTensor]:
-    r"""Log-probabilities of all words of the vocabulary at each token of given captions, teacher-forced.
+) -> tuple[torch.Tensor, torch.LongTensor, torch.BoolTensor]:
+    r"""The decoder's states at the tokens of given captions, teacher-forced; padding is left out.
 
     Args:
         model, sequences, grid_features, segmentation_features, model_kwargs: as those of `sequence_log_probs`.
         decoder_input_ids (`(B * K, L - 1)`): what the decoder reads, by default the captions themselves.
 
     Returns:
-        The log-probabilities `(tokens, V)` of all captions' tokens, one caption's after another, and where these
-        tokens stand, `(B * K, L - 1)`. Padding is not projected.
+        The states `(tokens, d_model)` of all captions' tokens, one caption's after another, these tokens `(tokens,)`,
+        and where they stand, `(B * K, L - 1)`.
     """
     flat = sequences.reshape(-1, sequences.shape[-1])  # (B * K, L)
     states = model.model(
@@ -605,9 +601,39 @@ def vocabulary_log_probs(
         **model_kwargs,
     ).last_hidden_state  # (B * K, L - 1, d_model)
     is_token = flat[:, 1:] != model.config.pad_token_id
-    logits = model.lm_head(states[is_token])  # (tokens, V)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return nn.functional.log_softmax(logits, dim=-1), is_token
+    return states[is_token], flat[:, 1:][is_token], is_token
+
+
+def sequence_statistics(
+    model: "DifnetForConditionalGeneration",
+    sequences: torch.LongTensor,
+    grid_features: torch.Tensor | None = None,
+    segmentation_features: torch.Tensor | None = None,
+    with_mean: bool = False,
+    with_entropy: bool = False,
+    **model_kwargs,
+) -> TokenLogProbs:
+    r"""`sequence_log_probs` and, where asked for, the mean and the entropy over the vocabulary, with gradient.
+
+    Args:
+        model, sequences, grid_features, segmentation_features, model_kwargs: as those of `sequence_log_probs`.
+        with_mean, with_entropy: what else is computed.
+
+    Returns:
+        Log-probabilities, means and entropies, each in the shape that `sequence_log_probs` returns; 0 at `<pad>`.
+    """
+    states, targets, is_token = caption_states(
+        model, sequences, grid_features, segmentation_features, **model_kwargs
+    )  # (tokens, d_model), (tokens,), (B * K, L - 1)
+    of_tokens = token_log_probs(model.lm_head, states, targets, with_mean, with_entropy)
+
+    def at_tokens(values: torch.Tensor | None) -> torch.Tensor | None:
+        if values is None:
+            return None
+        placed = values.new_zeros(is_token.shape).masked_scatter(is_token, values)  # (B * K, L - 1)
+        return placed.view(*sequences.shape[:-1], -1)
+
+    return TokenLogProbs(*map(at_tokens, of_tokens))
 
 
 def sequence_log_probs(
@@ -626,7 +652,8 @@ def sequence_log_probs(
         model: a `DifnetForConditionalGeneration`.
         sequences (`(B, K, L)` or `(B * K, L)`): K captions of each image, one image's after another: `<bos> w1 ..
             wn <eos> <pad> ..`, as `generate` returns them.
-        grid_features (`(B, N, 2048)`), segmentation_features (`(B, 133, H, W)`): the images; or `encoder_outputs=`.
+        grid_features (`(B, N, 2048)`), segmentation_features (`(B, 133, H, W)`): the images; or `encoder_outputs=`,
+            the output of `model.get_encoder()`, with its graph where it has one.
         model_kwargs: further arguments of the model's `forward`, such as `grid_attention_mask`; with
             `decoder_input_ids` `(B * K, L - 1)` the decoder reads these in the place of the captions.
 
@@ -636,10 +663,4 @@ def sequence_log_probs(
     Raises:
         ValueError: as the model's `forward`.
     """
-    vocabulary, is_token = vocabulary_log_probs(
-        model, sequences, grid_features, segmentation_features, **model_kwargs
-    )  # (tokens, V), (B * K, L - 1)
-    targets = sequences[..., 1:].reshape(is_token.shape)
-    log_probs = vocabulary.new_zeros(targets.shape)  # (B * K, L - 1)
-    log_probs[is_token] = -nn.functional.nll_loss(vocabulary, targets[is_token], reduction="none")
-    return log_probs.view(*sequences.shape[:-1], -1)
+    return sequence_statistics(model, sequences, grid_features, segmentation_features, **model_kwargs).log_probs

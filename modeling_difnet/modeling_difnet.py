@@ -45,6 +45,7 @@ from .checks_difnet import check_features, check_kwargs, check_length, check_num
 from .configuration_difnet import DifnetConfig
 from .dropout_difnet import Dropout, fast_dropout, relu_dropout
 from .generation_difnet import DifnetGenerationMixin, sequence_log_probs
+from .linear_difnet import Linear
 from .loss_difnet import caption_loss, compute_loss, shift_tokens_right
 from .outputs_difnet import DifnetEncoderOutput, DifnetModelOutput, DifnetSeq2SeqLMOutput, record_both_flows
 
@@ -54,7 +55,7 @@ class DifnetFlowEmbedding(nn.Module):
 
     def __init__(self, config: DifnetConfig, feature_size: int) -> None:
         super().__init__()
-        self.projection = nn.Linear(feature_size, config.d_model)
+        self.projection = Linear(feature_size, config.d_model)
         self.dropout = Dropout(config.dropout)
         self.layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
 
@@ -102,10 +103,10 @@ class DifnetAttention(nn.Module):
         self.head_dim = config.head_dim
         self.scaling = config.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
-        self.q_proj = nn.Linear(config.d_model, num_heads * config.head_dim)
-        self.k_proj = nn.Linear(config.d_model, num_heads * config.head_dim)
-        self.v_proj = nn.Linear(config.d_model, num_heads * config.head_dim)
-        self.out_proj = nn.Linear(num_heads * config.head_dim, config.d_model)
+        self.q_proj = Linear(config.d_model, num_heads * config.head_dim)
+        self.k_proj = Linear(config.d_model, num_heads * config.head_dim)
+        self.v_proj = Linear(config.d_model, num_heads * config.head_dim)
+        self.out_proj = Linear(num_heads * config.head_dim, config.d_model)
         for projection in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
             projection.starts_without_bias = True  # for `_init_weights`, which is shown one layer at a time
 
@@ -170,8 +171,8 @@ class DifnetFeedForward(nn.Module):
 
     def __init__(self, config: DifnetConfig, ffn_dim: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.d_model, ffn_dim)
-        self.fc2 = nn.Linear(ffn_dim, config.d_model)
+        self.fc1 = Linear(config.d_model, ffn_dim)
+        self.fc2 = Linear(ffn_dim, config.d_model)
         self.dropout = Dropout(config.dropout)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -597,7 +598,7 @@ class DifnetForConditionalGeneration(DifnetPreTrainedModel, DifnetGenerationMixi
     def __init__(self, config: DifnetConfig) -> None:
         super().__init__(config)
         self.model = DifnetModel(config)
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.d_model, config.vocab_size, bias=False)
         self.loss_function = caption_loss
         self.post_init()
 

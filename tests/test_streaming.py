@@ -22,6 +22,7 @@ from test_training_resume import killed_runs
 from tiny_packed import write_config, write_packed, write_parquet
 from training_runs import (
     REPOSITORY,
+    SCRIPT,
     arguments,
     changed_file,
     config,
@@ -44,6 +45,7 @@ from difnet_transformers.data import (
     open_stream,
 )
 from difnet_transformers.data.packed_dataset import packed_splits, split_fingerprint
+from difnet_transformers.data.parquet import hub_name
 from difnet_transformers.options import parse_options
 from difnet_transformers.training import DifnetSelfCriticalTrainer
 from difnet_transformers.training.checkpoint import read_checkpoint, write_checksums
@@ -145,11 +147,20 @@ class TestParquetFolders:
         assert captions[0].read_bytes() == captions[1].read_bytes()
 
 
+class TestNames:
+    def test_a_name_on_the_hub_is_no_path(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "runs" / "packed").mkdir(parents=True)
+        assert hub_name("user/packed") == "user/packed"
+        for path in ("runs/packed", "runs/pakced", "packed", "/user/packed", "./../user/packed", "a/b/c"):
+            assert hub_name(path) is None, path
+
+
 class TestStreamedImages:
     def test_columns_and_sizes(self, stream, packed):
         assert isinstance(stream, StreamedImages)
         assert (len(stream), stream.file_rows) == (len(packed), tuple(TRAIN_FILES))
-        for name in ("image_id", "captions"):
+        for name in ("image_id", "file_name", "captions"):
             assert stream[name][:] == packed[name][:]
 
     def test_the_captions_are_read_once(self, data, tmp_path):
@@ -176,7 +187,7 @@ class TestStreamedImages:
         path.write_bytes(content)
         stream = open_stream(tmp_path / "packed", "train", tmp_path)
         batches = StreamedBatches(ReferenceBatches, stream, 7, shuffle=False, shuffle_buffer=7)
-        with pytest.raises(ValueError, match=r"train-00002-of-00003\.parquet.*cannot be read any further"):
+        with pytest.raises(ValueError, match=r"train-00002-of-00003\.parquet: cannot be read .* mend or replace it"):
             list(batches)
 
     def test_the_fingerprint_tells_data_and_files_apart(self, data, stream, tmp_path):
@@ -297,7 +308,7 @@ class TestBatches:
         assert len(whole) == len(states)
         assert {state["stream"] is None for state in states} == {True, False}
         for number, state in list(enumerate(states))[:: 2 if form is ReferenceBatches else 9]:
-            for each in (state, {**state, "datasets": "5.0.0"}):
+            for each in (state, {**state, "stream": None}):
                 resumed = make()
                 resumed.load_state_dict(each)
                 end = number + len(resumed) - state["next_batch"]
@@ -344,21 +355,29 @@ class TestBatches:
         with pytest.raises(ValueError, match=message):
             batches.load_state_dict({**batches.state_dict(), **change})
 
-    def test_a_damaged_position_is_refused(self, stream):
+    def test_a_state_that_leads_elsewhere_costs_time_alone(self, stream):
+        """Damaged, or of another version of datasets: blocks are compared with the ids of their images."""
+        batches = StreamedBatches(ReferenceBatches, stream, 5, shuffle_buffer=5)
+        whole = list(batches)
         batches = StreamedBatches(ReferenceBatches, stream, 5, shuffle_buffer=5)
         iterator = iter(batches)
         next(iterator)
         state = batches.state_dict()
-        for damage in ({"examples_iterable": {"shard_idx": []}, "epoch": 0}, {"examples": 1}):
+        elsewhere = json.loads(
+            json.dumps(state["stream"]).replace('"cropped_chunk_length": 2', '"cropped_chunk_length": 1')
+        )
+        assert elsewhere != state["stream"]
+        for damage in (elsewhere, {"examples_iterable": {"shard_idx": []}, "epoch": 0}, {"examples": 1}, {}):
             batches.load_state_dict({**state, "stream": damage})
-            with pytest.raises(ValueError, match="position in the stream is damaged"):
-                list(batches)
-        # One that leads elsewhere: every block is compared with the ids of its images.
-        elsewhere = json.loads(json.dumps(state).replace('"cropped_chunk_length": 2', '"cropped_chunk_length": 1'))
-        assert elsewhere != state
-        batches.load_state_dict(elsewhere)
-        with pytest.raises(ValueError, match="another order than their captions"):
-            list(batches)
+            assert all(map(same_batch, batches, whole[1:]))
+
+    def test_data_that_changed_meanwhile_is_refused(self, data, tmp_path):
+        folder = shutil.copytree(data / "packed", tmp_path / "packed")
+        stream = open_stream(folder, "train", tmp_path)
+        (folder / "data" / "train-00000-of-00003.parquet").unlink()
+        shutil.copy(folder / "data" / "train-00002-of-00003.parquet", folder / "data" / "train-00000-of-00003.parquet")
+        with pytest.raises(ValueError, match=r"train-00000-of-00003\.parquet.* the dataset has changed"):
+            list(StreamedBatches(ReferenceBatches, stream, 5, shuffle=False))
 
     def test_captions_that_are_too_long_name_their_image(self, stream, tokenizer):
         with pytest.raises(ValueError, match=r"image 100: a caption has \d+ tokens, the model takes 4"):
@@ -438,7 +457,7 @@ class TestMistakes:
         metadata = table.schema.metadata
         set_column(path, "captions", change)
         pq.write_table(pq.read_table(path).replace_schema_metadata(metadata), path)
-        with pytest.raises(ValueError, match=rf"{re.escape(str(path))}: an image lacks its id or a caption"):
+        with pytest.raises(ValueError, match=rf"{re.escape(str(path))}: an image lacks its id, its name or a caption"):
             open_stream(folder, "train", folder.parent)
         with pytest.raises(ValueError, match=r"damaged .*1 rows without captions"):
             load_packed_split(folder, "train")
@@ -531,6 +550,15 @@ class TestTraining:
             write_checksums(output / "last")
         assert run(*arguments(data, output, *STREAMED, "--resume", "last", save_every=3)) == 0
         assert same_weights(output / "last", finished_run / "last")
+
+    def test_two_processes_share_a_run(self, data, tmp_path):
+        """In both stages, from files of different lengths: both have as many batches, and neither waits for ever."""
+        words = arguments(data, tmp_path / "run", *STREAMED, "--cpu", xe_epochs=2, xe_batch_size=5, scst_batch_size=4)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
+        subprocess.run([*command, *words], check=True, capture_output=True, timeout=300)
+        steps = [line["step"] for line in read_log(tmp_path / "run", "validation")]
+        assert steps == [60 // 5, 2 * (60 // 5), 20 // 4]
+        assert len(read_checkpoint(tmp_path / "run" / "best_xe").stream) == 2
 
     def test_other_data_is_refused(self, data, finished_run, tmp_path, capsys):
         shutil.copytree(finished_run, tmp_path / "run")

@@ -48,7 +48,7 @@ class EvaluationOptions:
     """Options of `difnet evaluate`."""
 
     model: list[str] = field(metavar="FOLDER", help="a checkpoint, or several for their ensemble")
-    dataset: Path = field(metavar="FOLDER", help="packed dataset (difnet pack)")
+    dataset: Path = field(metavar="FOLDER", help="packed dataset, also of Parquet, or the name of one on the Hub")
     output: Path = field(metavar="FOLDER", help="where the files go")
     split: str = field(default="test", metavar="NAME", help="of the dataset")
 

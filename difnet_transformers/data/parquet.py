@@ -52,9 +52,13 @@ class ParquetSummary(NamedTuple):
 
 
 def hub_name(source: str | os.PathLike) -> str | None:
-    """The name of a dataset of the Hub, "user/name"; `None` for a path that exists and for what is no such name."""
-    text = Path(source).as_posix()
-    return text if HUB_DATASET.fullmatch(text) and not os.path.lexists(source) else None
+    """The name of a dataset of the Hub, "user/name"; `None` for what is no such name, or is a path.
+
+    Where there is a folder "user", "user/name" is a path, perhaps with a mistake in it.
+    """
+    path = Path(source)
+    text = path.as_posix()
+    return text if HUB_DATASET.fullmatch(text) and not path.parent.exists() and not os.path.lexists(path) else None
 
 
 def is_parquet(source: str | os.PathLike) -> bool:

@@ -18,6 +18,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,6 +30,7 @@ from ..command_line import reason_of, requires
 from ..files import atomic_output, printable
 from .batches import Batches, CaptionPairBatches, ReferenceBatches, TokenizedCaptions
 from .parquet import (
+    KINDS_OF_COLUMNS,
     ParquetSummary,
     is_parquet,
     open_parquet,
@@ -38,7 +40,6 @@ from .parquet import (
 )
 
 with requires("data"):
-    import datasets
     import pyarrow as pa
     import pyarrow.compute as pc
     from datasets import Dataset, DatasetInfo, Features
@@ -58,14 +59,14 @@ METADATA_KEY = b"difnet"
 class StreamedImages:
     """A split whose images are read from Parquet files as they are trained on.
 
-    `images["captions"]` and `images["image_id"]` are columns, as those of a map-style dataset are.
+    `images["captions"]`, and `"image_id"` and `"file_name"` likewise, are columns as those of a map-style dataset.
 
     Args:
         files: paths or URLs, in the order of the split.
         file_rows: number of images in each of them.
         features: types of the columns.
         digest: SHA-256 of the footers of the files.
-        captions: `image_id` and `captions` of every image, memory-mapped.
+        captions: `image_id`, `file_name` and `captions` of every image, memory-mapped.
         sample: the first images with their features.
     """
 
@@ -175,7 +176,7 @@ def read_cached_captions(path: Path, state: list[list[Any]]) -> dict[str, Any] |
 
 
 def write_captions(path: Path, files: list[str], state: list[list[Any]]) -> None:
-    """Reads the columns `image_id` and `captions` of all files, and no other, into one Arrow file.
+    """Reads ids, names and captions of the images of all files, and no other columns, into one Arrow file.
 
     Raises:
         ValueError: a file is damaged or foreign.
@@ -188,7 +189,7 @@ def write_captions(path: Path, files: list[str], state: list[list[Any]]) -> None
         "features": summaries[0].features.to_dict(),
         "digest": hashlib.sha256("".join(summary.digest for summary in summaries).encode()).hexdigest(),
     }
-    columns = {"image_id": pa.int64(), "captions": pa.list_(pa.string())}
+    columns = {"image_id": pa.int64(), "file_name": pa.string(), "captions": pa.list_(pa.string())}
     schema = pa.schema(columns.items(), metadata={METADATA_KEY: json.dumps(known).encode()})
     with (
         atomic_output(path, overwrite=True) as unfinished,
@@ -203,7 +204,9 @@ def write_captions(path: Path, files: list[str], state: list[list[Any]]) -> None
                     captions = table.column("captions")
                     columns_and_words = (*table.columns, pc.list_flatten(captions))
                     if any(column.null_count for column in columns_and_words):
-                        raise ValueError(f"{printable(file, 300)}: an image lacks its id or a caption; pack again")
+                        raise ValueError(
+                            f"{printable(file, 300)}: an image lacks its id, its name or a caption; pack again"
+                        )
                     writer.write_table(table)
                     progress.update(len(table))
 
@@ -390,11 +393,29 @@ class StreamedBatches:
         """The blocks of a share from the one on that holds an item."""
         wanted = self._block_of(share, item)
         state = self._states.get(wanted)
-        first = 0 if state is None else wanted
+        tables = self._read_tables(share, 0, None)
+        if state is not None:
+            resumed = self._read_tables(share, wanted, state)
+            try:
+                tables = chain([next(resumed)], resumed)
+            except ValueError:
+                state = None  # of another version of datasets, or damaged: the epoch is read from its beginning
+        self._states = {wanted: state}
+        for number, table, state_after in tables:
+            self._states[number + 1] = state_after
+            if number >= wanted:
+                # Only those that the next batch begins in, or that lie behind it, are asked for.
+                first_needed = self._block_of(share, self._next_batch * self.batch_size)
+                self._states = {each: kept for each, kept in self._states.items() if each >= first_needed}
+                yield self._make_block(share, number, table)
+
+    def _read_tables(
+        self, share: _Share, first: int, state: dict[str, Any] | None
+    ) -> Iterator[tuple[int, pa.Table, dict[str, Any]]]:
+        """Number, rows and the state of the stream behind them, of each block from `first` on, where `state` is."""
         stream = stream_parquet(share.files, self.images.features)
         if state is not None:
             stream.load_state_dict(state)
-        self._states = {first: state}
         tables = stream.iter(self.shuffle_buffer)
 
         def read() -> tuple[pa.Table | None, dict[str, Any]]:
@@ -405,47 +426,43 @@ class StreamedBatches:
             coming = reader.submit(read)
             last = (len(share.images) - 1) // self.shuffle_buffer
             for number in range(first, last + 1):
-                table, state_after = self._result(coming, share, number, was_resumed=state is not None)
+                table, state_after = self._result(coming, share, number)
                 if number < last:
                     coming = reader.submit(read)
-                self._states[number + 1] = state_after
-                if number >= wanted:
-                    # Only those that the next batch begins in, or that lie behind it, are asked for.
-                    first_needed = self._block_of(share, self._next_batch * self.batch_size)
-                    self._states = {each: kept for each, kept in self._states.items() if each >= first_needed}
-                    yield self._make_block(share, number, table)
+                yield number, table, state_after
 
-    def _result(
-        self, coming: Future, share: _Share, number: int, was_resumed: bool
-    ) -> tuple[pa.Table, dict[str, Any]]:
-        """The rows of a block, which are those of its images, and the state of the stream after it."""
+    def _result(self, coming: Future, share: _Share, number: int) -> tuple[pa.Table, dict[str, Any]]:
+        """The rows of a block, which are those of its images, and the state of the stream behind it."""
         start = number * self.shuffle_buffer
-        expected = self._image_ids[share.images[start : start + self.shuffle_buffer]]
+        images = share.images[start : start + self.shuffle_buffer]
         try:
             table, state = coming.result()
         except Exception as error:
             # The network, a damaged page, or a state that is none: each with errors of its own.
             said = printable(reason_of(error), 300)
-            if was_resumed and isinstance(error, KeyError | TypeError | IndexError | AttributeError):
-                raise ValueError(
-                    f"the checkpoint's position in the stream is damaged ({said}). Resume from another checkpoint."
-                ) from None
-            where = printable(", ".join(share.files[:3]), 600)
-            raise ValueError(f"{where} ..: cannot be read any further ({said}); resume with --resume last") from None
-        found = np.array([]) if table is None else table.column("image_id").to_numpy()
-        if not np.array_equal(found[: len(expected)], expected):
             raise ValueError(
-                f"{printable(share.files[0], 300)} ..: images come in another order than their captions were read in: "
-                "the dataset has changed, or the checkpoint is of another one. Start the run again with --resume "
-                "last, or from another checkpoint."
+                f"{self._files_of(images)}: cannot be read ({said}); mend or replace it, then resume: --resume last"
+            ) from None
+        found = np.array([]) if table is None else table.column("image_id").to_numpy()
+        if not np.array_equal(found[: len(images)], self._image_ids[images]):
+            raise ValueError(
+                f"{self._files_of(images)}: other images than those whose captions were read; the dataset has "
+                "changed: start the run again with --resume last"
             )
         return table, state
 
+    def _files_of(self, images: np.ndarray) -> str:
+        """The files that some images of the split are in, for a message."""
+        numbers = np.unique(np.searchsorted(np.cumsum(self.images.file_rows), images, side="right"))
+        names = ", ".join(printable(self.images.files[number], 300) for number in numbers[:3])
+        return names + (f" and {len(numbers) - 3} files more" if len(numbers) > 3 else "")
+
     def _make_block(self, share: _Share, number: int, table: pa.Table) -> _Block:
         """Puts the items of a block in the order of the epoch."""
-        for name in table.column_names:
-            if table.column(name).null_count:
-                raise ValueError(f"{printable(share.files[0], 300)} ..: an image has no {name}; pack again")
+        for name in KINDS_OF_COLUMNS:
+            if name in table.column_names and table.column(name).null_count:
+                images = share.images[number * self.shuffle_buffer :][: len(table)]
+                raise ValueError(f"{self._files_of(images)}: an image has no {name}; pack again")
         start = number * self.shuffle_buffer
         own = range(max(start, share.start), min(start + len(table), len(share.images)))
         counts = share.first_items[own.start - share.start + 1 : own.stop - share.start + 1]
@@ -493,14 +510,13 @@ class StreamedBatches:
             "items": self.num_items(),
             "block": block,
             "stream": self._states.get(block),
-            "datasets": datasets.__version__,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Lets the next iteration resume where `state_dict` was taken.
 
-        Without a `stream`, or with one of another version of datasets, the epoch is read from its beginning and what
-        was given out is passed over: the batches are the same.
+        Without a `stream`, or with one that leads elsewhere (of another version of datasets), the epoch is read from
+        its beginning and what was given out is passed over: the batches are the same.
 
         Raises:
             ValueError: the seed or the data are others, or the numbers are none that `state_dict` gives.
@@ -520,8 +536,7 @@ class StreamedBatches:
             raise ValueError(f"the state says batch {state['next_batch']}; an epoch has {len(self)} batches")
         self._next_batch, self._resumed, self._states = state["next_batch"], True, {}
         block = self._block_of(self._share(), self._next_batch * self.batch_size)
-        is_usable = isinstance(state.get("stream"), Mapping) and state.get("datasets") == datasets.__version__
-        if is_usable and state.get("block") == block:
+        if isinstance(state.get("stream"), Mapping) and state.get("block") == block:
             self._states = {block: dict(state["stream"])}
 
 

@@ -29,6 +29,7 @@ from ..data.feature_records import (
     records_of_checkpoint,
     records_of_dataset,
 )
+from ..data.parquet import hub_name
 from ..files import atomic_write, folder_lock, make_folder, printable
 from ..model_card import update_results
 from ..training.data_checks import check_data, open_split
@@ -65,7 +66,7 @@ def evaluate_split(
     Args:
         accelerator: of the processes.
         models: folder or repository of a checkpoint, or of several for their ensemble.
-        dataset: folder of the packed dataset.
+        dataset: folder of the packed dataset, or its name on the Hub.
         output: folder for the two files.
         split: of the dataset.
         dataset_name: in the report and the model card; by default that of the folder.
@@ -87,7 +88,7 @@ def evaluate_split(
     Raises:
         ValueError: an option, a model or the dataset is wrong, or no image can be captioned.
     """
-    dataset_name = dataset_name or dataset.resolve().name
+    dataset_name = dataset_name or hub_name(dataset) or dataset.resolve().name
 
     def load() -> tuple[Dataset, DifnetForConditionalGeneration | DifnetEnsemble, DifnetProcessor]:
         try:

@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "checkpoint": ["Progress"],
         "config": ["TrainingConfig", "parse_rewards"],
         "decoding": ["decode_for_scst"],
+        "encoder_decoder": ["encode_images"],
         "logging": ["TrainingFailed"],
         "losses": [
             "SequenceLogProbs",

@@ -9,20 +9,21 @@ has the decoding, `advantages.py` the baselines.
     sequences, features = xe_sequences(batch, model.config)
     loss = cross_entropy_loss(SequenceLogProbs(model)(sequences, **features), num_tokens)
 
-    sequences = decode_for_scst(model, features)                 # (B, K, L)
-    log_probs = SequenceLogProbs(model)(sequences, **features)   # (B, K, L - 1)
+    encoded = encode_images(model, features)
+    sequences = decode_for_scst(model, encoded)                  # (B, K, L)
+    log_probs = SequenceLogProbs(model)(sequences, **encoded)    # (B, K, L - 1)
     loss = self_critical_loss(log_probs, scst_advantages(rewards), max_new_tokens, num_captions)
 """
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration, sequence_log_probs
-from modeling_difnet.generation_difnet import vocabulary_log_probs
+from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration
+from modeling_difnet.generation_difnet import caption_states, sequence_statistics
 
 FEATURES = ("grid_features", "segmentation_features", "grid_attention_mask")
 
@@ -43,22 +44,24 @@ class SequenceLogProbs(nn.Module):
         sequences: torch.LongTensor,
         with_vocabulary_mean: bool = False,
         with_entropy: bool = False,
-        **features: torch.Tensor,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities (B, K, L - 1) of the tokens of `sequences` (B, K, L), 0 at `<pad>`.
+        **features: Any,
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """Log-probabilities of the tokens of captions, teacher-forced, 0 at `<pad>`.
 
-        With `with_vocabulary_mean` a pair: these, and the mean log-probability of all words at each position; with
-        `with_entropy` these, and the entropy of the words at each position in nats. Each is 0 at `<pad>` too.
+        Args:
+            sequences: (B, K, L), which begin with `<bos>`.
+            with_vocabulary_mean: whether the mean log-probability of all words at each token is returned too.
+            with_entropy: whether the entropy of the distribution at each token is.
+            features: of B images, by the names of `forward`; or what `encode_images` returns.
+
+        Returns:
+            Log-probabilities (B, K, L - 1), or a tuple of these, the means and the entropies, as far as asked for.
         """
-        if not (with_vocabulary_mean or with_entropy):
-            return sequence_log_probs(self.model, sequences, **features)
-        vocabulary, is_token = vocabulary_log_probs(self.model, sequences, **features)  # (tokens, V), (B * K, L - 1)
-        targets = sequences[..., 1:].reshape(is_token.shape)[is_token]  # (tokens,)
-        of_tokens = -nn.functional.nll_loss(vocabulary, targets, reduction="none")
-        second = -(vocabulary.exp() * vocabulary).sum(-1) if with_entropy else vocabulary.mean(-1)
-        pair = torch.stack([of_tokens, second])  # (2, tokens)
-        log_probs, seconds = pair.new_zeros(2, *is_token.shape).masked_scatter(is_token, pair)  # each (B * K, L - 1)
-        return log_probs.view(*sequences.shape[:-1], -1), seconds.view(*sequences.shape[:-1], -1)
+        statistics = sequence_statistics(
+            self.model, sequences, with_mean=with_vocabulary_mean, with_entropy=with_entropy, **features
+        )
+        known = tuple(each for each in statistics if each is not None)
+        return known if len(known) > 1 else known[0]
 
 
 def xe_sequences(
@@ -142,8 +145,10 @@ def scheduled_inputs(
     config = model.config
     special = torch.tensor([config.pad_token_id, config.bos_token_id, config.eos_token_id], device=sequences.device)
     inputs = sequences[..., :-1].flatten(0, -2)  # (B * K, L - 1)
-    vocabulary, is_token = vocabulary_log_probs(model, sequences, **features)  # (tokens, V), (B * K, L - 1)
-    words = vocabulary.index_fill(1, special, -torch.inf).softmax(-1)
+    states, _, is_token = caption_states(model, sequences, **features)  # (tokens, d_model), _, (B * K, L - 1)
+    logits = model.lm_head(states)  # (tokens, V)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    words = logits.index_fill(1, special, -torch.inf).softmax(-1)
     predicted = inputs.masked_scatter(is_token, torch.multinomial(words, 1))
     # What is predicted at one position is read at the next.
     is_word = ~torch.isin(inputs[:, 1:], special)

@@ -1,9 +1,10 @@
 """`DifnetSelfCriticalTrainer`: self-critical sequence training (SCST), after cross-entropy or from trained weights.
 
 Original file: `train_scst` and the change of stage in `train.py` of mrwu-mac/DIFNet (CVPR 2022). What differs: the
-captions are decoded without a graph and scored while the device runs the teacher-forced pass that their rewards weigh;
-rewards come without Java, and there are others than CIDEr-D; other baselines than the mean of the beams; a divergence
-from the XE weights and an entropy bonus; a run whose reward collapses ends.
+captions are decoded without a graph and scored while the device runs the teacher-forced pass that their rewards weigh
+(the encoder runs once for both, as in the original); rewards come without Java, and there are others than CIDEr-D;
+other baselines than the mean of the beams; a divergence from the XE weights and an entropy bonus; a run whose reward
+collapses ends.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from ..files import printable, sha256_of
 from .advantages import scst_advantages
 from .checkpoint import Progress, check_files, copy_checkpoint, read_checkpoint
 from .decoding import decode_for_scst
+from .encoder_decoder import encode_images
 from .losses import FEATURES, self_critical_loss
 from .processes import all_or_none, raise_for_all, total
 from .regularization import hide_cells, kl_to_reference, mean_of_tokens, set_dropout
@@ -105,15 +107,9 @@ class DifnetSelfCriticalTrainer(DifnetTrainer):
         """The files of the training images, by image id.
 
         Raises:
-            ValueError: an image has no file in the folder, or the dataset has no names of files.
+            ValueError: an image has no file in the folder.
         """
-        try:
-            ids, names = (self.train_images[column][:] for column in ("image_id", "file_name"))
-        except KeyError:
-            raise ValueError(
-                "--rewards clip_score:MODEL needs the names of the training images, which data that is streamed does "
-                "not have: give a packed dataset on the disk"
-            ) from None
+        ids, names = (self.train_images[column][:] for column in ("image_id", "file_name"))
         file_names = dict(zip(ids, names, strict=True))
         paths = match_images(find_images([str(folder)]), file_names).paths
         missing = next((image_id for image_id in file_names if image_id not in paths), None)
@@ -161,8 +157,11 @@ class DifnetSelfCriticalTrainer(DifnetTrainer):
         for batch in batches:
             features = self.on_device({name: batch[name] for name in FEATURES if name in batch})
             features = hide_cells(features, args.grid_cell_dropout)  # the same ones for decoding and gradient
+            # Each in an autocast of its own, which keeps the weights that it casts: those of decoding have no graph.
+            with log.timed("backward"), self.accelerator.autocast():
+                encoded = encode_images(self.model, features)
             with log.timed("decoding"), self.accelerator.autocast():
-                sequences = self.decode(features)  # (B, K, L)
+                sequences = self.decode(encoded)  # (B, K, L)
                 on_cpu = sequences.cpu()
                 greedy = self.decode_greedily(features).cpu() if baseline == "greedy" else None  # (B, 1, L')
             # The reward is found while the device works on the pass that it will weigh.
@@ -170,7 +169,9 @@ class DifnetSelfCriticalTrainer(DifnetTrainer):
             greedy_reward = None if greedy is None else self.submit_reward(greedy, batch)
             with self.synchronised(is_last=batch is batches[-1]):
                 with log.timed("backward"):
-                    log_probs, penalty = self.log_probs_and_penalty(sequences, features, num_captions)  # (B, K, L - 1)
+                    log_probs, penalty = self.log_probs_and_penalty(
+                        sequences, encoded, features, num_captions
+                    )  # (B, K, L - 1)
                 with log.timed("reward"):
                     scored = self.reward_of(reward, on_cpu)
                     greedy_rewards = None
@@ -190,12 +191,12 @@ class DifnetSelfCriticalTrainer(DifnetTrainer):
             raise_for_all(self.accelerator, self.failure)
         watch_reward(self.progress, mean_reward)
 
-    def decode(self, features: dict[str, torch.Tensor]) -> torch.LongTensor:
-        """The captions (B, K, L) that are rewarded."""
+    def decode(self, encoded: dict[str, Any]) -> torch.LongTensor:
+        """The captions (B, K, L) that are rewarded, of what `encode_images` returned."""
         args = self.args
         return decode_for_scst(
             self.model,
-            features,
+            encoded,
             args.scst_samples,
             args.scst_num_captions,
             args.max_new_tokens,
@@ -238,21 +239,26 @@ class DifnetSelfCriticalTrainer(DifnetTrainer):
         return ScoredCaptions.failed(*sequences.shape[:2])
 
     def log_probs_and_penalty(
-        self, sequences: torch.LongTensor, features: dict[str, torch.Tensor], num_captions: float
+        self,
+        sequences: torch.LongTensor,
+        encoded: dict[str, Any],
+        features: dict[str, torch.Tensor],
+        num_captions: float,
     ) -> tuple[torch.Tensor, torch.Tensor | float]:
         """Log-probabilities (B, K, L - 1) of captions, and what regularization adds to the loss, 0 by default.
 
         Args:
             sequences: (B, K, L).
-            features: of the B images.
+            encoded: what `encode_images` returned.
+            features: of the B images, for the reference model.
             num_captions: of the whole step.
         """
         args = self.args
         penalty: torch.Tensor | float = 0.0
         if not args.scst_entropy_weight:
-            log_probs = self.scorer(sequences, **features)
+            log_probs = self.scorer(sequences, **encoded)
         else:
-            log_probs, entropies = self.scorer(sequences, with_entropy=True, **features)
+            log_probs, entropies = self.scorer(sequences, with_entropy=True, **encoded)
             penalty = penalty - args.scst_entropy_weight * mean_of_tokens(entropies, args.max_new_tokens, num_captions)
             self.log.add(entropy=entropies.sum())
         if self.reference is not None:
