@@ -218,8 +218,9 @@ def fingerprint(tensors: Sequence[torch.Tensor]) -> list[tuple]:
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor as integers, the widest that it is made of."""
     flat = tensor.detach().flatten()
-    size = flat.numel() * flat.element_size()
-    return flat.view(next(each for each in (torch.int64, torch.int32, torch.int16) if size % each.itemsize == 0))
+    ends = [each * flat.element_size() for each in (flat.numel(), flat.storage_offset())]
+    widths = (torch.int64, torch.int32, torch.int16)
+    return flat.view(next(dtype for dtype in widths if all(end % dtype.itemsize == 0 for end in ends)))
 
 
 projections_of_models: WeakKeyDictionary[nn.Module, DecoderProjections] = WeakKeyDictionary()
@@ -229,14 +230,13 @@ def decoder_projections(model: DifnetForConditionalGeneration) -> DecoderProject
     """The projections of a model, kept in eval mode until its weights change; in training they change every step."""
     weight, device = model.lm_head.weight, model.lm_head.weight.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    if model.training:
+        projections_of_models.pop(model, None)
+        return DecoderProjections(model, dtype, pack=False)
     kept = projections_of_models.get(model)
-    if kept is not None and kept.are_of(model, dtype):
-        return kept
-    projections_of_models.pop(model, None)
-    projections = DecoderProjections(model, dtype, pack=not model.training)
-    if not model.training:
-        projections_of_models[model] = projections
-    return projections
+    if kept is None or not kept.are_of(model, dtype):
+        kept = projections_of_models[model] = DecoderProjections(model, dtype, pack=True)
+    return kept
 
 
 class FastStep:
