@@ -7,9 +7,10 @@ Times the functions of `difnet train`: a step is forward, backward and Adam, wit
 ids in memory (`benchmarks/data.py` has the reading). Captions have 15 tokens, `<bos>` and `<eos>` counted. With
 `--original`, the original implementation takes the same steps on the same weights and features in turn with this one,
 and the two losses are compared first; its rewards are computed by `caption_metrics`, since its own metric needs Java
-(0.14 to 0.4 s more). Ratios are of medians in one run. Peak memory is that of three steps in a process of their own:
-on a GPU what PyTorch has allocated, on a CPU the resident set, in which the packages that `difnet train` imports
-are counted (for the original implementation too). The table goes to the terminal and to benchmarks/results/.
+(0.14 to 0.4 s more). Cross-entropy is timed in the form of version 0.2, too. Ratios are of medians in one run. Peak
+memory is that of three steps in a process of their own: on a GPU what PyTorch has allocated, on a CPU the resident
+set, in which the packages that `difnet train` imports are counted (for the original implementation too). The table
+goes to the terminal and to benchmarks/results/.
 """
 
 import argparse
@@ -60,11 +61,12 @@ from difnet_transformers.training import (
     self_critical_loss,
     xe_sequences,
 )
+from modeling_difnet.linear_difnet import Linear
 from processing_difnet import DifnetTokenizer
 
 NUM_PAIRS, NUM_IMAGES, NUM_CAPTIONS, LENGTH, MAX_NEW_TOKENS = 50, 10, 5, 15, 20
 XE_PAIRS, XE_IMAGES, SCST = "XE, 50 pairs", "XE, 10 images x 5 captions", "SCST, 10 images x 5 beams"
-ORIGINAL = "original implementation"
+ORIGINAL, PLAIN = "original implementation", "fp32, as version 0.2 computed it"
 LEARNING_RATE = 1e-7  # the weights hardly move, so that every repetition has captions of the same lengths
 MEMORY_STEPS = 3
 
@@ -165,6 +167,19 @@ class DifnetSteps:
         return step
 
 
+class PlainSteps(DifnetSteps):
+    """XE as version 0.2 computed it: PyTorch's own linear layers, and the logits of all words at all tokens."""
+
+    def __init__(self, device: torch.device):
+        super().__init__(device, "fp32")
+        for module in self.model.modules():
+            if type(module) is Linear:
+                module.__class__ = nn.Linear
+
+    def xe_loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.model(**{name: value for name, value in batch.items() if name != "image_index"}).loss
+
+
 class OriginalSteps:
     """The same steps as the original implementation's `train_xe` and `train_scst` take them, by its own network."""
 
@@ -206,15 +221,16 @@ class OriginalSteps:
 
 
 difnet_steps = cache(DifnetSteps)
+plain_steps = cache(PlainSteps)
 original_steps = cache(OriginalSteps)
 
 
 def make_step(kind: str, implementation: str, device: torch.device, clone: Path | None) -> Callable[[], object]:
-    """The step of one kind by the original implementation or, in the precision "fp32" or "bf16", by this one."""
+    """The step of one kind by the original implementation, by version 0.2 or, in "fp32" or "bf16", by this one."""
     if implementation == ORIGINAL:
         steps = original_steps(clone, device)
         return steps.scst_step() if kind == SCST else steps.xe_step()
-    steps = difnet_steps(device, implementation)
+    steps = plain_steps(device) if implementation == PLAIN else difnet_steps(device, implementation)
     return steps.scst_step() if kind == SCST else steps.xe_step("images" if kind == XE_IMAGES else "pairs")
 
 
@@ -306,7 +322,11 @@ def main(argv: list[str] | None = None) -> None:
     rows = [
         StepRow(kind, implementation, make_step(kind, implementation, device, options.original))
         for kind in (XE_PAIRS, XE_IMAGES, SCST)
-        for implementation in ([ORIGINAL] if options.original and kind != XE_IMAGES else []) + precisions
+        for implementation in [
+            *([ORIGINAL] if options.original and kind != XE_IMAGES else []),
+            *precisions,
+            *([PLAIN] if kind != SCST else []),
+        ]
     ]
     matmul = measure(rows, options.repeats, device)
     for row in rows:

@@ -229,7 +229,8 @@ projections_of_models: WeakKeyDictionary[nn.Module, DecoderProjections] = WeakKe
 def decoder_projections(model: DifnetForConditionalGeneration) -> DecoderProjections:
     """The projections of a model, kept in eval mode until its weights change; in training they change every step."""
     weight, device = model.lm_head.weight, model.lm_head.weight.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    is_cast = torch.is_autocast_enabled(device) and weight.dtype != torch.float64  # which autocast leaves alone
+    dtype = torch.get_autocast_dtype(device) if is_cast else weight.dtype
     if model.training:
         projections_of_models.pop(model, None)
         return DecoderProjections(model, dtype, pack=False)

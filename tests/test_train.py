@@ -43,6 +43,7 @@ from difnet_transformers.training.checkpoint import (
     write_checksums,
 )
 from difnet_transformers.training.logging import Log
+from difnet_transformers.training.processes import native_precision
 from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration
 
 
@@ -129,13 +130,17 @@ for folder in sys.argv[1:]:
             ["--xe-batches", "images", "--xe-batch-size", "4", "--scst-samples", "sample", "--eos-in-reward"],
             ["--no-segmentation"],
             ["--mixed-precision", "bf16", "--max-grad-norm", "1"],
+            ["--mixed-precision", "auto", "--scst-dropout", "0"],
             pytest.param(["--compile", "--max-steps", "2"], marks=pytest.mark.slow),
         ],
-        ids=["images and samples", "baseline", "bf16 with clipping", "compiled"],
+        ids=["images and samples", "baseline", "bf16 with clipping", "the device's precision", "compiled"],
     )
-    def test_variants(self, flags, data, tmp_path):
+    def test_variants(self, flags, data, tmp_path, capsys):
         output = tmp_path / "run"
         assert run(*arguments(data, output), *flags) == 0
+        precision, reason = native_precision()
+        said = f"--mixed-precision auto: {precision}, {reason}\n" in capsys.readouterr().err
+        assert said == ("auto" in flags)
         assert all(np.isfinite(line["loss"]) for line in read_log(output))
         if "--eos-in-reward" in flags:
             assert "STANDARD_wInit" in (output / "last" / "README.md").read_text()

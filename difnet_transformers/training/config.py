@@ -38,7 +38,7 @@ CHOICES = {
     "scst_schedule": ["constant", "linear", "cosine"],
     "scst_samples": ["beam", "sample"],
     "scst_baseline": ["mean", "leave_one_out", "greedy", "group"],
-    "mixed_precision": ["no", "bf16", "fp16"],
+    "mixed_precision": ["no", "bf16", "fp16", "auto"],
 }
 POSITIVE = (
     "xe_batch_size",
@@ -293,7 +293,8 @@ class TrainingConfig:
         default=None,
         group=MACHINE,
         choices=CHOICES["mixed_precision"],
-        help="default: what accelerate launch says, or no",
+        help="auto: bf16 where the device multiplies it natively, which is printed with the reason; default: what "
+        "accelerate launch says, or no",
     )
     compile: bool = field(default=False, group=MACHINE, help="torch.compile the pass that is differentiated")
     cpu: bool = field(default=False, group=MACHINE, help="even where there is a GPU")

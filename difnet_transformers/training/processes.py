@@ -36,7 +36,8 @@ def make_accelerator(
     Args:
         output: the run's folder, which gets the files of trackers.
         report_to: trackers of Accelerate; "none" is ignored.
-        mixed_precision: "no", "bf16" or "fp16"; by default what `accelerate launch` says.
+        mixed_precision: "no", "bf16", "fp16", or "auto" for `native_precision`, which is printed; by default what
+            `accelerate launch` says.
         cpu: whether a GPU is left alone.
 
     Raises:
@@ -51,6 +52,10 @@ def make_accelerator(
                 f"--report-to {name}: the package is not installed, or Accelerate does not know it. `pip install "
                 f"{package}`, or choose one of: {', '.join(sorted(available | {'none'}))}."
             )
+    if mixed_precision == "auto":
+        mixed_precision, reason = native_precision(cpu)
+        if is_first_process():
+            print(f"--mixed-precision auto: {mixed_precision}, {reason}", file=sys.stderr)
     return Accelerator(
         mixed_precision=mixed_precision,
         cpu=cpu,
@@ -58,6 +63,26 @@ def make_accelerator(
         project_config=ProjectConfiguration(str(output), logging_dir=str(output / "tensorboard")),
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+
+
+def native_precision(cpu: bool = False) -> tuple[str, str]:
+    """The mixed precision for this machine's device, "bf16" where it multiplies bf16 natively or "no", and the reason.
+
+    Args:
+        cpu: whether a GPU is left alone.
+    """
+    if not cpu and torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16", f"which {name} multiplies natively"
+        return "no", f"since {name} does not multiply bf16 natively"
+    if not cpu and torch.accelerator.is_available():
+        return "no", "since bf16 is taken on CPUs and CUDA devices alone"
+    if torch.cpu._is_amx_tile_supported():
+        return "bf16", "which this processor multiplies natively (AMX)"
+    if torch.cpu._is_avx512_bf16_supported():
+        return "bf16", "which this processor multiplies natively (AVX-512 BF16)"
+    return "no", "since this processor has no instructions for bf16 (AMX or AVX-512 BF16)"
 
 
 def is_first_process() -> bool:
