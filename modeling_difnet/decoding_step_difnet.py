@@ -14,7 +14,7 @@ The original's decoder (`models/difnet/decoders.py`) projects the image again in
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -57,12 +57,12 @@ def decoding_step(
         grid_attention_mask (`(B, N)`): which of these cells it may look at; all by default.
         num_slots: tokens that the cache has to hold for an image, those of all hypotheses together.
     """
-    if is_plain(model):
+    if isinstance(model, DifnetForConditionalGeneration) and is_plain(model):
         return FastStep(model, encoder_states, grid_attention_mask, num_slots)
     return ForwardStep(model, encoder_states, grid_attention_mask)
 
 
-def is_plain(model: nn.Module) -> bool:
+def is_plain(model: DifnetForConditionalGeneration) -> bool:
     """Whether a model's decoder computes what its classes say: nothing is replaced, adapted, hooked or quantised."""
     if type(model) is not DifnetForConditionalGeneration or torch.is_grad_enabled() or _has_any_global_hook():
         return False
@@ -293,7 +293,7 @@ class FastStep:
                 is_word = attention_mask != 0
             attention_mask = (is_word.unsqueeze(1) & is_word.new_ones(length, length).tril()).unsqueeze(1)
         if position_ids is None:
-            position_ids = torch.arange(1, length + 1, device=tokens.device).unsqueeze(0)
+            position_ids = cast(torch.LongTensor, torch.arange(1, length + 1, device=tokens.device).unsqueeze(0))
         mask = additive_mask(attention_mask, self.projections.dtype)  # (B, 1, L, slots)
         states = self.decoder.embed_tokens(tokens) + self.decoder.embed_positions(position_ids)  # (B, L, d_model)
         slots = slice(self.num_filled, self.num_filled + length)

@@ -52,7 +52,8 @@ def token_log_probs(
     """
     if not is_plain_projection(lm_head):
         return plain_token_log_probs(lm_head, states, targets, with_mean, with_entropy)
-    weight, device = lm_head.weight, states.device.type
+    weight: torch.Tensor = lm_head.weight  # type: ignore[assignment]  # of a plain `nn.Linear`
+    device = states.device.type
     if torch.is_autocast_enabled(device) and states.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         states, weight = states.to(dtype), weight.to(dtype)

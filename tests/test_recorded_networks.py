@@ -314,7 +314,7 @@ def test_another_number_of_classes_where_no_names_are_recorded(segmenter: str, t
 
 def test_another_grid_size_is_refused_in_any_case(model: Path, segmenter: str) -> None:
     for force in (False, True):
-        with pytest.raises(ValueError, match="features with grid_size=3, these networks give 4"):
+        with pytest.raises(ValueError, match="features with grid_size=3 x 3, these networks give 4 x 4"):
             pipeline(model, segmentation_model=load_segmenter(segmenter, grid_size=4), force=force)
 
 

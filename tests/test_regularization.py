@@ -194,8 +194,10 @@ class TestDropoutOfSelfCriticalTraining:
         assert (model.config.dropout, model.config.attention_dropout) == (0.1, 0.1)
 
     def test_it_drops(self):
-        model, images = small_model(use_segmentation=True).train(), {"grid_features": torch.rand(2, 4, 4)}
+        # In float64, whose matrices are multiplied alike in training and evaluation.
+        model, images = small_model(use_segmentation=True).double().train(), {"grid_features": torch.rand(2, 4, 4)}
         images["segmentation_features"] = torch.rand(2, 133, 2, 2)
+        images = {name: each.double() for name, each in images.items()}
         inputs = {**images, "decoder_input_ids": torch.tensor([[2, 7, 9]] * 2)}
         set_dropout(model, 0.0)
         assert torch.equal(model(**inputs).logits, model.eval()(**inputs).logits)

@@ -414,6 +414,7 @@ def test_gradient_checkpointing_changes_no_number(kind: str, tmp_path: Path) -> 
         torch.testing.assert_close(trained[1][name], parameter, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_compiled_step_is_the_same_step(tmp_path: Path) -> None:
     trained = []
     for settings in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):

@@ -20,7 +20,7 @@ from difnet_transformers.cli.train_on_images import RENAMED, TrainOnImagesOption
 from difnet_transformers.data.captions import read_annotations
 from difnet_transformers.files import folder_lock
 from difnet_transformers.options import parse_options, save_options
-from difnet_transformers.presets import PRESETS, preset_for
+from difnet_transformers.presets import PRESETS, option_words, preset_for
 from difnet_transformers.reports.pages import SheetImage
 from difnet_transformers.training.config import TrainingConfig
 from difnet_transformers.workflows.train_on_images import FeatureSources, equally_spaced
@@ -214,7 +214,7 @@ class TestPresets:
     @pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: str(preset.max_images))
     def test_every_value_is_one_that_training_knows(self, preset):
         DifnetConfig(**preset.network)
-        words = [str(word) for option in preset.training.items() for word in option]
+        words = list(map(str, option_words(preset.training)))
         words = ["--dataset", "d", "--output", "o", *words]
         parse_options(TrainingConfig, words, prog="", description="")
 
