@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import signal
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,9 @@ CASES = [f"{mode}_{size}" for mode in ("base", "base_lrp", "difnet", "difnet_lrp
 # Test workers share the machine's cores, and results are bit-equal whatever their number; child processes alike.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# What a shell starts in the background ignores SIGINT, and so would the programs that tests stop with it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 specification = importlib.util.spec_from_file_location("reference_weights", GOLDEN / "reference_weights.py")
 reference_weights = importlib.util.module_from_spec(specification)
