@@ -26,6 +26,22 @@ if TYPE_CHECKING:
 IGNORED_LABEL = -100
 
 
+def check_same_order(state: object, seed: int, num_items: int) -> None:
+    """Refuses a saved state of batches whose order is not that of a seed and a number of items.
+
+    Raises:
+        ValueError: it is damaged, or of another seed or number.
+    """
+    fields = ("epoch", "next_batch", "seed", "items")
+    if not isinstance(state, Mapping) or any(type(state.get(name)) is not int for name in fields):
+        raise ValueError(f"the state of the batches is damaged: it needs the integers {', '.join(fields)}")
+    if (state["seed"], state["items"]) != (seed, num_items):
+        raise ValueError(
+            f"the state was saved with seed {state['seed']} and {state['items']} items, this is seed {seed} and "
+            f"{num_items} items; the order of the batches would not be the same"
+        )
+
+
 class Batches:
     """One epoch of batches an iteration: shuffled, shared out over processes, resumable after any batch.
 
@@ -111,14 +127,7 @@ class Batches:
         Raises:
             ValueError: the seed or the data are others, or the numbers are none that `state_dict` gives.
         """
-        fields = ("epoch", "next_batch", "seed", "items")
-        if not isinstance(state, Mapping) or any(type(state.get(name)) is not int for name in fields):
-            raise ValueError(f"the state of the batches is damaged: it needs the integers {', '.join(fields)}")
-        if (state["seed"], state["items"]) != (self.seed, self.num_items()):
-            raise ValueError(
-                f"the state was saved with seed {state['seed']} and {state['items']} items, this is seed {self.seed} "
-                f"and {self.num_items()} items; the order of the batches would not be the same"
-            )
+        check_same_order(state, self.seed, self.num_items())
         if state["epoch"] < 0 or not 0 <= state["next_batch"] <= len(self):
             raise ValueError(
                 f"the state says epoch {state['epoch']} and batch {state['next_batch']}; an epoch has {len(self)} "

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from ..command_line import reason_of, requires
 from ..files import atomic_output, printable
-from .batches import Batches, CaptionPairBatches, ReferenceBatches, TokenizedCaptions
+from .batches import Batches, CaptionPairBatches, ReferenceBatches, TokenizedCaptions, check_same_order
 from .parquet import (
     KINDS_OF_COLUMNS,
     ParquetSummary,
@@ -521,14 +521,7 @@ class StreamedBatches:
         Raises:
             ValueError: the seed or the data are others, or the numbers are none that `state_dict` gives.
         """
-        fields = ("epoch", "next_batch", "seed", "items")
-        if not isinstance(state, Mapping) or any(type(state.get(name)) is not int for name in fields):
-            raise ValueError(f"the state of the batches is damaged: it needs the integers {', '.join(fields)}")
-        if (state["seed"], state["items"]) != (self.seed, self.num_items()):
-            raise ValueError(
-                f"the state was saved with seed {state['seed']} and {state['items']} items, this is seed {self.seed} "
-                f"and {self.num_items()} items; the order of the batches would not be the same"
-            )
+        check_same_order(state, self.seed, self.num_items())
         if state["epoch"] < 0:
             raise ValueError(f"the state says epoch {state['epoch']}")
         self.epoch = state["epoch"]

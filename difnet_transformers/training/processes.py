@@ -71,18 +71,14 @@ def native_precision(cpu: bool = False) -> tuple[str, str]:
     Args:
         cpu: whether a GPU is left alone.
     """
-    if not cpu and torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return "bf16", f"which {name} multiplies natively"
-        return "no", f"since {name} does not multiply bf16 natively"
-    if not cpu and torch.accelerator.is_available():
-        return "no", "since bf16 is taken on CPUs and CUDA devices alone"
-    if torch.cpu._is_amx_tile_supported():
-        return "bf16", "which this processor multiplies natively (AMX)"
-    if torch.cpu._is_avx512_bf16_supported():
-        return "bf16", "which this processor multiplies natively (AVX-512 BF16)"
-    return "no", "since this processor has no instructions for bf16 (AMX or AVX-512 BF16)"
+    from modeling_difnet.pipeline_difnet import has_native_bf16
+
+    accelerator = None if cpu else torch.accelerator.current_accelerator(check_available=True)
+    device = accelerator or torch.device("cpu")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"this machine's {device.type}"
+    if has_native_bf16(device):
+        return "bf16", f"which {name} multiplies natively"
+    return "no", f"since {name} does not multiply bf16 natively"
 
 
 def is_first_process() -> bool:
