@@ -199,7 +199,7 @@ def write_onnx(graph: Path, output: Path, precision: str) -> None:
     with requires("onnx"):
         from onnxruntime.quantization import QuantType, quantize_dynamic
     with quiet_logging():
-        quantize_dynamic(graph, output, op_types_to_quantize=["MatMul"], weight_type=QuantType.QInt8)
+        quantize_dynamic(graph, output, op_types_to_quantize=["MatMul"], per_channel=True, weight_type=QuantType.QInt8)
 
 
 def write_openvino(graph: Path, output: Path, precision: str) -> None:
