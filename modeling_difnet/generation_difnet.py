@@ -611,6 +611,7 @@ def sequence_statistics(
     segmentation_features: torch.Tensor | None = None,
     with_mean: bool = False,
     with_entropy: bool = False,
+    temperature: float = 1.0,
     **model_kwargs,
 ) -> TokenLogProbs:
     r"""`sequence_log_probs` and, where asked for, the mean and the entropy over the vocabulary, with gradient.
@@ -618,6 +619,7 @@ def sequence_statistics(
     Args:
         model, sequences, grid_features, segmentation_features, model_kwargs: as those of `sequence_log_probs`.
         with_mean, with_entropy: what else is computed.
+        temperature: as that of `sequence_log_probs`.
 
     Returns:
         Log-probabilities, means and entropies, each in the shape that `sequence_log_probs` returns; 0 at `<pad>`.
@@ -625,7 +627,7 @@ def sequence_statistics(
     states, targets, is_token = caption_states(
         model, sequences, grid_features, segmentation_features, **model_kwargs
     )  # (tokens, d_model), (tokens,), (B * K, L - 1)
-    of_tokens = token_log_probs(model.lm_head, states, targets, with_mean, with_entropy)
+    of_tokens = token_log_probs(model.lm_head, states, targets, with_mean, with_entropy, temperature)
 
     def at_tokens(values: torch.Tensor | None) -> torch.Tensor | None:
         if values is None:
@@ -641,6 +643,7 @@ def sequence_log_probs(
     sequences: torch.LongTensor,
     grid_features: torch.Tensor | None = None,
     segmentation_features: torch.Tensor | None = None,
+    temperature: float = 1.0,
     **model_kwargs,
 ) -> torch.Tensor:
     r"""Log-probability of each token of given captions, teacher-forced, with gradient.
@@ -654,6 +657,7 @@ def sequence_log_probs(
             wn <eos> <pad> ..`, as `generate` returns them.
         grid_features (`(B, N, 2048)`), segmentation_features (`(B, 133, H, W)`): the images; or `encoder_outputs=`,
             the output of `model.get_encoder()`, with its graph where it has one.
+        temperature: of the distribution, as that of `generate`: it divides the logits.
         model_kwargs: further arguments of the model's `forward`, such as `grid_attention_mask`; with
             `decoder_input_ids` `(B * K, L - 1)` the decoder reads these in the place of the captions.
 
@@ -663,4 +667,6 @@ def sequence_log_probs(
     Raises:
         ValueError: as the model's `forward`.
     """
-    return sequence_statistics(model, sequences, grid_features, segmentation_features, **model_kwargs).log_probs
+    return sequence_statistics(
+        model, sequences, grid_features, segmentation_features, temperature=temperature, **model_kwargs
+    ).log_probs

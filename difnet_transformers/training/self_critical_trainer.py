@@ -219,6 +219,7 @@ class SelfCriticalTrainer(Seq2SeqTrainer):
             self.rewards.check_columns(("finished", *others))
         self.reference = copy.deepcopy(self.model).eval().requires_grad_(False) if args.beta else None
         self.sums: dict[str, float] = {}  # of what is logged, since the last line
+        self.newest: list[str] = []  # captions that are printed with it
         self.evaluation_sums: dict[str, float] = {}
         # Processes that drew the same random numbers would decode alike.
         set_seed(args.seed, device_specific=True)
@@ -301,6 +302,8 @@ class SelfCriticalTrainer(Seq2SeqTrainer):
             entropy = mean_of_tokens(rollout.entropies, args.max_new_tokens, num_captions)
             loss = loss - args.entropy_coef * entropy
         self.count(images, rollout.sequences, scored, kl=kl, entropy=rollout.entropies)
+        if args.log_completions and self.model.training:
+            self.newest = completions_table(scored, references, args.num_completions_to_print)
         # DDP takes the mean of the processes' gradients, and this is each one's share of the sum.
         return loss if num_items_in_batch is None else loss * self.accelerator.num_processes
 
@@ -344,9 +347,13 @@ class SelfCriticalTrainer(Seq2SeqTrainer):
         if self.reference is not None:
             frozen = base_model(self.reference)
             with self.accelerator.autocast(), torch.no_grad():
-                reference_log_probs, _ = caption_log_probs(frozen, sequences, encode_images(frozen, images))
+                reference_log_probs, _ = caption_log_probs(
+                    frozen, sequences, encode_images(frozen, images), temperature=args.temperature
+                )
         with self.accelerator.autocast():
-            log_probs, entropies = caption_log_probs(network, sequences, encoded, with_entropy=args.entropy_coef > 0)
+            log_probs, entropies = caption_log_probs(
+                network, sequences, encoded, with_entropy=args.entropy_coef > 0, temperature=args.temperature
+            )
         return Rollout(sequences, log_probs, entropies, reference_log_probs, scored, greedy)
 
     def decode_greedily(self, network: nn.Module, images: dict[str, torch.Tensor]) -> torch.LongTensor:
@@ -506,6 +513,9 @@ class SelfCriticalTrainer(Seq2SeqTrainer):
             logs.update(averages(dict(zip(self.sums, sums.tolist(), strict=True))))
             self.sums = {}
         super().log(logs, start_time)
+        if self.newest and self.is_world_process_zero():
+            print("\n".join(self.newest), flush=True)
+        self.newest = []
 
     # Checkpoints
 
@@ -695,6 +705,25 @@ def training_references(dataset: Any) -> list[list[str]]:
             "give `CiderDReward(captions)` of difnet_transformers.training.reward_functions in the place of its name"
         )
     return dataset.with_format(None)["references"][:]
+
+
+def completions_table(scored: ScoredCaptions, references: Sequence[Sequence[str]], num_images: int) -> list[str]:
+    """The captions of the first images of a batch, a line each: total reward, each reward's own value, caption.
+
+    Args:
+        scored: captions of B images and their rewards.
+        references: the reference captions of the B images; the first one of an image is shown.
+        num_images: how many are shown.
+    """
+    lines = []
+    num_captions = scored.rewards.shape[1]
+    for image, of_image in enumerate(references[:num_images]):
+        lines.append(f"reference: {of_image[0] if of_image else ''}")
+        for index, total in enumerate(scored.rewards[image].tolist()):
+            parts = [f"{name} {values[image, index].item():.3f}" for name, values in scored.values.items()]
+            own = f" ({', '.join(parts)})" if len(parts) > 1 else ""
+            lines.append(f"{total:8.3f}{own}  {scored.captions[image * num_captions + index]}")
+    return lines
 
 
 def averages(sums: Mapping[str, float]) -> dict[str, float]:
