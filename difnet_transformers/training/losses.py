@@ -73,7 +73,7 @@ class SequenceLogProbs(nn.Module):
 
 def xe_sequences(
     batch: dict[str, torch.Tensor], config: DifnetConfig
-) -> tuple[torch.LongTensor, dict[str, torch.Tensor]]:
+) -> tuple[torch.LongTensor, dict[str, Any]]:
     """The captions and features of a batch, ready for `SequenceLogProbs`.
 
     Args:

@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property, partial
 from inspect import signature
 from pathlib import Path
@@ -47,53 +46,12 @@ from .losses import self_critical_loss
 from .regularization import kl_to_reference, mean_of_tokens
 from .reward_functions import Reward
 from .rewards import RewardFailed, ScoredCaptions, WeightedRewards, load_reward
+from .self_critical_collator import IGNORED_LABEL, SelfCriticalCollator, without_labels
 from .self_critical_config import SelfCriticalConfig
+from .self_critical_log import averages, completions_table
 
 RewardFunction = str | Reward
 Result = TypeVar("Result")
-
-IGNORED_LABEL = -100
-PADDED = ("input_ids", "attention_mask")
-
-
-@dataclass
-class SelfCriticalCollator:
-    """Makes a batch of dataset rows: what the model reads becomes tensors, all other columns remain lists.
-
-    Args:
-        input_names: what the model reads. `input_ids` and `attention_mask` are padded by the tokenizer, `labels` with
-            -100, everything else is stacked.
-        tokenizer: of the model.
-
-    Raises:
-        ValueError: a column that only some of the rows have.
-    """
-
-    input_names: Collection[str]
-    tokenizer: Any = None
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        for name in names:
-            missing = next((index for index, row in enumerate(rows) if name not in row), None)
-            if missing is not None:
-                raise ValueError(f"`{name}` is missing in row {missing} of a batch whose other rows have it")
-        batch: dict[str, Any] = {}
-        if self.tokenizer is not None and "input_ids" in names and "input_ids" in self.input_names:
-            texts = [{name: row[name] for name in PADDED if name in names} for row in rows]
-            batch.update(self.tokenizer.pad(texts, return_tensors="pt"))
-        for name in names:
-            values = [row[name] for row in rows]
-            if name in batch:
-                continue
-            if name not in self.input_names:
-                batch[name] = values
-            elif name == "labels":
-                labels = [torch.as_tensor(value) for value in values]
-                batch[name] = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL)
-            else:
-                batch[name] = torch.stack([torch.as_tensor(value) for value in values])
-        return batch
 
 
 class Rollout(NamedTuple):
@@ -632,17 +590,6 @@ def base_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def without_labels(read: Mapping[str, Any]) -> dict[str, Any]:
-    """What a model reads of images alone.
-
-    Raises:
-        ValueError: a prompt of the decoder.
-    """
-    if "decoder_input_ids" in read and "labels" not in read:
-        raise ValueError("`decoder_input_ids` without `labels` would be prompts, which self-critical training has not")
-    return {name: value for name, value in read.items() if name != "labels" and not name.startswith("decoder_")}
-
-
 @contextmanager
 def gradient_checkpointing_disabled(model: nn.Module) -> Iterator[None]:
     """No layer forgets its keys and values while captions are decoded, which needs no activations."""
@@ -705,35 +652,3 @@ def training_references(dataset: Any) -> list[list[str]]:
             "give `CiderDReward(captions)` of difnet_transformers.training.reward_functions in the place of its name"
         )
     return dataset.with_format(None)["references"][:]
-
-
-def completions_table(scored: ScoredCaptions, references: Sequence[Sequence[str]], num_images: int) -> list[str]:
-    """The captions of the first images of a batch, a line each: total reward, each reward's own value, caption.
-
-    Args:
-        scored: captions of B images and their rewards.
-        references: the reference captions of the B images; the first one of an image is shown.
-        num_images: how many are shown.
-    """
-    lines = []
-    num_captions = scored.rewards.shape[1]
-    for image, of_image in enumerate(references[:num_images]):
-        lines.append(f"reference: {of_image[0] if of_image else ''}")
-        for index, total in enumerate(scored.rewards[image].tolist()):
-            parts = [f"{name} {values[image, index].item():.3f}" for name, values in scored.values.items()]
-            own = f" ({', '.join(parts)})" if len(parts) > 1 else ""
-            lines.append(f"{total:8.3f}{own}  {scored.captions[image * num_captions + index]}")
-    return lines
-
-
-def averages(sums: Mapping[str, float]) -> dict[str, float]:
-    """What is logged, of sums over images: means over images, captions or tokens."""
-    of_images = ("reward_std", "frac_reward_zero_std")
-    tokens, captions = sums["completions/mean_length"], sums["captions"]
-    means = {}
-    for name, value in sums.items():
-        if name in ("kl", "entropy"):
-            means[name] = value / max(tokens, 1)
-        elif name not in ("images", "captions"):
-            means[name] = value / (sums["images"] if name in of_images else captions)
-    return means
