@@ -49,6 +49,7 @@ bench: setup
 	$(BIN)/python benchmarks/data.py
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/relevance.py
+	$(BIN)/python benchmarks/runtimes.py
 	$(BIN)/python benchmarks/help_time.py
 
 dist: setup

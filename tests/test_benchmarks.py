@@ -21,6 +21,7 @@ SHORT = {
     ],
     "metrics.py": ["--number", 2000, "--images", 50],
     "relevance.py": ["--batch-sizes", 1, "--positions", 2, "--repeats", 1, "--device", "cpu"],
+    "runtimes.py": ["--batch-sizes", 1, "--repeats", 1, "--device", "cpu"],
     "training.py": ["--repeats", 1, "--device", "cpu"],
 }
 
@@ -42,6 +43,7 @@ def run_benchmark(name: str, *options: object, exit_codes: tuple[int, ...] = (0,
         "images.py",
         "metrics.py",
         "relevance.py",
+        pytest.param("runtimes.py", marks=pytest.mark.slow),
         pytest.param("training.py", marks=pytest.mark.slow),
     ],
 )

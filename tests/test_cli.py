@@ -177,6 +177,7 @@ WITHOUT_EXTRAS = {
     "evaluate": ("--model none --dataset none --output out", "train"),
     "caption": ("none.jpg --model none --untrained", "images"),
     "explain": ("none.jpg --model none --untrained --output out", "images"),
+    "export": ("none --output out", "onnx"),
     "train-on-images": ("--images none --captions none.json none.json --untrained --output out", "data"),
     "metrics": ("--predictions none.json --references none.json", None),
     "demo": ("--output out", "data"),
