@@ -146,11 +146,7 @@ def score_files(
     content: dict[str, Any] = {"images": len(ids), "images_without_prediction": missing}
     content |= {name: _number(score) for name, score in scores.items()}
     if found.chair is not None:
-        content["objects"] = {
-            name: {**each._asdict(), "recall": _number(each.recall)}
-            for name, each in found.chair.classes.items()
-            if each.images or each.hallucinations
-        }
+        content["objects"] = found.chair.report()
     if scores_per_image is not None:
         scores_per_image |= {name: values.tolist() for name, values in found.per_image.items()}
         names = [name for name, values in scores_per_image.items() if values is not None]

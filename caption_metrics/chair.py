@@ -50,6 +50,14 @@ class Chair(NamedTuple):
     classes: dict[str, ObjectClass]
     object_recall: float
 
+    def report(self) -> dict[str, dict[str, float | None]]:
+        """Counts and recall of the classes that occur, as JSON has them: None for the recall of no images."""
+        return {
+            name: {**each._asdict(), "recall": each.recall if each.images else None}
+            for name, each in self.classes.items()
+            if each.images or each.hallucinations
+        }
+
 
 def chair(
     captions: Sequence[Caption],

@@ -32,9 +32,9 @@ Args:
     per_image: whether to add the scores of every image.
 Returns:
     chair_s (share of captions with an object that is not there), chair_i (share of such objects among all that are
-    named; NaN if none is), object_recall (mean of the classes' recalls), classes (images, recalled, hallucinations by
-    class, of those that occur) and, if it was asked for, per_image (lists for chair_s, chair_i and hallucinated, the
-    words).
+    named; NaN if none is), object_recall (mean of the classes' recalls), classes (images, recalled, recall and
+    hallucinations of each class that occurs) and, if it was asked for, per_image (lists for chair_s, chair_i and
+    hallucinated, the words).
 Examples:
     >>> metric = evaluate.load(caption_metrics.module_path("chair"))
     >>> metric.compute(predictions=["a dog on a couch"], references=[["a dog"]], objects=[["dog"]])["chair_i"] 0.5
@@ -68,12 +68,11 @@ class ChairMetric(evaluate.Metric):
 
     def _compute(self, predictions, references, objects, synonyms=None, per_image=False):
         found = chair(predictions, objects, references, ObjectWords(synonyms or COCO_OBJECTS))
-        classes = {name: each for name, each in found.classes.items() if each.images or each.hallucinations}
         result: dict[str, Any] = {
             "chair_s": found.chair_s.corpus,
             "chair_i": found.chair_i.corpus,
             "object_recall": found.object_recall,
-            "classes": {name: each._asdict() for name, each in classes.items()},
+            "classes": found.report(),
         }
         if per_image:
             result["per_image"] = {

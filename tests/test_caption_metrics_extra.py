@@ -373,9 +373,7 @@ class TestProgram:
         monkeypatch.chdir(files)
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         (files / "other.json").write_text(json.dumps({**INSTANCES, "images": [], "annotations": []}))
-        (files / "broken.json").write_text(
-            json.dumps({**INSTANCES, "annotations": [{"category_id": 5}]})
-        )
+        (files / "broken.json").write_text(json.dumps({**INSTANCES, "annotations": [{"category_id": 5}]}))
         (files / "synonyms.txt").write_text("person, man\ndog,, puppy\n")
         assert scored(files, *words) == 2
         error = capsys.readouterr().err
@@ -438,7 +436,12 @@ def test_the_modules_of_evaluate_and_the_widget(tmp_path, clip, images):  # noqa
     expected = chair(captions, [["dog"], []], references)
     assert results["chair"]["chair_i"] == pytest.approx(expected.chair_i.corpus)
     assert results["chair"]["per_image"]["hallucinated"] == expected.hallucinated
-    assert results["chair"]["classes"]["dog"] == {"images": 1, "recalled": 1, "hallucinations": 0}
+    assert results["chair"]["classes"]["dog"] == {
+        "images": 1,
+        "recalled": 1,
+        "hallucinations": 0,
+        "recall": 1,
+    }
     assert results["diversity"]["self_cider"] == pytest.approx(self_cider(groups, references).corpus)
     assert results["diversity"]["novel_captions"] == 0.75
     scores = ClipScore.from_pretrained(str(clip)).scores(captions, paths, references)

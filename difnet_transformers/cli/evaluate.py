@@ -63,7 +63,32 @@ class EvaluationOptions:
     max_new_tokens: int = field(default=20, metavar="N", help="of a caption", group="captions")
 
     meteor: bool = field(default=False, help="add METEOR 1.5 (needs Java)", group="scores")
-    spice: bool = field(default=False, help="add SPICE (needs Java; slow)", group="scores")
+    spice: bool = field(default=False, help="add SPICE and SPIDEr (needs Java; slow)", group="scores")
+    diversity: bool = field(
+        default=False, help="add caption length, vocabulary size, distinct-1 and distinct-2", group="scores"
+    )
+    instances: list[Path] = field(
+        default_factory=list,
+        metavar="FILE",
+        help="COCO's instance annotations: add CHAIR-s, CHAIR-i and recall of objects",
+        group="scores",
+    )
+    synonyms: Path | None = field(
+        default=None,
+        metavar="FILE",
+        help="of --instances: a line of words for each class, the class first, commas between (default: words of "
+        "COCO's classes)",
+        group="scores",
+    )
+    training_captions: Path | None = field(
+        default=None, metavar="FILE", help="add the share of captions that are not among these (JSON)", group="scores"
+    )
+    clip_model: str | None = field(
+        default=None,
+        metavar="NAME",
+        help="a CLIP or SigLIP model: add CLIPScore and RefCLIPScore (needs --images)",
+        group="scores",
+    )
     update_card: bool = field(
         default=False, help="put the scores into the README.md of the one --model", group="scores"
     )
@@ -81,7 +106,10 @@ class EvaluationOptions:
         default=12, metavar="N", help="images on the page, at least 2 (default: 12)", group="a page of examples"
     )
     images: list[Path] | None = field(
-        default=None, metavar="FOLDER", help="of --page: the images, or folders of them", group="a page of examples"
+        default=None,
+        metavar="FOLDER",
+        help="of --page and --clip-model: the images, or folders of them",
+        group="a page of examples",
     )
 
     batch_size: int = field(default=50, metavar="N", help="images of one process at a time", group="the machine")
@@ -98,8 +126,12 @@ class EvaluationOptions:
     def __post_init__(self) -> None:
         check_at_least(self, 1, "num_beams", "max_new_tokens", "batch_size")
         check_at_least(self, 2, "examples")
-        if (self.page is None) != (self.images is None):
+        if self.clip_model is not None and self.images is None:
+            raise ValueError("--clip-model needs --images")
+        if (self.page is None) != (self.images is None) and self.clip_model is None:
             raise ValueError("--page and --images go together")
+        if self.synonyms is not None and not self.instances:
+            raise ValueError("--synonyms belongs to --instances")
         if self.page is not None and self.page.suffix != ".html":
             raise ValueError("--page must end with .html")
         if self.update_card and len(self.model) > 1:
@@ -113,6 +145,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate_captions.py") 
         from accelerate import Accelerator
 
         from ..evaluation.evaluate import evaluate_split
+        from ..evaluation.extra_scores import ExtraInputs
         from ..training.processes import end_training
 
         quiet_transformers()
@@ -135,6 +168,14 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate_captions.py") 
             dtype=options.dtype,
             with_meteor=options.meteor,
             with_spice=options.spice,
+            extra=ExtraInputs(
+                diversity=options.diversity,
+                instances=options.instances,
+                synonyms=options.synonyms,
+                training_captions=options.training_captions,
+                clip_model=options.clip_model,
+                images=options.images or (),
+            ),
             update_card=options.update_card,
             force=options.force,
             strict=options.strict,
