@@ -2,7 +2,7 @@
 
 import os
 
-from .bleu import bleu
+from .bleu import BleuCounts, bleu, bleu_counts, bleu_of_counts
 from .captions import Score
 from .chair import Chair, ObjectClass, chair
 from .cider import CiderD, CiderReward
@@ -34,6 +34,7 @@ def module_path(name: str | None = None) -> str:
 
 __all__ = [
     "COCO_OBJECTS",
+    "BleuCounts",
     "CaptionStatistics",
     "Chair",
     "CiderD",
@@ -48,6 +49,8 @@ __all__ = [
     "PTBTokenizer",
     "Score",
     "bleu",
+    "bleu_counts",
+    "bleu_of_counts",
     "caption_statistics",
     "chair",
     "check_java",
