@@ -3,8 +3,8 @@
 Images are resampled, with the captions of all systems together (Koehn, EMNLP 2004). A score is a function of sums over
 images, so that a resample is a row of counts and all resamples are a matrix product: BLEU is computed from the summed
 n-gram counts, CHAIR-i from summed objects, the others are means. CIDEr-D's document frequencies stay those of all
-images. p-values are of approximate randomization (Riezler and Maxwell, 2005): captions of the two systems change places
-at random, image by image. The original (mrwu-mac/DIFNet, CVPR 2022) reports scores alone.
+images. p-values are of approximate randomization (Riezler and Maxwell, 2005): captions of the two systems change
+places at random, image by image. The original (mrwu-mac/DIFNet, CVPR 2022) reports scores alone.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ def permutation_p_values(
         differences = np.abs(np.diff(drawn[name], axis=1))[:, 0]
         # Equal differences of other sums differ in their last bits.
         extreme = np.count_nonzero(~(differences < observed * (1 - 1e-9) - 1e-12))
-        p_values[name] = (1 + extreme) / (1 + resamples)
+        p_values[name] = float((1 + extreme) / (1 + resamples))
     return p_values
 
 

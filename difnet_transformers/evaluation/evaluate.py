@@ -110,7 +110,7 @@ def evaluate_split(
         metrics = ExtraMetrics()
         if extra is not None and accelerator.is_main_process:
             rows = images.select_columns(["image_id", "file_name"]).with_format(None).to_list()
-            metrics = extra.load({row["image_id"]: row["file_name"] for row in rows}, str(accelerator.device))
+            metrics = extra.load({str(row["image_id"]): row["file_name"] for row in rows}, str(accelerator.device))
         return images, model, processor, metrics
 
     images, model, processor, metrics = all_or_none(accelerator, load)

@@ -6,12 +6,14 @@ The metrics are those of `caption_metrics.ExtraMetrics`; here are the files that
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from caption_metrics import ExtraMetrics
+from caption_metrics.files import image_key
 
 from ..data.image_files import find_images, match_images
 from ..files import printable
@@ -37,38 +39,54 @@ class ExtraInputs:
     clip_model: str | None = None
     images: Sequence[Path] = ()
 
-    def load(self, file_names: Mapping[int, str], device: str = "cpu") -> ExtraMetrics:
+    def load(self, file_names: Mapping[str, str], device: str = "cpu") -> ExtraMetrics:
         """Reads the files and loads the model.
 
         Args:
-            file_names: of the images that will be scored, by image id.
+            file_names: of the images that will be scored, by image id as text; "" where it is not known.
             device: of the CLIP model.
 
         Raises:
             ValueError: a file or the model cannot be read, or lacks one of the images.
         """
-        paths: dict[str, Path] = {}
         options: dict[str, Any] = {}
         if self.clip_model is not None:
             from modeling_difnet.images_difnet import open_image
 
-            options["open_image"] = open_image
-            matches = match_images(find_images(map(str, self.images)), file_names)
-            for problem in matches.problems[:1]:
-                raise ValueError(f"{printable(problem.source, 300)}: image {problem.image_id}: {problem.what}")
-            paths = {str(image_id): path for image_id, path in matches.paths.items()}
+            options = {"open_image": open_image, "image_paths": image_paths(self.images, file_names)}
         metrics = ExtraMetrics.from_files(
             diversity=self.diversity,
             instances=self.instances,
             synonyms=self.synonyms,
             training_captions=self.training_captions,
             clip_model=self.clip_model,
-            image_paths=paths,
             device=device,
             **options,
         )
-        metrics.check([str(image_id) for image_id in file_names])
+        metrics.check(list(file_names))
         return metrics
+
+
+def image_paths(places: Sequence[Path], file_names: Mapping[str, str]) -> dict[str, Path]:
+    """Image files by image id: by file name, or where that is not known by the number that the file's name ends with.
+
+    Args:
+        places: image files, or folders of them.
+        file_names: by image id as text, "" where it is not known.
+
+    Raises:
+        ValueError: a place does not exist, or two files fit an image.
+    """
+    files = find_images(map(str, places))
+    named = {image: name for image, name in file_names.items() if name}
+    matches = match_images(files, cast(Any, named))
+    for problem in matches.problems[:1]:
+        raise ValueError(f"{printable(problem.source, 300)}: image {problem.image_id}: {problem.what}")
+    paths = {str(image): path for image, path in matches.paths.items()}
+    if len(named) < len(file_names):
+        by_number = {image_key(re.sub(r".*?([0-9]+)$", r"\1", path.stem)): path for path in files}
+        paths |= {image: by_number[image] for image in file_names if not file_names[image] and image in by_number}
+    return paths
 
 
 def json_number(value: float | None) -> float | None:
