@@ -12,6 +12,7 @@ from tiny_packed import write_packed
 
 REPOSITORY = Path(__file__).parent.parent
 SHORT = {
+    "compare.py": ["--images", 100, "--resamples", 500],
     "data.py": ["--images", 210, "--rounds", 1],
     "generation.py": ["--batch-sizes", 1, "--repeats", 1, "--device", "cpu"],
     "help_time.py": ["--repeats", 1],
@@ -36,6 +37,7 @@ def run_benchmark(name: str, *options: object, exit_codes: tuple[int, ...] = (0,
 @pytest.mark.parametrize(
     "name",
     [
+        "compare.py",
         pytest.param("data.py", marks=pytest.mark.slow),
         "generation.py",
         pytest.param("help_time.py", marks=pytest.mark.slow),

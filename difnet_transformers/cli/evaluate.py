@@ -27,6 +27,9 @@ complete or not at all; OUTPUT/recipe_SPLIT.yaml repeats the run. Scores of sing
 --page writes a page of examples that are not picked: images at equally spaced ranks of their CIDEr-D, from the best
 to the worst, equal ones by image id. It holds the images, in a small form: mind their licences before passing it on.
 
+--report writes a page of this one system: scores with bootstrap intervals, CIDEr-D by length and object class, the
+best and the worst images. difnet compare does the same for several systems and says whether they differ.
+
 Several models are an ensemble: at each step the mean of their probabilities. They may differ in size and some may be
 the baseline without segmentation; they need one vocabulary.
 
@@ -105,10 +108,16 @@ class EvaluationOptions:
     examples: int = field(
         default=12, metavar="N", help="images on the page, at least 2 (default: 12)", group="a page of examples"
     )
+    report: Path | None = field(
+        default=None,
+        metavar="FILE",
+        help="write scores with intervals, by length, object class and more, best and worst images: .html, and .json",
+        group="a page of examples",
+    )
     images: list[Path] | None = field(
         default=None,
         metavar="FOLDER",
-        help="of --page and --clip-model: the images, or folders of them",
+        help="of --page, --report and --clip-model: the images, or folders of them",
         group="a page of examples",
     )
 
@@ -128,8 +137,12 @@ class EvaluationOptions:
         check_at_least(self, 2, "examples")
         if self.clip_model is not None and self.images is None:
             raise ValueError("--clip-model needs --images")
-        if (self.page is None) != (self.images is None) and self.clip_model is None:
+        if (self.page is not None and self.images is None) or (
+            self.images is not None and (self.page, self.report, self.clip_model) == (None, None, None)
+        ):
             raise ValueError("--page and --images go together")
+        if self.report is not None and self.report.suffix != ".html":
+            raise ValueError("--report must end with .html")
         if self.synonyms is not None and not self.instances:
             raise ValueError("--synonyms belongs to --instances")
         if self.page is not None and self.page.suffix != ".html":
@@ -153,6 +166,18 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate_captions.py") 
             from ..reports.examples import check_examples
 
             check_examples(options.page, options.images)
+        if options.report is not None:
+            from ..reports.comparison import check_page
+
+            check_page(options.report)
+        extra = ExtraInputs(
+            diversity=options.diversity,
+            instances=options.instances,
+            synonyms=options.synonyms,
+            training_captions=options.training_captions,
+            clip_model=options.clip_model,
+            images=options.images or (),
+        )
         accelerator = Accelerator(cpu=options.cpu)
         exit_code = evaluate_split(
             accelerator,
@@ -168,14 +193,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate_captions.py") 
             dtype=options.dtype,
             with_meteor=options.meteor,
             with_spice=options.spice,
-            extra=ExtraInputs(
-                diversity=options.diversity,
-                instances=options.instances,
-                synonyms=options.synonyms,
-                training_captions=options.training_captions,
-                clip_model=options.clip_model,
-                images=options.images or (),
-            ),
+            extra=extra,
             update_card=options.update_card,
             force=options.force,
             strict=options.strict,
@@ -189,6 +207,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate_captions.py") 
                 write_examples(
                     options.page, options.output, options.dataset, options.split, options.images, options.examples
                 )
+            if options.report is not None:
+                from ..workflows.compare import report_on_evaluation
+
+                name = " + ".join(Path(model).name or model for model in options.model)
+                report_on_evaluation(options.report, options.output, options.dataset, options.split, name, extra)
         end_training(accelerator)
         return exit_code
 

@@ -6,6 +6,7 @@ original (mrwu-mac/DIFNet, CVPR 2022) has no such page.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import math
@@ -353,6 +354,19 @@ def difference_row(difference: Difference) -> DifferenceRow:
     return DifferenceRow(
         LABELS[difference.metric], metric_note(difference.metric), difference, low, high, middle, verdict
     )
+
+
+def check_page(page: Path) -> None:
+    """To be called before the work that a page is of.
+
+    Raises:
+        IsADirectoryError: a folder is in the place of the page.
+        ImportError: a package is missing that makes pages.
+    """
+    from . import pages  # noqa: F401
+
+    if page.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "a folder, where a file is to be written", str(page))
 
 
 def comparison_page(report: ComparisonReport) -> str:

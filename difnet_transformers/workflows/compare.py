@@ -6,6 +6,7 @@ in reports/comparison.py.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from ..evaluation.systems import (
     system_names,
 )
 from ..files import folder_lock, make_folder, printable
-from ..reports.comparison import compare, write_comparison
+from ..reports.comparison import check_page, compare, write_comparison
 
 
 def compare_places(
@@ -77,6 +78,7 @@ def compare_places(
             f"{printable(checkpoints[0], 300)}: no results file and no folder of difnet evaluate; as a checkpoint it "
             "needs --dataset, whose split it captions"
         )
+    check_page(output / "index.html")
     make_folder(output)
     with folder_lock(output, program):
         systems = []
@@ -113,3 +115,29 @@ def compare_places(
             seed=seed,
         )
         write_comparison(report, output / "index.html", output / "comparison.json")
+
+
+def report_on_evaluation(
+    page: Path, results: Path, dataset: Path, split: str, name: str, extra: ExtraInputs, examples: int = 6
+) -> None:
+    """Writes the page of one system, of what `evaluate_split` has captioned, and beside it the same as JSON.
+
+    CLIPScore is left out: it stands in the file of scores, and images need not be embedded twice.
+
+    Args:
+        page: the HTML file.
+        results: folder of `captions_SPLIT_results.json`.
+        dataset: packed dataset.
+        split: of the dataset.
+        name: of the system.
+        extra: inputs of further metrics, and images for the page.
+        examples: of the best and of the worst images.
+    """
+    of_split = read_split_of_dataset(dataset, split)
+    system = read_system(str(results), split, name)
+    images, _ = common_images([system], of_split)
+    file_names = {image: of_split.file_names.get(image, "") for image in images}
+    metrics = dataclasses.replace(extra, diversity=True, clip_model=None).load(file_names)
+    paths = image_paths(extra.images, file_names) if extra.images else {}
+    report = compare([system], of_split, metrics=metrics, paths=paths, examples=examples)
+    write_comparison(report, page, page.with_suffix(".json"))
