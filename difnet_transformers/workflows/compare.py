@@ -66,6 +66,7 @@ def compare_places(
     Raises:
         ValueError: something cannot be read, or does not go together.
     """
+    check_page(output / "index.html")
     extra = extra or ExtraInputs()
     names = list(names or system_names(places))
     of_split = read_split_of_dataset(dataset, split) if dataset is not None else None
@@ -78,7 +79,6 @@ def compare_places(
             f"{printable(checkpoints[0], 300)}: no results file and no folder of difnet evaluate; as a checkpoint it "
             "needs --dataset, whose split it captions"
         )
-    check_page(output / "index.html")
     make_folder(output)
     with folder_lock(output, program):
         systems = []
