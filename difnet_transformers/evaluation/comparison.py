@@ -290,7 +290,8 @@ class Group:
         losses: of the second system.
         means: CIDEr-D of each system.
         difference: mean of the second system minus that of the first.
-        half_width: of the difference's 95 % interval, from its standard error; NaN for a single image.
+        half_width: of the 95 % interval of the difference, or of one system's mean, from its standard error; NaN for
+            a single image.
     """
 
     name: str
@@ -312,6 +313,7 @@ def make_group(name: str, scores: np.ndarray, members: np.ndarray) -> Group:
     chosen = scores[:, members]
     differences = chosen[-1] - chosen[0]
     images = chosen.shape[1]
+    spread = (differences if len(scores) > 1 else chosen[0]).std(ddof=1) if images > 1 else np.nan
     return Group(
         name,
         images,
@@ -319,7 +321,7 @@ def make_group(name: str, scores: np.ndarray, members: np.ndarray) -> Group:
         int(np.count_nonzero(differences < 0)),
         chosen.mean(axis=1).tolist(),
         float(differences.mean()),
-        float(1.96 * differences.std(ddof=1) / np.sqrt(images)) if images > 1 else float("nan"),
+        float(1.96 * spread / np.sqrt(images)),
     )
 
 
