@@ -149,5 +149,12 @@ def test_the_study_of_rewards_on_the_corpus_of_the_demo(tmp_path):
 
 def test_every_benchmark_is_run_here():
     scripts = {path.name for path in (REPOSITORY / "benchmarks").glob("*.py")}
-    studies = {"demo_study.py", "recipes.py", "relevance_on_objects.py", "rewards.py", "two_flows.py"}
+    studies = {
+        "demo_study.py",
+        "mixed_precision.py",
+        "recipes.py",
+        "relevance_on_objects.py",
+        "rewards.py",
+        "two_flows.py",
+    }
     assert scripts == {*SHORT, *studies, "common.py"}
