@@ -16,6 +16,7 @@ from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTok
 
 REPOSITORY = Path(__file__).parent.parent
 SHORT = {
+    "compare.py": ["--images", 100, "--resamples", 500],
     "data.py": ["--images", 210, "--rounds", 1],
     "generation.py": ["--batch-sizes", 1, "--repeats", 1, "--device", "cpu"],
     "help_time.py": ["--repeats", 1],
@@ -42,6 +43,7 @@ def run_benchmark(name: str, *options: object, exit_codes: tuple[int, ...] = (0,
 @pytest.mark.parametrize(
     "name",
     [
+        "compare.py",
         pytest.param("data.py", marks=pytest.mark.slow),
         "generation.py",
         pytest.param("help_time.py", marks=pytest.mark.slow),
