@@ -46,6 +46,7 @@ format: setup
 bench: setup
 	$(BIN)/python benchmarks/generation.py
 	$(BIN)/python benchmarks/metrics.py
+	$(BIN)/python benchmarks/compare.py
 	$(BIN)/python benchmarks/data.py
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/relevance.py
