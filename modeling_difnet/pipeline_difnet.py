@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from transformers import Pipeline, PreTrainedConfig
 
+from .fast_segmentation_difnet import resize_shortest_edge_to, use_fast_form
 from .grid_backbone_difnet import GridFeatureBackbone, GridFeatureBackboneConfig
 from .images_difnet import Image, one_line, open_image
 from .segmentation_difnet import CLASS_NAMES, LABEL_ORDERS, PanopticSegmenter, channels_of_labels, normal_name
@@ -151,12 +152,22 @@ def has_native_bf16(device: torch.device) -> bool:
     return False
 
 
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """A key of `PRECISIONS`: "auto" is bf16 where `device` has it natively, else fp32.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if precision == "auto":
+        return "bf16" if has_native_bf16(device) else "fp32"
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be auto or one of {', '.join(PRECISIONS)}, not {precision!r}")
+    return precision
+
+
 def _with_precision(backbone: GridBackbone, precision: str, device: torch.device) -> GridBackbone:
     """A network that was just loaded in another precision; `parameters_sha256` stays that of its own weights."""
-    if precision != "auto" and precision not in PRECISIONS:
-        raise ValueError(f"precision must be auto or one of {', '.join(PRECISIONS)}, not {precision!r}")
-    if precision == "auto":
-        precision = "bf16" if has_native_bf16(device) else "fp32"
+    precision = resolve_precision(precision, device)
     parameters_sha256 = hash_of_parameters(backbone)
     if isinstance(backbone, GridFeatureBackbone):
         backbone = backbone.fast_form(PRECISIONS[precision])
@@ -179,6 +190,8 @@ def load_segmenter(
     *,
     class_names: Sequence[str] | None = None,
     score_threshold: float | None = None,
+    precision: str | None = None,
+    image_size: int | None = None,
     revision: str | None = None,
 ) -> Segmenter:
     """The segmentation model or object detector of a folder or a repository.
@@ -192,6 +205,9 @@ def load_segmenter(
         class_names: classes of the feature, of a captioner that was trained with them; those of the model are matched
             by name. By default the model's own.
         score_threshold: of an object detector, boxes with lower scores are dropped; by default 0.5.
+        precision: "fp32", "bf16", or "auto": bf16 where `device` has it natively. By default the model runs as
+            Transformers has it; these are its faster forms (`use_fast_form`).
+        image_size: pixels of the shortest edge of the image that the model sees; by default as its processor says.
         revision: branch, tag or commit of the repository.
 
     Returns:
@@ -219,7 +235,25 @@ def load_segmenter(
         if score_threshold is not None and segmenter.kind != "boxes":
             raise ValueError(f"{name}: a score threshold is of object detectors; leave it out")
     segmenter.model.to(device)
+    if precision is not None:
+        segmenter.precision = resolve_precision(precision, torch.device(device))
+        use_fast_form(segmenter.model, PRECISIONS[segmenter.precision])
+    if image_size is not None:
+        _resize_input(segmenter, image_size, name)
     return segmenter
+
+
+def _resize_input(segmenter: Segmenter, image_size: int, name: str | None) -> None:
+    """Shows a model images of another size, and looks whether it takes them."""
+    resize_shortest_edge_to(segmenter.processor, image_size)
+    segmenter.image_size = image_size
+    try:
+        segmenter(Image.new("RGB", (image_size, image_size)))
+    except Exception as error:  # each model has its own
+        raise ValueError(
+            f"{name}: the segmentation model takes no images of {image_size} pixels "
+            f"({one_line(' '.join(str(error).split()), 200)}); leave the size out, or take another one"
+        ) from error
 
 
 def _is_coco_panoptic(name: str, class_names: Sequence[str] | None, revision: str | None) -> bool:
@@ -336,7 +370,8 @@ def segmentation_provenance_of(segmenter: Segmenter, name: str | None) -> dict[s
     Returns:
         `name`, `source` ("panoptic", "semantic" or "boxes"), `model_type`, `revision` (the commit),
         `parameters_sha256` as in `provenance_of`, `class_names` in the order of the feature, of an object detector
-        `score_threshold`, and `seen`, the part of an image that it sees.
+        `score_threshold`, `precision` and `image_size` where they were chosen, and `seen`, the part of an image that
+        it sees.
     """
     said: dict[str, Any] = {
         "name": name,
@@ -348,7 +383,8 @@ def segmentation_provenance_of(segmenter: Segmenter, name: str | None) -> dict[s
     }
     if isinstance(segmenter, SegmentationModel) and segmenter.kind == "boxes":
         said["score_threshold"] = segmenter.score_threshold
-    return said | {"seen": "whole image, no crop"}
+    chosen = {"precision": segmenter.precision, "image_size": segmenter.image_size}
+    return said | {key: value for key, value in chosen.items() if value is not None} | {"seen": "whole image, no crop"}
 
 
 def check_same_backbone(said: Mapping[str, Any], backbone: GridBackbone) -> None:
@@ -386,7 +422,7 @@ def check_same_segmentation(said: Mapping[str, Any], segmenter: Segmenter) -> No
         segmenter: the loaded model, under whatever name.
 
     Raises:
-        ValueError: classes, their order, weights or the threshold of scores differ.
+        ValueError: classes, their order, weights, the threshold of scores or the size of images differ.
     """
     names = said.get("class_names")
     if names:
@@ -405,6 +441,9 @@ def check_same_segmentation(said: Mapping[str, Any], segmenter: Segmenter) -> No
         and said.get("score_threshold") != segmenter.score_threshold
     ):
         problem = f"other threshold of scores {said.get('score_threshold')}, not {segmenter.score_threshold}"
+    elif said.get("image_size") != segmenter.image_size:
+        sizes = (size or "the model's own" for size in (said.get("image_size"), segmenter.image_size))
+        problem = "other size of images, {}, not {}".format(*sizes)
     else:
         return
     raise ValueError(
@@ -603,9 +642,10 @@ class DifnetImageCaptioningPipeline(Pipeline):
         if missing:
             raise ValueError(missing)
         said = self.recorded_segmentation
-        revision = {"revision": said["revision"]} if isinstance(said.get("revision"), str) else {}
+        kinds = {"revision": str, "precision": str, "image_size": int}
+        options = {key: said[key] for key, kind in kinds.items() if isinstance(said.get(key), kind)}
         try:
-            segmenter = self._load_segmenter(said["name"], {**revision, **self.segmentation_options})
+            segmenter = self._load_segmenter(said["name"], {**options, **self.segmentation_options})
         except (OSError, ValueError) as error:
             raise ValueError(_cannot_be_loaded(said["name"], "segmentation_model", error)) from error
         check_same_segmentation(said, segmenter)
@@ -719,9 +759,11 @@ def _with_classes(segmenter: Segmenter, class_names: Sequence[str] | None) -> Se
     if class_names is None or [*map(normal_name, segmenter.class_names)] == [*map(normal_name, class_names)]:
         return segmenter
     threshold = segmenter.score_threshold if isinstance(segmenter, SegmentationModel) else 0.5
-    return SegmentationModel(
+    other = SegmentationModel(
         segmenter.model, segmenter.processor, segmenter.kind, segmenter.grid_size, class_names, threshold
     )
+    other.precision, other.image_size = segmenter.precision, segmenter.image_size
+    return other
 
 
 def _takes_substitute(said: Mapping[str, Any], option: str) -> str:

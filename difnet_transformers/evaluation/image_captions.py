@@ -89,6 +89,7 @@ def load_pipeline(
     force: bool = False,
     needs_images: bool = False,
     segmentation_model: str | None = None,
+    segmentation_size: int | None = None,
     untrained: bool = False,
     seed: int = 0,
     device: str | None = None,
@@ -98,10 +99,12 @@ def load_pipeline(
     Args:
         model: folder or repository of the captioner.
         grid_backbone: folder, repository or function; not needed for features.
-        layer, image_size, precision: of the grid backbone, see `load_grid_backbone`.
+        layer, image_size: of the grid backbone, see `load_grid_backbone`.
+        precision: of the grid backbone and the segmentation model, see there and `load_segmenter`.
         force: whether other networks than the captioner was trained with are taken.
         needs_images: whether images are to be captioned, so that their networks must be given or recorded.
         segmentation_model: folder or repository; not needed for features.
+        segmentation_size: pixels of the shortest edge that it sees; by default those recorded, or as it says.
         untrained: lets small random networks stand in for those that are not named.
         seed: of these.
         device: such as "cuda:1"; by default a GPU where there is one.
@@ -123,6 +126,7 @@ def load_pipeline(
         grid_backbone=grid_backbone,
         grid_backbone_options={"layer": layer, "image_size": image_size, "precision": precision},
         segmentation_model=segmentation_model,
+        segmentation_options={"precision": precision, "image_size": segmentation_size},
         force=force,
         untrained=untrained,
         seed=seed,

@@ -269,6 +269,7 @@ def extract_features(
     batch_size: int | None = None,
     segmentation_model: str | None = None,
     score_threshold: float | None = None,
+    segmentation_size: int | None = None,
     panoptic_annotations: Sequence[Path] | None = None,
     instance_annotations: Sequence[Path] | None = None,
     label_maps: Path | None = None,
@@ -290,11 +291,13 @@ def extract_features(
         output: the folder to make; until all is done there is `<output>.partial`.
         grid_backbone: folder or repository of a `GridFeatureBackbone` or another vision model, or
             `package.module:function`.
-        layer, image_size, precision: of the backbone, see `load_grid_backbone`.
+        layer, image_size: of the backbone, see `load_grid_backbone`.
+        precision: of both networks, see there and `load_segmenter`.
         grid_size: cells along a side, or rows and columns; by default 7, or what the configuration of X-101 says.
         batch_size: images that the backbone sees together; by default 8, and 1 for X-101, whose images differ in size.
         segmentation_model: folder or repository of a segmentation model or object detector of Transformers.
         score_threshold: of an object detector, see `load_segmenter`.
+        segmentation_size: pixels of the shortest edge that the segmentation model sees; by default as it says.
         panoptic_annotations: COCO's `panoptic_*.json`; the PNGs lie in folders of the same names beside them.
         instance_annotations: COCO's `instances_*.json`.
         label_maps: folder of `<image id>.npy` or `.png`.
@@ -335,18 +338,27 @@ def extract_features(
             )
             rows, columns = as_pair(backbone.config.grid_size)
             cells = rows if rows == columns else (rows, columns)
-        elif layer is not None or image_size is not None or precision is not None:
-            raise ExtractionError("--layer, --image-size and --precision belong to --grid-backbone")
+        elif layer is not None or image_size is not None:
+            raise ExtractionError("--layer and --image-size belong to --grid-backbone")
         segmentation: SegmentationSource | None = open_annotations(
             panoptic_annotations, instance_annotations, label_maps, label_order, cells
         )
         if segmentation is None and (segmentation_model is not None or untrained):
             segmenter = load_segmenter(
-                segmentation_model, network_device, untrained, seed, cells, score_threshold=score_threshold
+                segmentation_model,
+                network_device,
+                untrained,
+                seed,
+                cells,
+                score_threshold=score_threshold,
+                precision=precision,
+                image_size=segmentation_size,
             )
             segmentation = ModelSegmentations(segmenter, segmentation_model)
-        elif score_threshold is not None:
-            raise ExtractionError("--score-threshold belongs to --segmentation-model")
+        elif score_threshold is not None or segmentation_size is not None:
+            raise ExtractionError("--score-threshold and --segmentation-size belong to --segmentation-model")
+        elif precision is not None and backbone is None:
+            raise ExtractionError("--precision belongs to --grid-backbone and --segmentation-model")
         provenance: dict[str, Any] = {"made_by": "DIFNet for Transformers, scripts/extract_features.py"}
         if untrained:
             provenance["warning"] = UNTRAINED_WARNING
