@@ -2,6 +2,7 @@
 
     python benchmarks/generation.py                        # on whatever device there is
     python benchmarks/generation.py --original ../DIFNet   # with a clone of mrwu-mac/DIFNet: beside the original
+    python benchmarks/generation.py --compile              # on a CPU: the static form compiled, as it is on a GPU
 
 Weights and features are functions of a seed (tests/golden/model/reference_weights.py), made so that captions end after
 different numbers of words, as trained ones do. With `--original`, the original implementation runs the same weights on
@@ -32,6 +33,7 @@ from common import (
     write_report,
 )
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import CompileConfig
 
 from convert_checkpoint import convert_state_dict
 from modeling_difnet import DifnetForConditionalGeneration, original_beam_search
@@ -53,8 +55,11 @@ def caption_rows(
     batch_sizes: list[int],
     original: Callable | None,
     device: torch.device,
+    compiles: bool,
 ) -> list[Row]:
     """Each search in each precision, attention implementation and kind of cache, for each batch size."""
+    compile_config = CompileConfig()
+    compile_config._compile_all_devices = compiles  # Transformers compiles static caches on a GPU, else when told to
     searches: dict[str, dict[str, Any]] = {
         "original_beam_search": {"num_beams": 5, "custom_generate": original_beam_search},
         "beam 5 of Transformers": {"num_beams": 5, "length_penalty": 0.0, "early_stopping": "never"},
@@ -73,11 +78,15 @@ def caption_rows(
             ]
             if search != "original_beam_search":
                 variants.append(("fp32", "sdpa", "static"))
+            elif compiles or device.type == "cuda":
+                variants += [("fp32", "sdpa", "static"), ("bf16", "sdpa", "static")]
             for precision, attention, cache in variants:
                 model = models[precision]
                 arguments = {**features, **options, "max_new_tokens": MAX_NEW_TOKENS, "do_sample": False}
                 if cache:
                     arguments["cache_implementation"] = cache
+                    if search == "original_beam_search":
+                        arguments["compile_config"] = compile_config
                 rows.append(
                     Row(
                         batch_size,
@@ -92,7 +101,7 @@ def caption_rows(
 def check_tokens(rows: list[Row]) -> None:
     """Exits where the tokens of the two implementations differ."""
     for row in rows:
-        if row.name == "original_beam_search, fp32, sdpa":
+        if row.name.startswith("original_beam_search, fp32, sdpa"):
             expected = reference_of(row, rows).run()
             found = row.run()[:, 1:]
             found = found.masked_fill(found == 1, 0)
@@ -146,6 +155,7 @@ def flops_table() -> list[str]:
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 50])
+    parser.add_argument("--compile", action="store_true", help="time the compiled original_beam_search on a CPU, too")
     add_timing_options(parser)
     options = parser.parse_args(argv)
     device = torch.device(options.device)
@@ -157,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
         name: convert_state_dict(original_state_dict("difnet")).model().to(device, dtype)
         for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
     }
-    rows = caption_rows(models, options.batch_sizes, original, device)
+    rows = caption_rows(models, options.batch_sizes, original, device, options.compile)
     if original is not None:
         check_tokens(rows)
     matmul = measure(rows, options.repeats, device)

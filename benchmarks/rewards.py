@@ -18,7 +18,7 @@ import shlex
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,7 @@ class Study:
         vocab: vocab.json of XE checkpoints that are trained.
         split: what is captioned.
         more: further options of SCST in every row, such as "--scst-epochs 5".
+        of_both: further options of XE and of SCST.
         quick: whether to take two steps a run.
         cpu: whether to train on the CPU even where there is a GPU.
     """
@@ -110,6 +111,7 @@ class Study:
         more: Sequence[str] = (),
         quick: bool = False,
         cpu: bool = False,
+        of_both: Mapping[str, object] | None = None,
     ) -> None:
         self.folder, self.dataset, self.models, self.vocab = folder, dataset, list(models), vocab
         self.split, self.more, self.quick, self.cpu = split, list(more), quick, cpu
@@ -128,9 +130,10 @@ class Study:
         if quick:
             self.training |= {"--max-steps": 2, "--xe-epochs": 1, "--scst-epochs": 1, "--warmup-steps": 0}
             self.training.pop("--xe-patience", None)
-        self.of_scst = {
-            name: value for name, value in self.training.items() if name.startswith(("--scst", "--log", "--max-steps"))
-        }
+        of_both = of_both or {}
+        self.training |= of_both
+        names = ("--scst", "--log", "--max-steps", *of_both)
+        self.of_scst = {name: value for name, value in self.training.items() if name.startswith(names)}
         settings = {
             "dataset": None if dataset is None else str(dataset.resolve()),
             "models": [str(model.resolve()) for model in models],

@@ -9,6 +9,7 @@
   without graph, hooks and recorded outputs: queries, keys and values are one projection, keys and values are written
   to their place in a cache of fixed size, and nothing is looked up that stays the same from step to step. The forward
   in `modeling_difnet.py` is the definition, and tests/test_decoding_step_difnet.py compares the two.
+- `StaticStep` is `FastStep` with shapes and addresses that are equal in all steps, for `static_search_difnet.py`.
 
 The original's decoder (`models/difnet/decoders.py`) projects the image again in each layer at each step.
 """
@@ -48,6 +49,7 @@ def decoding_step(
     encoder_states: torch.Tensor,
     grid_attention_mask: torch.Tensor | None,
     num_slots: int,
+    is_static: bool = False,
 ) -> "ForwardStep | FastStep":
     """The fastest step that the model allows.
 
@@ -56,9 +58,10 @@ def decoding_step(
         encoder_states (`(B, N, d_model)`): what the decoder attends to.
         grid_attention_mask (`(B, N)`): which of these cells it may look at; all by default.
         num_slots: tokens that the cache has to hold for an image, those of all hypotheses together.
+        is_static: whether `StaticStep` is wanted where it is possible.
     """
     if isinstance(model, DifnetForConditionalGeneration) and is_plain(model):
-        return FastStep(model, encoder_states, grid_attention_mask, num_slots)
+        return (StaticStep if is_static else FastStep)(model, encoder_states, grid_attention_mask, num_slots)
     return ForwardStep(model, encoder_states, grid_attention_mask)
 
 
@@ -103,10 +106,12 @@ class ForwardStep:
 
         Args:
             tokens: the prompt, or the newest token of each hypothesis.
-            attention_mask: of the prompt (B, L), by default what is not `<pad>`; or of all slots so far, (B, 1, L,
-                slots), by which hypotheses do not see each other.
+            attention_mask: of the prompt (B, L), by default what is not `<pad>`; or of all slots, (B, 1, L, slots),
+                by which hypotheses do not see each other.
             position_ids: (B or 1, L or 1).
         """
+        if attention_mask is not None and attention_mask.ndim == 4:
+            attention_mask = attention_mask[..., : self.cache.get_seq_length() + tokens.shape[1]]
         return self.model(
             decoder_input_ids=tokens,
             decoder_attention_mask=attention_mask,
@@ -183,16 +188,23 @@ class DecoderProjections:
     """
 
     def __init__(self, model: DifnetForConditionalGeneration, dtype: torch.dtype, pack: bool) -> None:
-        self.dtype = dtype
+        self.dtype, self.pack = dtype, pack
         self.layers = [LayerProjections(layer, dtype=dtype, pack=pack) for layer in model.model.decoder.layers]
         self.lm_head = Projection(model.lm_head, dtype=dtype, pack=pack)
         # Held, so that no other tensor can come to lie at the same address.
         self.sources = [parameter.detach() for parameter in projection_parameters(model)]
         self.fingerprint = fingerprint(self.sources)
 
-    def are_of(self, model: DifnetForConditionalGeneration, dtype: torch.dtype) -> bool:
+    def tensors(self) -> list[torch.Tensor]:
+        """All weights and biases."""
+        each = [self.lm_head, *(projection for layer in self.layers for projection in vars(layer).values())]
+        return [tensor for one in each for tensor in (one.weight, one.bias) if tensor is not None]
+
+    def are_of(self, model: DifnetForConditionalGeneration, dtype: torch.dtype, pack: bool) -> bool:
         """Whether they are still those of the model's weights."""
-        return self.dtype == dtype and self.fingerprint == fingerprint(projection_parameters(model))
+        return (self.dtype, self.pack) == (dtype, pack) and self.fingerprint == fingerprint(
+            projection_parameters(model)
+        )
 
 
 def projection_parameters(model: DifnetForConditionalGeneration) -> list[nn.Parameter]:
@@ -226,7 +238,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 projections_of_models: WeakKeyDictionary[nn.Module, DecoderProjections] = WeakKeyDictionary()
 
 
-def decoder_projections(model: DifnetForConditionalGeneration) -> DecoderProjections:
+def decoder_projections(model: DifnetForConditionalGeneration, pack: bool) -> DecoderProjections:
     """The projections of a model, kept in eval mode until its weights change; in training they change every step."""
     weight, device = model.lm_head.weight, model.lm_head.weight.device.type
     is_cast = torch.is_autocast_enabled(device) and weight.dtype != torch.float64  # which autocast leaves alone
@@ -235,13 +247,15 @@ def decoder_projections(model: DifnetForConditionalGeneration) -> DecoderProject
         projections_of_models.pop(model, None)
         return DecoderProjections(model, dtype, pack=False)
     kept = projections_of_models.get(model)
-    if kept is None or not kept.are_of(model, dtype):
-        kept = projections_of_models[model] = DecoderProjections(model, dtype, pack=True)
+    if kept is None or not kept.are_of(model, dtype, pack):
+        kept = projections_of_models[model] = DecoderProjections(model, dtype, pack)
     return kept
 
 
 class FastStep:
     """The decoder without what a general forward does; arguments as those of `decoding_step`."""
+
+    packs_weights = True
 
     def __init__(
         self,
@@ -252,7 +266,7 @@ class FastStep:
     ) -> None:
         self.decoder, self.pad_token_id = model.model.decoder, model.config.pad_token_id
         self.num_heads, self.head_dim = model.config.decoder_attention_heads, model.config.head_dim
-        self.projections = decoder_projections(model)
+        self.projections = decoder_projections(model, self.packs_weights)
         batch_size, dtype = len(encoder_states), self.projections.dtype
         self.cross_mask = None
         if grid_attention_mask is not None:
@@ -266,7 +280,7 @@ class FastStep:
         self.keys, self.values = (
             [encoder_states.new_empty(shape, dtype=dtype) for _ in self.projections.layers] for _ in range(2)
         )
-        self.num_filled = 0
+        self.num_read = 0  # slots, the first ones, that are filled
 
     def split_heads(self, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(B, L, parts * heads * head_dim) to parts of (B, heads, L, head_dim)."""
@@ -291,26 +305,31 @@ class FastStep:
         if attention_mask is None or attention_mask.ndim == 2:  # a prompt
             if attention_mask is not None:
                 is_word = attention_mask != 0
-            attention_mask = (is_word.unsqueeze(1) & is_word.new_ones(length, length).tril()).unsqueeze(1)
+            visible = nn.functional.pad(is_word, (0, self.keys[0].shape[2] - length))  # (B, slots)
+            attention_mask = (visible.unsqueeze(1) & visible.new_ones(length, visible.shape[1]).tril()).unsqueeze(1)
         if position_ids is None:
             position_ids = cast(torch.LongTensor, torch.arange(1, length + 1, device=tokens.device).unsqueeze(0))
-        mask = additive_mask(attention_mask, self.projections.dtype)  # (B, 1, L, slots)
+        slots = self.next_slots(length)
+        mask = additive_mask(attention_mask[..., : self.num_read], self.projections.dtype)  # (B, 1, L, read)
         states = self.decoder.embed_tokens(tokens) + self.decoder.embed_positions(position_ids)  # (B, L, d_model)
-        slots = slice(self.num_filled, self.num_filled + length)
-        self.num_filled += length
         for i, layer in enumerate(self.decoder.layers):
             states = self.run_layer(i, layer, states, slots, mask)
         states = states.masked_fill(~is_word.unsqueeze(-1), 0)
         return self.projections.lm_head(states)
 
+    def next_slots(self, length: int) -> slice | torch.Tensor:
+        """Where the keys and values of the next tokens go."""
+        self.num_read += length
+        return slice(self.num_read - length, self.num_read)
+
     def run_layer(
-        self, i: int, layer: DifnetDecoderLayer, states: torch.Tensor, slots: slice, mask: torch.Tensor
+        self, i: int, layer: DifnetDecoderLayer, states: torch.Tensor, slots: slice | torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
         """`DifnetDecoderLayer.forward` of layer `i` for states (B, L, d_model) whose keys go to `slots`."""
         projections = self.projections.layers[i]
         query, key, value = self.split_heads(projections.self_query_key_value(states))  # (B, heads, L, head_dim)
         self.keys[i][:, :, slots], self.values[i][:, :, slots] = key, value
-        keys, values = self.keys[i][:, :, : slots.stop], self.values[i][:, :, : slots.stop]
+        keys, values = self.keys[i][:, :, : self.num_read], self.values[i][:, :, : self.num_read]
         attention = projections.self_output(attend(layer.self_attn, query, keys, values, mask))
         states = double_residual(states, attention, layer.dropout, layer.self_attn_layer_norm, layer.layer_norm)
         (query,) = self.split_heads(projections.cross_query(states))
@@ -322,6 +341,29 @@ class FastStep:
         dropout = layer.feed_forward.dropout
         hidden = relu_dropout(projections.fc1(states), dropout.p, dropout.training)  # (B, L, ffn_dim)
         return layer.final_layer_norm(states + dropout(projections.fc2(hidden)))
+
+
+class StaticStep(FastStep):
+    """`FastStep` that reads all slots at every step, with a mask for those to come, and counts them in a tensor."""
+
+    packs_weights = False  # compilers do not know oneDNN's layouts
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        for tensor in (*self.keys, *self.values):
+            tensor.zero_()  # what no mask can hide is a NaN
+        self.num_read = self.keys[0].shape[2]
+        self.num_filled = torch.zeros(1, dtype=torch.long, device=self.keys[0].device)
+
+    def next_slots(self, length: int) -> torch.Tensor:
+        slots = self.num_filled + torch.arange(length, device=self.num_filled.device)  # (length,)
+        self.num_filled += length
+        return slots
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What differs from search to search."""
+        masks = [] if self.cross_mask is None else [self.cross_mask]
+        return [*self.keys, *self.values, *self.cross_keys, *self.cross_values, *masks, self.num_filled]
 
 
 def attend(

@@ -26,7 +26,7 @@ def use_onednn(*tensors: torch.Tensor | None) -> bool:
 
 def linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`nn.functional.linear`; matrices may have any strides."""
-    if states.ndim < 2 or states.numel() == 0 or not use_onednn(states, weight, bias):
+    if not use_onednn(states, weight, bias) or states.ndim < 2 or states.numel() == 0:
         return nn.functional.linear(states, weight, bias)
     return OneDnnLinear.apply(states, weight, bias)
 

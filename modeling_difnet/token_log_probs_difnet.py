@@ -38,6 +38,7 @@ def token_log_probs(
     targets: torch.LongTensor,
     with_mean: bool = False,
     with_entropy: bool = False,
+    temperature: float = 1.0,
 ) -> TokenLogProbs:
     """Projects states to the vocabulary; equals `plain_token_log_probs`, values and gradients.
 
@@ -46,12 +47,15 @@ def token_log_probs(
         states (`(T, d_model)`): of the decoder.
         targets (`(T,)`): the token that each state is to predict.
         with_mean, with_entropy: whether these are computed, with gradient.
+        temperature: divides the logits, as that of `generate`.
 
     Returns:
         `TokenLogProbs` in float32 or better.
     """
     if not is_plain_projection(lm_head):
-        return plain_token_log_probs(lm_head, states, targets, with_mean, with_entropy)
+        return plain_token_log_probs(lm_head, states, targets, with_mean, with_entropy, temperature)
+    if temperature != 1:
+        states = states / temperature  # a projection without bias
     weight: torch.Tensor = lm_head.weight  # type: ignore[assignment]  # of a plain `nn.Linear`
     device = states.device.type
     if torch.is_autocast_enabled(device) and states.dtype != torch.float64:
@@ -68,10 +72,12 @@ def plain_token_log_probs(
     targets: torch.LongTensor,
     with_mean: bool = False,
     with_entropy: bool = False,
+    temperature: float = 1.0,
 ) -> TokenLogProbs:
     """`token_log_probs` by way of all logits `(T, V)`."""
     logits = lm_head(states)  # (T, V)
-    vocabulary = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    vocabulary = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
     return TokenLogProbs(
         -nn.functional.nll_loss(vocabulary, targets, reduction="none"),
         vocabulary.mean(-1) if with_mean else None,

@@ -64,6 +64,20 @@ def test_the_study_of_the_demo_and_the_relevance_of_its_model(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_study_of_precisions_trains_both_with_both_stages(tmp_path):
+    files = [f"--{name}={tmp_path / file}" for name, file in {"table": "table.md", "chart": "chart.svg"}.items()]
+    run_benchmark("mixed_precision.py", "--quick", "--cpu", "--seeds", 0, 1, "--output", tmp_path / "runs", *files)
+    table = (tmp_path / "table.md").read_text()
+    assert "- SCST: bfloat16 - float32 in CIDEr-D" in table
+    recipes = {
+        path.parent.parent.parent.parent.name: path.read_text() for path in tmp_path.rglob("plain/run/recipe.yaml")
+    }
+    assert "mixed_precision: bf16" in recipes["bfloat16"]
+    assert "bf16" not in recipes["float32"]
+    assert (tmp_path / "chart.svg").read_text().startswith("<?xml")
+
+
+@pytest.mark.slow
 def test_the_study_of_two_flows_says_for_each_metric_in_how_many_seeds_they_gain(tmp_path):
     world = make_world(tmp_path / "world")
     words = ["--images", world / "images", "--captions", *sorted(world.glob("captions_*2017.json"))]

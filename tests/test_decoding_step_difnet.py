@@ -13,6 +13,7 @@ from torch import nn
 from difnet_transformers.training import make_optimizer
 from difnet_transformers.training.regularization import WeightAverage, set_dropout
 from modeling_difnet import DifnetConfig, DifnetEnsemble, DifnetForConditionalGeneration, original_beam_search
+from modeling_difnet.beam_search_difnet import OriginalBeamSearchOutput
 from modeling_difnet.decoding_step_difnet import (
     FastStep,
     ForwardStep,
@@ -20,7 +21,6 @@ from modeling_difnet.decoding_step_difnet import (
     decoding_step,
     projections_of_models,
 )
-from modeling_difnet.generation_difnet import OriginalBeamSearchOutput
 
 NUM_BEAMS, NUM_STEPS = 3, 8
 SETTINGS = {

@@ -38,7 +38,7 @@ CLASSES = {
 MODEL_FILES = {
     *("cache_difnet.py", "checks_difnet.py", "dropout_difnet.py", "generation_difnet.py", "loss_difnet.py"),
     *("decoding_step_difnet.py", "linear_difnet.py", "modeling_difnet.py", "outputs_difnet.py"),
-    "token_log_probs_difnet.py",
+    *("beam_search_difnet.py", "static_search_difnet.py", "token_log_probs_difnet.py"),
 }
 PIPELINE_FILES = {
     *("grid_backbone_difnet.py", "images_difnet.py", "pipeline_difnet.py", "segmentation_difnet.py"),

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import socket
 from collections.abc import Sequence
 from functools import partial
@@ -151,6 +152,26 @@ def test_log_probabilities_are_those_that_generate_decodes_with(kind: str) -> No
     expected = -(logits.exp() * logits).sum(-1) * mask
     torch.testing.assert_close(entropies[:, 0, prompt - 1 :], expected, rtol=1e-5, atol=1e-5)
     assert not log_probs[:, 0, : prompt - 1].any()
+
+
+@every_kind
+def test_a_temperature_divides_the_logits_of_samples_and_of_the_loss(kind: str) -> None:
+    """The log-probabilities are those that samples are drawn with."""
+    captioner = CAPTIONERS[kind]()
+    model, inputs = captioner.model.eval(), model_inputs(captioner, NUM_ROWS)
+    settings = {"output_scores": True, "return_dict_in_generate": True, "num_beams": 1, "do_sample": True, "top_k": 0}
+    torch.manual_seed(1)
+    found = generate_captions(model, inputs, **settings, temperature=0.5, max_new_tokens=9)
+    prompt = prompt_length(model, inputs)
+    is_token, _ = caption_tokens(found.sequences, prompt, end_tokens(model))
+    sequences = found.sequences.unsqueeze(1)
+    log_probs, _ = caption_log_probs(model, sequences, encode_images(model, inputs), temperature=0.5)
+    scores = torch.stack(found.scores, 1).log_softmax(-1)  # (B, new tokens, V), divided by the temperature
+    expected = scores.gather(-1, found.sequences[:, prompt:].unsqueeze(-1)).squeeze(-1)
+    mask = is_token[:, prompt:]
+    if kind == "difnet":
+        mask &= found.sequences[:, prompt:] != captioner.tokenizer.pad_token_id
+    torch.testing.assert_close(log_probs[:, 0, prompt - 1 :], expected * mask, rtol=1e-5, atol=1e-5)
 
 
 @every_kind
@@ -526,10 +547,11 @@ def test_the_loss_is_rloo_where_the_baselines_agree() -> None:
     torch.testing.assert_close(found * 20, expected, rtol=1e-6, atol=1e-9)
 
 
-def test_a_step_of_the_trainer_is_rloo(tmp_path: Path) -> None:
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_step_of_the_trainer_is_rloo(temperature: float, tmp_path: Path) -> None:
     """The whole step on a model, against the formula for the captions that it decoded."""
     captioner = without_dropout(make_t5())
-    trainer = make_trainer(captioner, tmp_path)
+    trainer = make_trainer(captioner, tmp_path, temperature=temperature)
     torch.manual_seed(3)
     model = captioner.model.train()
     trainer.compute_loss(model, first_batch(trainer)).backward()
@@ -537,10 +559,11 @@ def test_a_step_of_the_trainer_is_rloo(tmp_path: Path) -> None:
     model.zero_grad()
     torch.manual_seed(3)
     images = {name: value for name, value in first_batch(trainer).items() if name != "references"}
-    sequences = decode_for_scst(model, encode_images(model, images), "sample", 4, 5)
+    encoded = encode_images(model, images)
+    sequences = decode_for_scst(model, encoded, "sample", 4, 5, temperature=temperature)
     rewards = torch.tensor(dogs(trainer.decode_texts(sequences.flatten(0, 1)), []))
     assert rewards.std() > 0
-    log_probs, _ = caption_log_probs(model, sequences, encode_images(model, images))
+    log_probs, _ = caption_log_probs(model, sequences, encoded, temperature=temperature)
     trl_rloo_loss(log_probs.flatten(0, 1), rewards, 4).backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(found[name] * 5, parameter.grad, rtol=1e-5, atol=1e-6)
@@ -663,6 +686,21 @@ def test_several_rewards_are_weighed_and_logged(tmp_path: Path) -> None:
     assert 1 <= entry["completions/mean_length"] <= 5
     assert 0 <= entry["completions/clipped_ratio"] <= 1
     assert entry["frac_reward_zero_std"] == 0
+
+
+def test_captions_are_printed_with_the_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"max_steps": 4, "logging_steps": 2, "log_completions": True, "num_completions_to_print": 1}
+    trainer = make_trainer(make_vit_gpt2(), tmp_path, [dogs, "bad_endings"], **options)
+    trainer.train()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "{" not in line]
+    assert len(lines) == 2 * (1 + 4)  # of two lines of the log: one image with its reference, four captions
+    for first in (0, 5):
+        assert lines[first].removeprefix("reference: ") in {row["references"][0] for row in make_vit_gpt2().rows}
+        for line in lines[first + 1 : first + 5]:
+            total, own, caption = re.fullmatch(r" *(\S+) \((.*)\)  (.*)", line).groups()
+            expected = dogs([caption], [])[0]
+            assert own.startswith(f"dogs {expected:.3f}, bad_endings ")
+            assert float(total) == pytest.approx(sum(float(part.split()[1]) for part in own.split(", ")), abs=2e-3)
 
 
 def raises(captions: list[str], references: list[list[str]]) -> list[float]:

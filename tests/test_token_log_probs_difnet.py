@@ -56,6 +56,20 @@ def test_blocks_equal_the_whole_matrix(small_blocks: None, with_mean: bool, with
     torch.testing.assert_close(gradients(found, *of), gradients(expected, *of), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_temperature_divides_the_logits(small_blocks: None, bias: bool) -> None:
+    lm_head, states, targets = inputs()
+    if bias:  # is applied as a whole
+        lm_head = nn.Linear(WIDTH, NUM_WORDS, dtype=states.dtype)
+    found = token_log_probs(lm_head, states, targets, True, True, temperature=0.6)
+    vocabulary = (lm_head(states) / 0.6).log_softmax(-1)  # (T, V)
+    log_probs = vocabulary.gather(1, targets.unsqueeze(1)).squeeze(1)
+    expected = TokenLogProbs(log_probs, vocabulary.mean(-1), -(vocabulary.exp() * vocabulary).sum(-1))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    of = (states, lm_head.weight)
+    torch.testing.assert_close(gradients(found, *of), gradients(expected, *of), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("block_size", [1, 4, 23, 100])
 def test_gradients_are_those_of_finite_differences(block_size: int) -> None:
     lm_head, states, targets = inputs()

@@ -30,7 +30,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         ],
         "self_critical_config": ["SelfCriticalConfig"],
         "self_critical_stage": ["DifnetSelfCriticalTrainer"],
-        "self_critical_trainer": ["SelfCriticalCollator", "SelfCriticalTrainer"],
+        "self_critical_collator": ["SelfCriticalCollator"],
+        "self_critical_trainer": ["SelfCriticalTrainer"],
         "trainer": ["DifnetTrainer", "TrainingStopped"],
     },
 )

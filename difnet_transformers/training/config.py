@@ -209,7 +209,9 @@ class TrainingConfig:
         "reward of the greedy caption; group: the mean, in units of the spread (default: mean for beams, "
         "leave_one_out for samples)",
     )
-    scst_temperature: float = field(default=1.0, group=RECIPE, metavar="X", help="of --scst-samples sample")
+    scst_temperature: float = field(
+        default=1.0, group=RECIPE, metavar="X", help="of --scst-samples sample, and of the loss's distribution"
+    )
     scst_top_k: int = field(
         default=0, group=RECIPE, metavar="N", help="of --scst-samples sample: among the N likeliest words; 0: all"
     )

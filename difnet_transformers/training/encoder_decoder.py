@@ -164,7 +164,11 @@ def caption_tokens(
 
 
 def caption_log_probs(
-    model: nn.Module, sequences: torch.LongTensor, inputs: Mapping[str, Any], with_entropy: bool = False
+    model: nn.Module,
+    sequences: torch.LongTensor,
+    inputs: Mapping[str, Any],
+    with_entropy: bool = False,
+    temperature: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Log-probabilities of the tokens of captions, teacher-forced, with gradient.
 
@@ -173,19 +177,23 @@ def caption_log_probs(
         sequences: (B, K, L), as `generate_captions` gives them, those of an image together.
         inputs: of the B images, as `encode_images` gives them.
         with_entropy: whether the entropies are computed too.
+        temperature: divides the logits; that of the samples.
 
     Returns:
         Log-probabilities (B, K, L - 1), entry `t` of token `t + 1`, 0 where `caption_tokens` says that it is not the
         caption's; and the entropies of the words at these places in nats, with 0 as well.
     """
     if model_kind(model) == "difnet":
-        found = SequenceLogProbs(cast(Any, model))(sequences, with_entropy=with_entropy, **inputs)
+        found = SequenceLogProbs(cast(Any, model))(
+            sequences, with_entropy=with_entropy, temperature=temperature, **inputs
+        )
         return found if with_entropy else (found, None)
     logits = caption_logits(model, sequences, inputs)  # (B * K, L - 1, V)
     is_token, _ = caption_tokens(sequences, prompt_length(model, inputs), end_tokens(model))
     is_token = is_token[..., 1:]  # (B, K, L - 1)
     logits = logits[is_token.flatten(0, 1)]  # (tokens, V)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits if temperature == 1 else logits / temperature
     targets = sequences[..., 1:][is_token]  # (tokens,)
     normalizer = logits.logsumexp(-1)
     of_tokens = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - normalizer

@@ -44,6 +44,7 @@ class SequenceLogProbs(nn.Module):
         sequences: torch.LongTensor,
         with_vocabulary_mean: bool = False,
         with_entropy: bool = False,
+        temperature: float = 1.0,
         **features: Any,
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Log-probabilities of the tokens of captions, teacher-forced, 0 at `<pad>`.
@@ -52,13 +53,19 @@ class SequenceLogProbs(nn.Module):
             sequences: (B, K, L), which begin with `<bos>`.
             with_vocabulary_mean: whether the mean log-probability of all words at each token is returned too.
             with_entropy: whether the entropy of the distribution at each token is.
+            temperature: divides the logits; that of the samples.
             features: of B images, by the names of `forward`; or what `encode_images` returns.
 
         Returns:
             Log-probabilities (B, K, L - 1), or a tuple of these, the means and the entropies, as far as asked for.
         """
         statistics = sequence_statistics(
-            self.model, sequences, with_mean=with_vocabulary_mean, with_entropy=with_entropy, **features
+            self.model,
+            sequences,
+            with_mean=with_vocabulary_mean,
+            with_entropy=with_entropy,
+            temperature=temperature,
+            **features,
         )
         known = tuple(each for each in statistics if each is not None)
         return known if len(known) > 1 else known[0]
@@ -66,7 +73,7 @@ class SequenceLogProbs(nn.Module):
 
 def xe_sequences(
     batch: dict[str, torch.Tensor], config: DifnetConfig
-) -> tuple[torch.LongTensor, dict[str, torch.Tensor]]:
+) -> tuple[torch.LongTensor, dict[str, Any]]:
     """The captions and features of a batch, ready for `SequenceLogProbs`.
 
     Args:

@@ -29,7 +29,7 @@ class SelfCriticalConfig(Seq2SeqTrainingArguments):
         num_generations: captions of an image, as many as beams; at least 2 but for `baseline` "greedy".
         max_new_tokens: length of a caption at most, the end counted. It also divides the loss, whatever the length of
             a caption, as in the original (and in TRL's `loss_type="dr_grpo"`).
-        temperature: of samples.
+        temperature: of samples, and of the distribution whose log-probabilities the loss takes.
         top_k: samples are drawn among so many of the likeliest tokens; 0: all.
         top_p: samples are drawn among the likeliest tokens that have this probability together.
         generation_kwargs: further settings of `generate`, such as `{"min_new_tokens": 5}`; or the same as JSON. They
@@ -42,6 +42,9 @@ class SelfCriticalConfig(Seq2SeqTrainingArguments):
         beta: weight of the divergence (KL) from the model as it was given to the trainer, per token. 0: no copy of
             the model is kept.
         entropy_coef: weight of the entropy of the tokens, which is to stay high.
+        log_completions: prints captions of the newest step, their rewards and a reference caption with every line of
+            the log.
+        num_completions_to_print: of so many images.
     """
 
     _VALID_DICT_FIELDS = [*Seq2SeqTrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "generation_kwargs"]
@@ -80,6 +83,10 @@ class SelfCriticalConfig(Seq2SeqTrainingArguments):
     )
     beta: float = field(default=0.0, metadata={"help": "Weight of the divergence from the model that was given."})
     entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy of the tokens."})
+    log_completions: bool = field(
+        default=False, metadata={"help": "Print captions of the newest step with every line of the log."}
+    )
+    num_completions_to_print: int = field(default=2, metadata={"help": "Images whose captions are printed."})
 
     def __post_init__(self) -> None:
         super().__post_init__()

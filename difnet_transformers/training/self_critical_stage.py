@@ -256,14 +256,18 @@ class DifnetSelfCriticalTrainer(DifnetTrainer):
         args = self.args
         penalty: torch.Tensor | float = 0.0
         if not args.scst_entropy_weight:
-            log_probs = self.scorer(sequences, **encoded)
+            log_probs = self.scorer(sequences, temperature=args.scst_temperature, **encoded)
         else:
-            log_probs, entropies = self.scorer(sequences, with_entropy=True, **encoded)
+            log_probs, entropies = self.scorer(
+                sequences, with_entropy=True, temperature=args.scst_temperature, **encoded
+            )
             penalty = penalty - args.scst_entropy_weight * mean_of_tokens(entropies, args.max_new_tokens, num_captions)
             self.log.add(entropy=entropies.sum())
         if self.reference is not None:
             with torch.no_grad(), self.accelerator.autocast():
-                reference_log_probs = sequence_log_probs(self.reference, sequences, **features)
+                reference_log_probs = sequence_log_probs(
+                    self.reference, sequences, temperature=args.scst_temperature, **features
+                )
             kl = kl_to_reference(log_probs, reference_log_probs)
             penalty = penalty + args.scst_kl_weight * mean_of_tokens(kl, args.max_new_tokens, num_captions)
             self.log.add(kl=kl.sum())

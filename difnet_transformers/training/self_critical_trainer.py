@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property, partial
 from inspect import signature
 from pathlib import Path
@@ -47,53 +46,12 @@ from .losses import self_critical_loss
 from .regularization import kl_to_reference, mean_of_tokens
 from .reward_functions import Reward
 from .rewards import RewardFailed, ScoredCaptions, WeightedRewards, load_reward
+from .self_critical_collator import IGNORED_LABEL, SelfCriticalCollator, without_labels
 from .self_critical_config import SelfCriticalConfig
+from .self_critical_log import averages, completions_table
 
 RewardFunction = str | Reward
 Result = TypeVar("Result")
-
-IGNORED_LABEL = -100
-PADDED = ("input_ids", "attention_mask")
-
-
-@dataclass
-class SelfCriticalCollator:
-    """Makes a batch of dataset rows: what the model reads becomes tensors, all other columns remain lists.
-
-    Args:
-        input_names: what the model reads. `input_ids` and `attention_mask` are padded by the tokenizer, `labels` with
-            -100, everything else is stacked.
-        tokenizer: of the model.
-
-    Raises:
-        ValueError: a column that only some of the rows have.
-    """
-
-    input_names: Collection[str]
-    tokenizer: Any = None
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        for name in names:
-            missing = next((index for index, row in enumerate(rows) if name not in row), None)
-            if missing is not None:
-                raise ValueError(f"`{name}` is missing in row {missing} of a batch whose other rows have it")
-        batch: dict[str, Any] = {}
-        if self.tokenizer is not None and "input_ids" in names and "input_ids" in self.input_names:
-            texts = [{name: row[name] for name in PADDED if name in names} for row in rows]
-            batch.update(self.tokenizer.pad(texts, return_tensors="pt"))
-        for name in names:
-            values = [row[name] for row in rows]
-            if name in batch:
-                continue
-            if name not in self.input_names:
-                batch[name] = values
-            elif name == "labels":
-                labels = [torch.as_tensor(value) for value in values]
-                batch[name] = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL)
-            else:
-                batch[name] = torch.stack([torch.as_tensor(value) for value in values])
-        return batch
 
 
 class Rollout(NamedTuple):
@@ -219,6 +177,7 @@ class SelfCriticalTrainer(Seq2SeqTrainer):
             self.rewards.check_columns(("finished", *others))
         self.reference = copy.deepcopy(self.model).eval().requires_grad_(False) if args.beta else None
         self.sums: dict[str, float] = {}  # of what is logged, since the last line
+        self.newest: list[str] = []  # captions that are printed with it
         self.evaluation_sums: dict[str, float] = {}
         # Processes that drew the same random numbers would decode alike.
         set_seed(args.seed, device_specific=True)
@@ -301,6 +260,8 @@ class SelfCriticalTrainer(Seq2SeqTrainer):
             entropy = mean_of_tokens(rollout.entropies, args.max_new_tokens, num_captions)
             loss = loss - args.entropy_coef * entropy
         self.count(images, rollout.sequences, scored, kl=kl, entropy=rollout.entropies)
+        if args.log_completions and self.model.training:
+            self.newest = completions_table(scored, references, args.num_completions_to_print)
         # DDP takes the mean of the processes' gradients, and this is each one's share of the sum.
         return loss if num_items_in_batch is None else loss * self.accelerator.num_processes
 
@@ -344,9 +305,13 @@ class SelfCriticalTrainer(Seq2SeqTrainer):
         if self.reference is not None:
             frozen = base_model(self.reference)
             with self.accelerator.autocast(), torch.no_grad():
-                reference_log_probs, _ = caption_log_probs(frozen, sequences, encode_images(frozen, images))
+                reference_log_probs, _ = caption_log_probs(
+                    frozen, sequences, encode_images(frozen, images), temperature=args.temperature
+                )
         with self.accelerator.autocast():
-            log_probs, entropies = caption_log_probs(network, sequences, encoded, with_entropy=args.entropy_coef > 0)
+            log_probs, entropies = caption_log_probs(
+                network, sequences, encoded, with_entropy=args.entropy_coef > 0, temperature=args.temperature
+            )
         return Rollout(sequences, log_probs, entropies, reference_log_probs, scored, greedy)
 
     def decode_greedily(self, network: nn.Module, images: dict[str, torch.Tensor]) -> torch.LongTensor:
@@ -506,6 +471,9 @@ class SelfCriticalTrainer(Seq2SeqTrainer):
             logs.update(averages(dict(zip(self.sums, sums.tolist(), strict=True))))
             self.sums = {}
         super().log(logs, start_time)
+        if self.newest and self.is_world_process_zero():
+            print("\n".join(self.newest), flush=True)
+        self.newest = []
 
     # Checkpoints
 
@@ -622,17 +590,6 @@ def base_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def without_labels(read: Mapping[str, Any]) -> dict[str, Any]:
-    """What a model reads of images alone.
-
-    Raises:
-        ValueError: a prompt of the decoder.
-    """
-    if "decoder_input_ids" in read and "labels" not in read:
-        raise ValueError("`decoder_input_ids` without `labels` would be prompts, which self-critical training has not")
-    return {name: value for name, value in read.items() if name != "labels" and not name.startswith("decoder_")}
-
-
 @contextmanager
 def gradient_checkpointing_disabled(model: nn.Module) -> Iterator[None]:
     """No layer forgets its keys and values while captions are decoded, which needs no activations."""
@@ -695,16 +652,3 @@ def training_references(dataset: Any) -> list[list[str]]:
             "give `CiderDReward(captions)` of difnet_transformers.training.reward_functions in the place of its name"
         )
     return dataset.with_format(None)["references"][:]
-
-
-def averages(sums: Mapping[str, float]) -> dict[str, float]:
-    """What is logged, of sums over images: means over images, captions or tokens."""
-    of_images = ("reward_std", "frac_reward_zero_std")
-    tokens, captions = sums["completions/mean_length"], sums["captions"]
-    means = {}
-    for name, value in sums.items():
-        if name in ("kl", "entropy"):
-            means[name] = value / max(tokens, 1)
-        elif name not in ("images", "captions"):
-            means[name] = value / (sums["images"] if name in of_images else captions)
-    return means

@@ -1,0 +1,188 @@
+"""From a captioner to a folder that `DifnetRuntimeModel` loads: graphs, tokenizer, settings, manifest.
+
+Precisions: fp32 gives the beams of the checkpoint token for token. bf16 is how OpenVINO computes graphs of fp32. int8
+holds the weights of the matrix products in 8 bits, and quantises what they are multiplied with as they run: ONNX
+Runtime by `quantize_dynamic`, OpenVINO by `nncf.compress_weights`. Embeddings stay fp32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import io
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from modeling_difnet import DifnetForConditionalGeneration
+from modeling_difnet.pipeline_difnet import hash_of_parameters
+from processing_difnet import DifnetProcessor
+
+from .. import __version__
+from ..command_line import requires
+from ..files import atomic_output
+from ..runtime.manifest import GRAPH_FILES, PRECISIONS, write_manifest
+
+PACKAGES = {"onnx": ("onnx", "onnxruntime"), "openvino": ("onnx", "openvino", "nncf")}
+
+# Settings of generation_config.json that change the log-probabilities, with the values that change nothing.
+LOGITS_SETTINGS: dict[str, tuple[Any, ...]] = {
+    "repetition_penalty": (1.0,),
+    "no_repeat_ngram_size": (0,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "bad_words_ids": (),
+    "sequence_bias": (),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "suppress_tokens": (),
+    "begin_suppress_tokens": (),
+    "exponential_decay_length_penalty": (),
+}
+
+
+def export_captioner(
+    model: DifnetForConditionalGeneration,
+    processor: DifnetProcessor,
+    output: str | os.PathLike,
+    *,
+    format: str = "onnx",
+    precision: str = "fp32",
+    name: str | os.PathLike | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes a captioner as graphs of another runtime. The folder appears whole or not at all.
+
+    Args:
+        model: the captioner, of any floating point type; the graphs are made of its weights in float32.
+        processor: of the same checkpoint.
+        output: the folder to make.
+        format: "onnx" or "openvino".
+        precision: "fp32", "int8", or with OpenVINO "bf16".
+        name: what the manifest calls the checkpoint.
+        overwrite: whether a folder that exists may be replaced.
+
+    Raises:
+        ImportError: a package is missing; the text names the extra.
+        ValueError: the format does not have this precision, or the checkpoint stores settings of `generate` that
+            `original_beam_search` of an exported captioner does not know.
+        OSError: the folder exists, or cannot be written.
+    """
+    check_format(format, precision)
+    check_generation(model.generation_config)
+    with requires(format):
+        from .graphs import decoding_step_graph, encoder_graph
+    with atomic_output(output, overwrite) as unfinished:
+        unfinished.mkdir()
+        with torch.no_grad(), tempfile.TemporaryDirectory(dir=unfinished.parent) as work:
+            for make_graph, file in zip((encoder_graph, decoding_step_graph), GRAPH_FILES[format], strict=True):
+                path = Path(work, "graph.onnx")
+                path.write_bytes(make_graph(model).SerializeToString())
+                if format == "onnx":
+                    write_onnx(path, unfinished / file, precision)
+                else:
+                    write_openvino(path, unfinished / file, precision)
+        write_settings(model, processor, unfinished)
+        source = {
+            "name": None if name is None else os.fspath(name),
+            "parameters_sha256": hash_of_parameters(model),
+        }
+        write_manifest(unfinished, format, precision, source, versions_of(format))
+
+
+def check_format(format: str, precision: str) -> None:
+    """Raises ValueError unless a format has a precision."""
+    if format not in PRECISIONS:
+        raise ValueError(f"the format must be one of {', '.join(PRECISIONS)}, not {format!r}")
+    if precision not in PRECISIONS[format]:
+        reason = (
+            ": ONNX Runtime has no bf16 on CPUs; openvino has it" if (format, precision) == ("onnx", "bf16") else ""
+        )
+        raise ValueError(f"{format} is exported in {', '.join(PRECISIONS[format])}, not {precision}{reason}")
+
+
+def check_generation(settings: GenerationConfig) -> None:
+    """Raises ValueError for stored settings of `generate` that the runtime's beam search would have to ignore."""
+    for name, neutral in LOGITS_SETTINGS.items():
+        value = getattr(settings, name, None)
+        if value is not None and value not in neutral:
+            raise ValueError(
+                f"generation_config.json: an exported captioner does not know `{name}` ({value}); remove it from the "
+                "checkpoint"
+            )
+
+
+def write_onnx(graph: Path, output: Path, precision: str) -> None:
+    """Writes a graph for ONNX Runtime.
+
+    Args:
+        graph: in fp32.
+        output: the file to write.
+        precision: "fp32" or "int8".
+    """
+    if precision == "fp32":
+        output.write_bytes(graph.read_bytes())
+        return
+    with requires("onnx"):
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+    with quiet_logging():
+        quantize_dynamic(graph, output, op_types_to_quantize=["MatMul"], weight_type=QuantType.QInt8)
+
+
+def write_openvino(graph: Path, output: Path, precision: str) -> None:
+    """Writes a graph for OpenVINO, `.xml` and `.bin`.
+
+    Args:
+        graph: in fp32.
+        output: the `.xml` to write.
+        precision: "fp32", "bf16" (the same file) or "int8".
+    """
+    with requires("openvino"):
+        import openvino
+    converted = openvino.Core().read_model(graph)  # convert_model would send telemetry
+    if precision == "int8":
+        with requires("openvino"), quiet_logging():
+            import nncf
+
+            with contextlib.redirect_stdout(io.StringIO()):  # progress bars
+                converted = nncf.compress_weights(
+                    converted,
+                    mode=nncf.CompressWeightsMode.INT8_SYM,
+                    ignored_scope=nncf.IgnoredScope(types=["Gather"], validate=False),
+                )
+    openvino.save_model(converted, output, compress_to_fp16=False)
+
+
+def write_settings(model: DifnetForConditionalGeneration, processor: DifnetProcessor, folder: Path) -> None:
+    """Writes the files of a checkpoint but for weights and code."""
+    processor.save_pretrained(folder)
+    for path in folder.glob("*.py"):
+        path.unlink()
+    model.config.to_json_file(folder / "config.json", use_diff=False)
+    model.generation_config.to_json_file(folder / "generation_config.json")
+
+
+def versions_of(format: str) -> dict[str, str]:
+    """Versions of the packages that export a format, as far as they are installed."""
+    versions = {"difnet-transformers": __version__}
+    for name in ("torch", "transformers", *PACKAGES[format]):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+@contextlib.contextmanager
+def quiet_logging() -> Iterator[None]:
+    """Silences what the quantisers say of each run."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(previous)
