@@ -342,7 +342,7 @@ def provenance_of(model: Any, name: str | None) -> dict[str, Any]:
         `name`, `model_type`, what the configuration says of the weights file, and `parameters_sha256`, a hash of all
         names and values, which does not depend on the file's format. Of a `VisionBackbone` also `revision` (the
         commit), `layer`, `grid_size`, `image_size` and `seen`, the part of an image that it sees; of X-101
-        `grid_size` where it is not 7; `precision` where it was chosen.
+        `grid_size` where it is not 7; `precision` where it was chosen, `runtime` where it is not PyTorch.
     """
     parameters = getattr(model, "parameters_sha256", None) or hash_of_parameters(model)
     said = {"name": name, "model_type": model.config.model_type, "parameters_sha256": parameters}
@@ -356,7 +356,10 @@ def provenance_of(model: Any, name: str | None) -> dict[str, Any]:
     elif isinstance(model, GridFeatureBackbone) and model.config.grid_size != GridFeatureBackboneConfig.grid_size:
         said["grid_size"] = list(as_pair(model.config.grid_size))
     if getattr(model, "parameters_sha256", None):
-        said["precision"] = next(key for key, dtype in PRECISIONS.items() if dtype == model.dtype)
+        own = next((key for key, dtype in PRECISIONS.items() if dtype == model.dtype), None)
+        said["precision"] = getattr(model, "precision", None) or own
+    if getattr(model, "runtime", None):
+        said["runtime"] = model.runtime
     return said
 
 
@@ -370,21 +373,30 @@ def segmentation_provenance_of(segmenter: Segmenter, name: str | None) -> dict[s
     Returns:
         `name`, `source` ("panoptic", "semantic" or "boxes"), `model_type`, `revision` (the commit),
         `parameters_sha256` as in `provenance_of`, `class_names` in the order of the feature, of an object detector
-        `score_threshold`, `precision` and `image_size` where they were chosen, and `seen`, the part of an image that
-        it sees.
+        `score_threshold`, `precision`, `runtime` and `image_size` where they were chosen, and `seen`, the part of an
+        image that it sees.
     """
     said: dict[str, Any] = {
         "name": name,
         "source": segmenter.kind,
         "model_type": segmenter.model.config.model_type,
         "revision": getattr(segmenter.model.config, "_commit_hash", None),
-        "parameters_sha256": hash_of_parameters(segmenter.model),
+        "parameters_sha256": _parameters_of(segmenter),
         "class_names": list(segmenter.class_names),
     }
     if isinstance(segmenter, SegmentationModel) and segmenter.kind == "boxes":
         said["score_threshold"] = segmenter.score_threshold
-    chosen = {"precision": segmenter.precision, "image_size": segmenter.image_size}
+    chosen = {
+        "precision": segmenter.precision,
+        "runtime": segmenter.runtime,
+        "image_size": segmenter.image_size,
+    }
     return said | {key: value for key, value in chosen.items() if value is not None} | {"seen": "whole image, no crop"}
+
+
+def _parameters_of(segmenter: Segmenter) -> str:
+    """`hash_of_parameters` of the model, or of the one that it was exported from."""
+    return getattr(segmenter.model, "parameters_sha256", None) or hash_of_parameters(segmenter.model)
 
 
 def check_same_backbone(said: Mapping[str, Any], backbone: GridBackbone) -> None:
@@ -433,7 +445,7 @@ def check_same_segmentation(said: Mapping[str, Any], segmenter: Segmenter) -> No
     if said.get("parameters_sha256") is None:
         return
     name = said.get("name")
-    if said["parameters_sha256"] != hash_of_parameters(segmenter.model):
+    if said["parameters_sha256"] != _parameters_of(segmenter):
         problem = "other weights"
     elif (
         isinstance(segmenter, SegmentationModel)
@@ -619,6 +631,8 @@ class DifnetImageCaptioningPipeline(Pipeline):
         name = said["name"]
         kinds = {"layer": int, "image_size": list, "precision": str, "revision": str}
         options = {key: said[key] for key, kind in kinds.items() if isinstance(said.get(key), kind)}
+        if options.get("precision") not in PRECISIONS:  # of another runtime, which the user may give
+            options.pop("precision", None)
         options |= {key: value for key, value in self.grid_backbone_options.items() if value is not None}
         try:
             backbone = load_grid_backbone(
@@ -644,6 +658,8 @@ class DifnetImageCaptioningPipeline(Pipeline):
         said = self.recorded_segmentation
         kinds = {"revision": str, "precision": str, "image_size": int}
         options = {key: said[key] for key, kind in kinds.items() if isinstance(said.get(key), kind)}
+        if options.get("precision") not in PRECISIONS:
+            options.pop("precision", None)
         try:
             segmenter = self._load_segmenter(said["name"], {**options, **self.segmentation_options})
         except (OSError, ValueError) as error:
@@ -762,7 +778,8 @@ def _with_classes(segmenter: Segmenter, class_names: Sequence[str] | None) -> Se
     other = SegmentationModel(
         segmenter.model, segmenter.processor, segmenter.kind, segmenter.grid_size, class_names, threshold
     )
-    other.precision, other.image_size = segmenter.precision, segmenter.image_size
+    other.precision, other.runtime = segmenter.precision, segmenter.runtime
+    other.image_size = segmenter.image_size
     return other
 
 

@@ -65,6 +65,7 @@ class SegmentationModel:
     """
 
     precision: str | None = None  # where it was chosen, see `load_segmenter`
+    runtime: str | None = None  # of a model that does not run in PyTorch
     image_size: int | None = None  # likewise: pixels of the shortest edge
 
     def __init__(
