@@ -17,6 +17,7 @@ from ..options import (
     layer_option,
     parse_options,
     precision_option,
+    runtime_option,
     segmentation_size_option,
     sides_of,
     strict_option,
@@ -50,7 +51,7 @@ from COCO's file names; other images are numbered in order."""
 class CaptionOptions:
     """Options of `difnet caption`."""
 
-    model: str = field(metavar="NAME", help="folder or repository of the captioner")
+    model: str = field(metavar="NAME", help="folder or repository of the captioner, or what difnet export wrote")
     images: list[str] = field(
         default_factory=list, positional=True, metavar="IMAGE", help="images, or folders of them"
     )
@@ -72,6 +73,7 @@ class CaptionOptions:
     num_captions: int = field(default=1, metavar="N", help="captions of each image")
     num_beams: int | None = field(default=None, metavar="N", help="default: the checkpoint's; at least --num-captions")
     original_beam_search: bool = field(default=False, help="the original's search, token for token")
+    runtime: str | None = runtime_option()
     batch_size: int = field(default=8, metavar="N", help="images captioned together")
     device: str | None = field(
         default=None, metavar="DEVICE", help="for example cuda:1 (default: a GPU if there is one)"
@@ -134,6 +136,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "caption.py") -> int:
             untrained=options.untrained,
             seed=options.seed,
             device=options.device,
+            runtime=options.runtime,
         )
         left_out = LeftOut()
         if options.features:

@@ -10,7 +10,7 @@ from pathlib import Path
 from simple_parsing import field
 
 from ..command_line import quiet_transformers, run_command
-from ..options import check_at_least, debug_option, parse_options, save_options, strict_option
+from ..options import check_at_least, debug_option, parse_options, runtime_option, save_options, strict_option
 
 DESCRIPTION = """\
 Caption every image of a split and score the captions.
@@ -47,7 +47,9 @@ def decoding_name(text: str) -> str:
 class EvaluationOptions:
     """Options of `difnet evaluate`."""
 
-    model: list[str] = field(metavar="FOLDER", help="a checkpoint, or several for their ensemble")
+    model: list[str] = field(
+        metavar="FOLDER", help="a checkpoint, several for their ensemble, or what difnet export wrote"
+    )
     dataset: Path = field(metavar="FOLDER", help="packed dataset, also of Parquet, or the name of one on the Hub")
     output: Path = field(metavar="FOLDER", help="where the files go")
     split: str = field(default="test", metavar="NAME", help="of the dataset")
@@ -86,6 +88,7 @@ class EvaluationOptions:
 
     batch_size: int = field(default=50, metavar="N", help="images of one process at a time", group="the machine")
     dtype: str = field(default="float32", choices=DTYPES, help="of weights and features", group="the machine")
+    runtime: str | None = runtime_option(group="the machine")
     cpu: bool = field(default=False, help="even where there is a GPU", group="the machine")
     force: bool = field(
         default=False,
@@ -133,6 +136,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate_captions.py") 
             max_new_tokens=options.max_new_tokens,
             batch_size=options.batch_size,
             dtype=options.dtype,
+            runtime=options.runtime,
             with_meteor=options.meteor,
             with_spice=options.spice,
             update_card=options.update_card,

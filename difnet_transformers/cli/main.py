@@ -24,6 +24,7 @@ COMMANDS = {
     "evaluate": "caption a split with one checkpoint or an ensemble, and score the captions",
     "caption": "caption images",
     "explain": "show which grid cells and which flow each word comes from",
+    "export": "export a captioner to ONNX Runtime or OpenVINO",
     "train-on-images": "from a folder of images and a caption file to a trained captioner",
     "metrics": "score captions: BLEU, ROUGE-L, CIDEr-D, METEOR, SPICE",
     "demo": "all steps on a small drawn corpus, in minutes on a CPU",

@@ -36,6 +36,7 @@ from ..training.data_checks import check_data, open_split
 from ..training.initial_model import compare_classes, reorder_classes
 from ..training.processes import all_or_none
 from ..training.validation import CaptionedImage, caption_split, score_split
+from .runtime_captioner import RuntimeCaptioner, is_exported, load_exported
 
 
 def evaluate_split(
@@ -51,6 +52,7 @@ def evaluate_split(
     max_new_tokens: int = 20,
     batch_size: int = 50,
     dtype: str = "float32",
+    runtime: str | None = None,
     with_meteor: bool = False,
     with_spice: bool = False,
     update_card: bool = False,
@@ -65,7 +67,8 @@ def evaluate_split(
 
     Args:
         accelerator: of the processes.
-        models: folder or repository of a checkpoint, or of several for their ensemble.
+        models: folder or repository of a checkpoint, or of several for their ensemble; or one folder of
+            `difnet export`.
         dataset: folder of the packed dataset, or its name on the Hub.
         output: folder for the two files.
         split: of the dataset.
@@ -75,6 +78,7 @@ def evaluate_split(
         max_new_tokens: of a caption.
         batch_size: images of one process at a time.
         dtype: of weights and features: "float32", "bfloat16" or "float16".
+        runtime: of a single model, see `load_exported`.
         with_meteor: whether METEOR is computed too.
         with_spice: whether SPICE is computed too.
         update_card: whether the scores go into the README.md of the only model.
@@ -90,7 +94,7 @@ def evaluate_split(
     """
     dataset_name = dataset_name or hub_name(dataset) or dataset.resolve().name
 
-    def load() -> tuple[Dataset, DifnetForConditionalGeneration | DifnetEnsemble, DifnetProcessor]:
+    def load() -> tuple[Dataset, DifnetForConditionalGeneration | DifnetEnsemble | RuntimeCaptioner, DifnetProcessor]:
         try:
             check_java(with_meteor, with_spice)
         except JavaMissing as error:
@@ -98,7 +102,9 @@ def evaluate_split(
         if update_card and not Path(models[0], "README.md").is_file():
             raise ValueError(f"--update-card: {models[0]} is no folder with a README.md, the model card")
         images = open_split(dataset, split)
-        model, processor = load_ensemble(models, getattr(torch, dtype))
+        exported = load_exported_model(models, runtime, decoding, dtype)
+        model: Any
+        model, processor = exported or load_ensemble(models, getattr(torch, dtype))
         records = records_of_dataset(dataset)
         members: Any = model.members if isinstance(model, DifnetEnsemble) else [model]
         for name, member in zip(models, members, strict=True):
@@ -144,6 +150,9 @@ def evaluate_split(
             "num_processes": accelerator.num_processes,
             "device": accelerator.device.type,
         }
+        if isinstance(model, RuntimeCaptioner):
+            manifest = model.runtime_model.manifest
+            report |= {"device": "cpu", "runtime": manifest.format, "precision": manifest.precision}
 
         def finish() -> int:
             if not accelerator.is_main_process:
@@ -158,6 +167,27 @@ def evaluate_split(
             return exit_code
 
         return all_or_none(accelerator, finish)
+
+
+def load_exported_model(
+    models: Sequence[str], runtime: str | None, decoding: str, dtype: str
+) -> tuple[RuntimeCaptioner, DifnetProcessor] | None:
+    """The exported captioner among the models, if there is one, and its processor.
+
+    Raises:
+        ValueError: it is to do what only PyTorch does: an ensemble, another decoding, another type of numbers.
+    """
+    exported = [name for name in models if is_exported(name)]
+    if not exported and runtime in (None, "torch"):
+        return None
+    subject = f"{printable(exported[0], 300)} is an exported captioner" if exported else f"--runtime {runtime}"
+    if len(models) > 1:
+        raise ValueError(f"{subject}: ensembles are made of checkpoints, in PyTorch")
+    if decoding != "original":
+        raise ValueError(f"{subject}: it decodes by the original's beam search alone; leave --decoding out")
+    if dtype != "float32":
+        raise ValueError(f"{subject}: leave --dtype out; difnet export --precision chooses its precision")
+    return load_exported(models[0], runtime)
 
 
 def match_features(
@@ -191,6 +221,11 @@ def match_features(
                 f"{printable(dataset, 300)} does not fit {printable(name, 300)}, which was trained with others: "
                 f"{difference}; --force evaluates all the same"
             )
+    if order is not None and isinstance(model, RuntimeCaptioner):
+        raise ValueError(
+            f"{printable(dataset, 300)} has the segmentation classes of {printable(name, 300)} in another order, and "
+            "an exported captioner cannot be put in order: evaluate its checkpoint"
+        )
     if order is not None:
         reorder_classes(model, order)
 

@@ -13,7 +13,7 @@ import io
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,13 @@ from modeling_difnet.pipeline_difnet import hash_of_parameters
 from processing_difnet import DifnetProcessor
 
 from .. import __version__
+from ..checkpoints import load_captioner
 from ..command_line import requires
-from ..files import atomic_output
-from ..runtime.manifest import GRAPH_FILES, PRECISIONS, write_manifest
+from ..conversion import check_output
+from ..files import atomic_output, printable
+from ..runtime.manifest import GRAPH_FILES, PRECISIONS, is_exported, write_manifest
+from ..runtime.model import DifnetRuntimeModel
+from .checks import check_export
 
 PACKAGES = {"onnx": ("onnx", "onnxruntime"), "openvino": ("onnx", "openvino", "nncf")}
 
@@ -56,6 +60,7 @@ def export_captioner(
     precision: str = "fp32",
     name: str | os.PathLike | None = None,
     overwrite: bool = False,
+    save_recipe: Callable[[Path], object] | None = None,
 ) -> None:
     """Writes a captioner as graphs of another runtime. The folder appears whole or not at all.
 
@@ -67,6 +72,7 @@ def export_captioner(
         precision: "fp32", "int8", or with OpenVINO "bf16".
         name: what the manifest calls the checkpoint.
         overwrite: whether a folder that exists may be replaced.
+        save_recipe: writes the options of the run to the path it is given.
 
     Raises:
         ImportError: a package is missing; the text names the extra.
@@ -89,11 +95,63 @@ def export_captioner(
                 else:
                     write_openvino(path, unfinished / file, precision)
         write_settings(model, processor, unfinished)
+        if save_recipe is not None:
+            save_recipe(unfinished / "recipe.yaml")
         source = {
             "name": None if name is None else os.fspath(name),
             "parameters_sha256": hash_of_parameters(model),
         }
         write_manifest(unfinished, format, precision, source, versions_of(format))
+
+
+def export_checkpoint(
+    name: str | os.PathLike,
+    output: Path,
+    *,
+    format: str = "onnx",
+    precision: str = "fp32",
+    num_check_images: int = 8,
+    overwrite: bool = False,
+    save_recipe: Callable[[Path], object] | None = None,
+) -> list[str]:
+    """Exports a checkpoint, and checks the export; `difnet export`.
+
+    Args:
+        name: folder or repository of the checkpoint.
+        output, format, precision, overwrite, save_recipe: as those of `export_captioner`.
+        num_check_images: images whose random features both caption; 0 for no check.
+
+    Returns:
+        What was written and what the check found, in lines for a terminal.
+
+    Raises:
+        ImportError, OSError, ValueError: as `load_captioner` and `export_captioner`.
+    """
+    check_format(format, precision)
+    check_output(output, overwrite, [os.fspath(name)])
+    if is_exported(name):
+        raise ValueError(f"{printable(name, 300)} is exported already: give the checkpoint that it was made of")
+    model, processor = load_captioner(name, torch.float32)
+    export_captioner(
+        model,
+        processor,
+        output,
+        format=format,
+        precision=precision,
+        name=name,
+        overwrite=overwrite,
+        save_recipe=save_recipe,
+    )
+    size = sum(path.stat().st_size for path in output.iterdir())
+    lines = [f"Wrote {printable(output, 300)}: {format}, {precision}, {size / 1e6:,.1f} MB"]
+    if num_check_images:
+        check = check_export(model, processor, DifnetRuntimeModel.from_pretrained(output), num_check_images)
+        lines += [
+            f"Captions of {check.num_images} images of random features: {check.num_equal_best} of {check.num_images} "
+            f"best ones and {check.num_equal} of {check.num_captions} beams are the checkpoint's",
+            f"Log-probabilities of tokens differ by {check.log_prob_difference:.1e} at most",
+        ]
+    return lines
 
 
 def check_format(format: str, precision: str) -> None:
