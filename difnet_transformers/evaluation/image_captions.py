@@ -26,6 +26,7 @@ from ..allocation import keep_freed_memory
 from ..checkpoints import check_device, load_captioner
 from ..command_line import LeftOut, describe, requires
 from ..files import printable
+from ..runtime.vision import GRID_BACKBONE, SEGMENTATION_MODEL
 from ..stage_times import StageTimes
 from ..vision.image_batches import (
     DECODING,
@@ -35,6 +36,7 @@ from ..vision.image_batches import (
     load_image,
     prefetch,
 )
+from ..vision.networks import exported_kind_of, open_grid_backbone, open_segmenter, print_choices
 from .runtime_captioner import load_exported
 
 with requires("images"):
@@ -100,12 +102,12 @@ def load_pipeline(
 
     Args:
         model: folder or repository of the captioner, or a folder of `difnet export`.
-        grid_backbone: folder, repository or function; not needed for features.
+        grid_backbone: folder, also of `difnet export`, repository or function; not needed for features.
         layer, image_size: of the grid backbone, see `load_grid_backbone`.
         precision: of the grid backbone and the segmentation model, see there and `load_segmenter`.
         force: whether other networks than the captioner was trained with are taken.
         needs_images: whether images are to be captioned, so that their networks must be given or recorded.
-        segmentation_model: folder or repository; not needed for features.
+        segmentation_model: folder, also of `difnet export`, or repository; not needed for features.
         segmentation_size: pixels of the shortest edge that it sees; by default those recorded, or as it says.
         untrained: lets small random networks stand in for those that are not named.
         seed: of these.
@@ -121,14 +123,24 @@ def load_pipeline(
     recorded = (processor.feature_extractor.grid_backbone or {}).get("name")
     if needs_images and grid_backbone is None and recorded is None and not untrained:
         raise ValueError("images need --grid-backbone (or --untrained for a check without weights)")
+    backbone: Any = grid_backbone
+    segmenter: Any = segmentation_model
+    grid_size = processor.feature_extractor.grid_size
+    if exported_kind_of(grid_backbone, GRID_BACKBONE):
+        sizes = {"layer": layer, "image_size": image_size}
+        backbone = open_grid_backbone(grid_backbone, "cpu", precision=precision, grid_size=grid_size, **sizes)
+    if exported_kind_of(segmentation_model, SEGMENTATION_MODEL):
+        segmenter = open_segmenter(
+            segmentation_model, "cpu", grid_size=grid_size, precision=precision, image_size=segmentation_size
+        )
     loaded = DifnetImageCaptioningPipeline(
         model=captioner,
         processor=processor,
         task=TASK,
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        grid_backbone=grid_backbone,
+        grid_backbone=backbone,
         grid_backbone_options={"layer": layer, "image_size": image_size, "precision": precision},
-        segmentation_model=segmentation_model,
+        segmentation_model=segmenter,
         segmentation_options={"precision": precision, "image_size": segmentation_size},
         force=force,
         untrained=untrained,
@@ -136,6 +148,7 @@ def load_pipeline(
     )
     if needs_images:
         loaded.load_recorded_networks()
+        print_choices(precision, loaded.device, loaded.grid_backbone, loaded.segmenter)
     return loaded
 
 

@@ -28,12 +28,19 @@ from torch import nn
 
 from modeling_difnet import GridFeatureBackbone, VisionBackbone
 from modeling_difnet.fast_segmentation_difnet import SAMPLING
-from modeling_difnet.images_difnet import Image, one_line
-from modeling_difnet.pipeline_difnet import GridBackbone, Segmenter, hash_of_parameters
+from modeling_difnet.images_difnet import Image, one_line, open_image
+from modeling_difnet.pipeline_difnet import (
+    GridBackbone,
+    Segmenter,
+    hash_of_parameters,
+    load_grid_backbone,
+    load_segmenter,
+)
 from modeling_difnet.segmentation_difnet import PanopticSegmenter
 from modeling_difnet.vision_backbone_difnet import ImageResizer
 
 from ..command_line import describe, requires
+from ..data.image_files import find_images
 from ..files import atomic_output
 from ..runtime.manifest import write_manifest
 from ..runtime.vision import GRID_BACKBONE, SEGMENTATION_MODEL, VISION_GRAPHS, VISION_PRECISIONS
@@ -42,6 +49,7 @@ from .captioner import quiet_logging, versions_of
 OUTPUTS = ("class_queries_logits", "masks_queries_logits", "logits", "pred_boxes", "pred_masks")
 """Outputs of segmentation models and detectors that their processors read."""
 EXAMPLE_SIZES = ((640, 480), (427, 640))  # width and height of the image that is traced, and of the one to check
+NUM_CALIBRATION_IMAGES = 16
 MAX_DIFFERENCE = 1e-3  # of the norm, between the graph in fp32 and PyTorch
 
 
@@ -80,6 +88,7 @@ def export_grid_backbone(
     name: str | os.PathLike | None = None,
     calibration: Sequence[Any] = (),
     overwrite: bool = False,
+    save_recipe: Callable[[Path], object] | None = None,
 ) -> None:
     """Writes a grid backbone as a graph of another runtime. The folder appears whole or not at all.
 
@@ -91,6 +100,7 @@ def export_grid_backbone(
         name: what the manifest calls the network.
         calibration: RGB images for int8; eight are enough.
         overwrite: whether a folder that exists may be replaced.
+        save_recipe: writes the options of the run to the path it is given.
 
     Raises:
         ImportError: a package is missing; the text names the extra.
@@ -114,6 +124,8 @@ def export_grid_backbone(
             backbone.preprocess_image.processor.save_pretrained(folder)
         else:
             backbone.config.save_pretrained(folder)
+        if save_recipe is not None:
+            save_recipe(folder / "recipe.yaml")
 
     write_export(
         FeatureMap(backbone).eval(),
@@ -140,12 +152,13 @@ def export_segmenter(
     name: str | os.PathLike | None = None,
     calibration: Sequence[Any] = (),
     overwrite: bool = False,
+    save_recipe: Callable[[Path], object] | None = None,
 ) -> None:
     """Writes a segmentation model or object detector as a graph of another runtime.
 
     Args:
         segmenter: in fp32, as `load_segmenter` gives it without a precision.
-        output, format, precision, name, calibration, overwrite: see `export_grid_backbone`.
+        output, format, precision, name, calibration, overwrite, save_recipe: see `export_grid_backbone`.
 
     Raises:
         ImportError, ValueError, OSError: as `export_grid_backbone`.
@@ -187,6 +200,8 @@ def export_segmenter(
     def write_settings(folder: Path) -> None:
         processor.save_pretrained(folder)
         model.config.save_pretrained(folder)
+        if save_recipe is not None:
+            save_recipe(folder / "recipe.yaml")
 
     write_export(
         SegmentationOutputs(model, list(first), outputs).eval(),
@@ -426,4 +441,47 @@ def write_openvino_network(
     openvino.save_model(converted, output, compress_to_fp16=False)
 
 
-__all__ = ["export_grid_backbone", "export_segmenter"]
+def export_feature_network(
+    output: Path,
+    *,
+    grid_backbone: str | None = None,
+    segmentation_model: str | None = None,
+    layer: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    segmentation_size: int | None = None,
+    format: str = "openvino",
+    precision: str = "fp32",
+    calibration_images: Sequence[str] = (),
+    overwrite: bool = False,
+    save_recipe: Callable[[Path], object] | None = None,
+) -> None:
+    """Exports one of the networks that make features of images; `difnet export`.
+
+    Args:
+        output, format, precision, overwrite: see `export_grid_backbone`.
+        grid_backbone, segmentation_model: folder or repository; one of them.
+        layer, image_size: of the grid backbone, see `load_grid_backbone`.
+        segmentation_size: of the segmentation model, see `load_segmenter`.
+        calibration_images: files, and folders of them; at most `NUM_CALIBRATION_IMAGES` of them are used, spread over
+            all.
+        save_recipe: writes the options of the run to the path it is given.
+
+    Raises:
+        ImportError, ValueError, OSError: as `export_grid_backbone`, `load_grid_backbone` and `load_segmenter`.
+    """
+    check_vision_format(format, precision, calibration_images)
+    images = []
+    paths = find_images(calibration_images) if calibration_images else []
+    for path in paths[:: max(1, len(paths) // NUM_CALIBRATION_IMAGES)][:NUM_CALIBRATION_IMAGES]:
+        images.append(open_image(path))
+    options: dict[str, Any] = {"format": format, "precision": precision, "calibration": images}
+    options |= {"overwrite": overwrite, "save_recipe": save_recipe}
+    if grid_backbone is not None:
+        backbone = load_grid_backbone(grid_backbone, layer=layer, image_size=image_size)
+        export_grid_backbone(backbone, output, name=grid_backbone, **options)
+    else:
+        segmenter = load_segmenter(segmentation_model, image_size=segmentation_size)
+        export_segmenter(segmenter, output, name=segmentation_model, **options)
+
+
+__all__ = ["export_feature_network", "export_grid_backbone", "export_segmenter"]
