@@ -31,7 +31,15 @@ SAMPLING = "multi_scale_deformable_attention"  # Mask2Former's and OneFormer's f
 
 
 class DeformableSampling(nn.Module):
-    """Takes the place of the `MultiScaleDeformableAttention` modules of Deformable DETR and its relatives."""
+    """Takes the place of the `MultiScaleDeformableAttention` modules of Deformable DETR and its relatives.
+
+    Args:
+        usual: the module, which other devices than CPUs keep.
+    """
+
+    def __init__(self, usual: nn.Module) -> None:
+        super().__init__()
+        self.usual = usual
 
     def forward(
         self,
@@ -43,7 +51,17 @@ class DeformableSampling(nn.Module):
         attention_weights: torch.Tensor,
         im2col_step: int,
     ) -> torch.Tensor:
-        return deformable_attention(value, value_spatial_shapes_list, sampling_locations, attention_weights)
+        if value.device.type == "cpu":
+            return deformable_attention(value, value_spatial_shapes_list, sampling_locations, attention_weights)
+        return self.usual(
+            value,
+            value_spatial_shapes,
+            value_spatial_shapes_list,
+            level_start_index,
+            sampling_locations,
+            attention_weights,
+            im2col_step,
+        )
 
 
 def deformable_attention(
@@ -121,7 +139,7 @@ def use_fast_form(model: PreTrainedModel, dtype: torch.dtype = torch.float32) ->
             if type(child) is nn.Linear:
                 child.__class__ = Linear
             elif type(child).__name__ == "MultiScaleDeformableAttention":
-                setattr(module, name, DeformableSampling())
+                setattr(module, name, DeformableSampling(child))
         source = sys.modules[type(module).__module__]
         if type(module).__name__.endswith("MultiscaleDeformableAttention") and hasattr(source, SAMPLING):
             functions = [source]
@@ -134,7 +152,8 @@ def use_fast_form(model: PreTrainedModel, dtype: torch.dtype = torch.float32) ->
             if device == "cpu":  # on GPUs a kernel for each sample is the better form
                 for source in functions:
                     stack.enter_context(own_sampling(source))
-            stack.enter_context(torch.autocast(device, dtype, enabled=dtype != torch.float32))
+            if dtype != torch.float32:
+                stack.enter_context(torch.autocast(device, dtype))
             outputs = forward(*args, **kwargs)
         for key, value in outputs.items():
             if isinstance(value, torch.Tensor) and value.dtype == dtype:

@@ -170,6 +170,24 @@ def test_what_does_not_fit_is_one_line(exported_x101: Path, x101: GridFeatureBac
     assert not (tmp_path / "e").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give one of MODEL, --grid-backbone and --segmentation-model"),
+        (["model", "--grid-backbone", "x101"], "give one of MODEL, --grid-backbone and --segmentation-model"),
+        (["model", "--calibration-images", "a.jpg"], "--calibration-images belong to --precision int8"),
+        (["--grid-backbone", "x101", "--precision", "int8"], "openvino has it"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = export.main([*arguments, "--output", "exported"])
+    except SystemExit as error:
+        code = error.code
+    assert code == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_model_that_looks_at_parts_of_images_is_refused(tmp_path: Path) -> None:
     segmenter = load_segmenter(save(eomt_in_parts(), tmp_path / "model"))
     with pytest.raises(ValueError, match="several parts"):
