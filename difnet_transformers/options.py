@@ -103,12 +103,23 @@ def grid_size_option(**settings: Any) -> Any:
 
 
 def precision_option(**settings: Any) -> Any:
-    """The field `precision: str | None = precision_option()` of programs that run a grid backbone."""
+    """The field `precision: str | None = precision_option()` of programs that run the networks of images."""
     return field(
         default=None,
         choices=["fp32", "bf16", "auto"],
-        help="of --grid-backbone: fp32, bf16, or auto: bf16 where the processor or GPU has it (default: the network "
-        "as it is)",
+        help="of --grid-backbone and --segmentation-model: their faster forms in fp32 or bf16, or auto: bf16 where "
+        "the processor or GPU has it (default: the networks as they are)",
+        **settings,
+    )
+
+
+def segmentation_size_option(**settings: Any) -> Any:
+    """The field `segmentation_size: int | None = segmentation_size_option()` of programs that run such a model."""
+    return field(
+        default=None,
+        metavar="N",
+        help="of --segmentation-model: pixels of the shortest edge that it sees (default: as its processor says, such "
+        "as 800); less is faster and coarser",
         **settings,
     )
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 
 class StageTimes:
-    """Measures stages, of the program's main thread and of threads that work beside it.
+    """Measures stages, of the thread that makes it and of threads that work beside that.
 
     Args:
         stages: their names, in the order in which they are printed; others follow.
@@ -21,6 +21,7 @@ class StageTimes:
 
     def __init__(self, *stages: str) -> None:
         self.start = time.perf_counter()
+        self.thread = threading.current_thread()
         self.seconds = dict.fromkeys(stages, 0.0)
         self.seconds_beside: dict[str, float] = {}
         self.lock = threading.Lock()
@@ -31,7 +32,7 @@ class StageTimes:
 
         Args:
             name: of the stage.
-            beside: whether a thread measures that works while the main thread goes on.
+            beside: whether the main thread goes on meanwhile; of other threads it does.
         """
         start = time.perf_counter()
         try:
@@ -39,7 +40,8 @@ class StageTimes:
         finally:
             seconds = time.perf_counter() - start
             with self.lock:
-                table = self.seconds_beside if beside else self.seconds
+                is_beside = beside or threading.current_thread() is not self.thread
+                table = self.seconds_beside if is_beside else self.seconds
                 table[name] = table.get(name, 0.0) + seconds
 
     @property

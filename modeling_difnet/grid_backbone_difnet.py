@@ -290,6 +290,8 @@ class GridFeatureBackbone(PreTrainedModel):
     input_modalities = "image"
     _no_split_modules = ["Stem", "Bottleneck"]
     parameters_sha256: str | None = None  # of the weights before they were changed into a faster form
+    precision: str | None = None  # where it is not the dtype's
+    runtime: str | None = None  # of a network that does not run in PyTorch
 
     def __init__(self, config: GridFeatureBackboneConfig) -> None:
         super().__init__(config)

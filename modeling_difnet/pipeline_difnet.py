@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from transformers import Pipeline, PreTrainedConfig
 
+from .fast_segmentation_difnet import resize_shortest_edge_to, use_fast_form
 from .grid_backbone_difnet import GridFeatureBackbone, GridFeatureBackboneConfig
 from .images_difnet import Image, one_line, open_image
 from .segmentation_difnet import CLASS_NAMES, LABEL_ORDERS, PanopticSegmenter, channels_of_labels, normal_name
@@ -151,12 +152,22 @@ def has_native_bf16(device: torch.device) -> bool:
     return False
 
 
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """A key of `PRECISIONS`: "auto" is bf16 where `device` has it natively, else fp32.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if precision == "auto":
+        return "bf16" if has_native_bf16(device) else "fp32"
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be auto or one of {', '.join(PRECISIONS)}, not {precision!r}")
+    return precision
+
+
 def _with_precision(backbone: GridBackbone, precision: str, device: torch.device) -> GridBackbone:
     """A network that was just loaded in another precision; `parameters_sha256` stays that of its own weights."""
-    if precision != "auto" and precision not in PRECISIONS:
-        raise ValueError(f"precision must be auto or one of {', '.join(PRECISIONS)}, not {precision!r}")
-    if precision == "auto":
-        precision = "bf16" if has_native_bf16(device) else "fp32"
+    precision = resolve_precision(precision, device)
     parameters_sha256 = hash_of_parameters(backbone)
     if isinstance(backbone, GridFeatureBackbone):
         backbone = backbone.fast_form(PRECISIONS[precision])
@@ -179,6 +190,8 @@ def load_segmenter(
     *,
     class_names: Sequence[str] | None = None,
     score_threshold: float | None = None,
+    precision: str | None = None,
+    image_size: int | None = None,
     revision: str | None = None,
 ) -> Segmenter:
     """The segmentation model or object detector of a folder or a repository.
@@ -192,6 +205,9 @@ def load_segmenter(
         class_names: classes of the feature, of a captioner that was trained with them; those of the model are matched
             by name. By default the model's own.
         score_threshold: of an object detector, boxes with lower scores are dropped; by default 0.5.
+        precision: "fp32", "bf16", or "auto": bf16 where `device` has it natively. By default the model runs as
+            Transformers has it; these are its faster forms (`use_fast_form`).
+        image_size: pixels of the shortest edge of the image that the model sees; by default as its processor says.
         revision: branch, tag or commit of the repository.
 
     Returns:
@@ -219,7 +235,25 @@ def load_segmenter(
         if score_threshold is not None and segmenter.kind != "boxes":
             raise ValueError(f"{name}: a score threshold is of object detectors; leave it out")
     segmenter.model.to(device)
+    if precision is not None:
+        segmenter.precision = resolve_precision(precision, torch.device(device))
+        use_fast_form(segmenter.model, PRECISIONS[segmenter.precision])
+    if image_size is not None:
+        _resize_input(segmenter, image_size, name)
     return segmenter
+
+
+def _resize_input(segmenter: Segmenter, image_size: int, name: str | None) -> None:
+    """Shows a model images of another size, and looks whether it takes them."""
+    resize_shortest_edge_to(segmenter.processor, image_size)
+    segmenter.image_size = image_size
+    try:
+        segmenter(Image.new("RGB", (image_size, image_size)))
+    except Exception as error:  # each model has its own
+        raise ValueError(
+            f"{name}: the segmentation model takes no images of {image_size} pixels "
+            f"({one_line(' '.join(str(error).split()), 200)}); leave the size out, or take another one"
+        ) from error
 
 
 def _is_coco_panoptic(name: str, class_names: Sequence[str] | None, revision: str | None) -> bool:
@@ -308,7 +342,7 @@ def provenance_of(model: Any, name: str | None) -> dict[str, Any]:
         `name`, `model_type`, what the configuration says of the weights file, and `parameters_sha256`, a hash of all
         names and values, which does not depend on the file's format. Of a `VisionBackbone` also `revision` (the
         commit), `layer`, `grid_size`, `image_size` and `seen`, the part of an image that it sees; of X-101
-        `grid_size` where it is not 7; `precision` where it was chosen.
+        `grid_size` where it is not 7; `precision` where it was chosen, `runtime` where it is not PyTorch.
     """
     parameters = getattr(model, "parameters_sha256", None) or hash_of_parameters(model)
     said = {"name": name, "model_type": model.config.model_type, "parameters_sha256": parameters}
@@ -322,7 +356,10 @@ def provenance_of(model: Any, name: str | None) -> dict[str, Any]:
     elif isinstance(model, GridFeatureBackbone) and model.config.grid_size != GridFeatureBackboneConfig.grid_size:
         said["grid_size"] = list(as_pair(model.config.grid_size))
     if getattr(model, "parameters_sha256", None):
-        said["precision"] = next(key for key, dtype in PRECISIONS.items() if dtype == model.dtype)
+        own = next((key for key, dtype in PRECISIONS.items() if dtype == model.dtype), None)
+        said["precision"] = getattr(model, "precision", None) or own
+    if getattr(model, "runtime", None):
+        said["runtime"] = model.runtime
     return said
 
 
@@ -336,19 +373,30 @@ def segmentation_provenance_of(segmenter: Segmenter, name: str | None) -> dict[s
     Returns:
         `name`, `source` ("panoptic", "semantic" or "boxes"), `model_type`, `revision` (the commit),
         `parameters_sha256` as in `provenance_of`, `class_names` in the order of the feature, of an object detector
-        `score_threshold`, and `seen`, the part of an image that it sees.
+        `score_threshold`, `precision`, `runtime` and `image_size` where they were chosen, and `seen`, the part of an
+        image that it sees.
     """
     said: dict[str, Any] = {
         "name": name,
         "source": segmenter.kind,
         "model_type": segmenter.model.config.model_type,
         "revision": getattr(segmenter.model.config, "_commit_hash", None),
-        "parameters_sha256": hash_of_parameters(segmenter.model),
+        "parameters_sha256": _parameters_of(segmenter),
         "class_names": list(segmenter.class_names),
     }
     if isinstance(segmenter, SegmentationModel) and segmenter.kind == "boxes":
         said["score_threshold"] = segmenter.score_threshold
-    return said | {"seen": "whole image, no crop"}
+    chosen = {
+        "precision": segmenter.precision,
+        "runtime": segmenter.runtime,
+        "image_size": segmenter.image_size,
+    }
+    return said | {key: value for key, value in chosen.items() if value is not None} | {"seen": "whole image, no crop"}
+
+
+def _parameters_of(segmenter: Segmenter) -> str:
+    """`hash_of_parameters` of the model, or of the one that it was exported from."""
+    return getattr(segmenter.model, "parameters_sha256", None) or hash_of_parameters(segmenter.model)
 
 
 def check_same_backbone(said: Mapping[str, Any], backbone: GridBackbone) -> None:
@@ -386,7 +434,7 @@ def check_same_segmentation(said: Mapping[str, Any], segmenter: Segmenter) -> No
         segmenter: the loaded model, under whatever name.
 
     Raises:
-        ValueError: classes, their order, weights or the threshold of scores differ.
+        ValueError: classes, their order, weights, the threshold of scores or the size of images differ.
     """
     names = said.get("class_names")
     if names:
@@ -397,7 +445,7 @@ def check_same_segmentation(said: Mapping[str, Any], segmenter: Segmenter) -> No
     if said.get("parameters_sha256") is None:
         return
     name = said.get("name")
-    if said["parameters_sha256"] != hash_of_parameters(segmenter.model):
+    if said["parameters_sha256"] != _parameters_of(segmenter):
         problem = "other weights"
     elif (
         isinstance(segmenter, SegmentationModel)
@@ -405,6 +453,9 @@ def check_same_segmentation(said: Mapping[str, Any], segmenter: Segmenter) -> No
         and said.get("score_threshold") != segmenter.score_threshold
     ):
         problem = f"other threshold of scores {said.get('score_threshold')}, not {segmenter.score_threshold}"
+    elif said.get("image_size") != segmenter.image_size:
+        sizes = (size or "the model's own" for size in (said.get("image_size"), segmenter.image_size))
+        problem = "other size of images, {}, not {}".format(*sizes)
     else:
         return
     raise ValueError(
@@ -580,6 +631,8 @@ class DifnetImageCaptioningPipeline(Pipeline):
         name = said["name"]
         kinds = {"layer": int, "image_size": list, "precision": str, "revision": str}
         options = {key: said[key] for key, kind in kinds.items() if isinstance(said.get(key), kind)}
+        if options.get("precision") not in PRECISIONS:  # of another runtime, which the user may give
+            options.pop("precision", None)
         options |= {key: value for key, value in self.grid_backbone_options.items() if value is not None}
         try:
             backbone = load_grid_backbone(
@@ -603,9 +656,12 @@ class DifnetImageCaptioningPipeline(Pipeline):
         if missing:
             raise ValueError(missing)
         said = self.recorded_segmentation
-        revision = {"revision": said["revision"]} if isinstance(said.get("revision"), str) else {}
+        kinds = {"revision": str, "precision": str, "image_size": int}
+        options = {key: said[key] for key, kind in kinds.items() if isinstance(said.get(key), kind)}
+        if options.get("precision") not in PRECISIONS:
+            options.pop("precision", None)
         try:
-            segmenter = self._load_segmenter(said["name"], {**revision, **self.segmentation_options})
+            segmenter = self._load_segmenter(said["name"], {**options, **self.segmentation_options})
         except (OSError, ValueError) as error:
             raise ValueError(_cannot_be_loaded(said["name"], "segmentation_model", error)) from error
         check_same_segmentation(said, segmenter)
@@ -719,9 +775,12 @@ def _with_classes(segmenter: Segmenter, class_names: Sequence[str] | None) -> Se
     if class_names is None or [*map(normal_name, segmenter.class_names)] == [*map(normal_name, class_names)]:
         return segmenter
     threshold = segmenter.score_threshold if isinstance(segmenter, SegmentationModel) else 0.5
-    return SegmentationModel(
+    other = SegmentationModel(
         segmenter.model, segmenter.processor, segmenter.kind, segmenter.grid_size, class_names, threshold
     )
+    other.precision, other.runtime = segmenter.precision, segmenter.runtime
+    other.image_size = segmenter.image_size
+    return other
 
 
 def _takes_substitute(said: Mapping[str, Any], option: str) -> str:

@@ -217,6 +217,9 @@ class PanopticSegmenter:
 
     kind = "panoptic"
     class_names = CLASS_NAMES
+    precision: str | None = None  # where it was chosen, see `load_segmenter`
+    runtime: str | None = None  # of a model that does not run in PyTorch
+    image_size: int | None = None  # likewise: pixels of the shortest edge
 
     def __init__(self, model: PreTrainedModel, processor: Any, grid_size: int | tuple[int, int] = 7) -> None:
         self.model = model.eval()

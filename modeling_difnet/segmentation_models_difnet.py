@@ -64,6 +64,10 @@ class SegmentationModel:
         ValueError: the model has no names of classes, names one twice, or has other classes than `class_names`.
     """
 
+    precision: str | None = None  # where it was chosen, see `load_segmenter`
+    runtime: str | None = None  # of a model that does not run in PyTorch
+    image_size: int | None = None  # likewise: pixels of the shortest edge
+
     def __init__(
         self,
         model: PreTrainedModel,

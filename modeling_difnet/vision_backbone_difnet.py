@@ -85,6 +85,8 @@ class VisionBackbone(nn.Module):
     """
 
     parameters_sha256: str | None = None  # of the weights before they were rounded to another dtype
+    precision: str | None = None  # where it is not the dtype's
+    runtime: str | None = None  # of a network that does not run in PyTorch
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 from pathlib import Path
 
 import h5py
@@ -18,9 +19,18 @@ from test_images import BROKEN, broken_files, noise, save_captioner, thirty_imag
 
 from difnet_transformers.cli import caption
 from difnet_transformers.cli import extract as extract_features
+from difnet_transformers.command_line import LeftOut
 from difnet_transformers.evaluation import image_captions
-from difnet_transformers.evaluation.image_captions import CaptionItem, ImageCaptions, caption_batch, load_pipeline
+from difnet_transformers.evaluation.image_captions import (
+    CaptionItem,
+    ImageCaptions,
+    caption_batch,
+    caption_items,
+    image_items,
+    load_pipeline,
+)
 from difnet_transformers.reports.caption_images import CaptionOutputs, write_captions
+from difnet_transformers.stage_times import StageTimes
 from modeling_difnet.images_difnet import open_image
 from modeling_difnet.pipeline_difnet import UNTRAINED_WARNING
 
@@ -240,6 +250,39 @@ def test_what_was_captioned_before_an_interruption_is_written(model, images, tmp
     target = tmp_path / "captions.json"
     assert run(images, "--model", model, "--untrained", "--batch-size", 1, "--json", target) == 130
     assert [each["image_id"] for each in json.loads(target.read_text())] == [7, 42]
+
+
+def test_captions_are_the_same_in_the_same_order_where_stages_overlap(model, tmp_path):
+    """Files that cannot be used are left out of batches as without overlap."""
+    images = thirty_images(tmp_path / "images")
+    captioner = load_pipeline(str(model), device="cpu", needs_images=True, untrained=True)
+    runs = []
+    for overlap in (False, True):
+        left_out, times = LeftOut(), StageTimes()
+        items = image_items(captioner, [str(images)], left_out)
+        captions = list(caption_items(captioner, items, 4, {"num_beams": 2}, left_out, times, overlap=overlap))
+        runs.append((captions, left_out.lines))
+        assert ("grid backbone" in times.seconds_beside) == overlap
+        assert times.seconds["captioning"] > 0
+    assert len(runs[0][0]) == 25
+    assert runs[0] == runs[1]
+
+
+def test_overlapping_stages_end_with_the_consumer(model, tmp_path):
+    images = thirty_images(tmp_path / "images")
+    captioner = load_pipeline(str(model), device="cpu", needs_images=True, untrained=True)
+    items = image_items(captioner, [str(images)], LeftOut())
+    captions = caption_items(captioner, items, 1, {"num_beams": 1}, LeftOut(), overlap=True)
+    next(captions)
+    captions.close()
+    assert not any(thread.name.startswith("ahead") for thread in threading.enumerate())
+
+
+def test_automatic_precision_is_said_with_its_reason(model, images, tmp_path, capsys):
+    assert run(images, "--model", model, "--untrained", "--precision", "auto", "--json", tmp_path / "c.json") == 0
+    said = capsys.readouterr().err
+    assert len(re.findall(r"^grid backbone: (bf16|fp32) by torch, (no )?native bfloat16 on cpu$", said, re.M)) == 1
+    assert len(re.findall(r"^segmentation model: (bf16|fp32) by torch, ", said, re.M)) == 1
 
 
 def test_names_that_are_not_utf8_and_with_line_ends(model, tmp_path, capsys):

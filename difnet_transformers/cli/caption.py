@@ -18,6 +18,7 @@ from ..options import (
     parse_options,
     precision_option,
     runtime_option,
+    segmentation_size_option,
     sides_of,
     strict_option,
 )
@@ -60,6 +61,7 @@ class CaptionOptions:
     precision: str | None = precision_option()
     force: bool = field(default=False, help="take other networks than the model was trained with")
     segmentation_model: str | None = field(default=None, metavar="NAME", help="folder or repository")
+    segmentation_size: int | None = segmentation_size_option()
     features: list[str] | None = field(default=None, metavar="HDF5", help="grid features, instead of images")
     segmentation: str | None = field(default=None, metavar="PATH", help="folder of <image id>.npy, or HDF5 file")
     ids: list[int] | None = field(default=None, metavar="ID", help="of --features: these images alone")
@@ -101,6 +103,7 @@ class CaptionOptions:
                 "--explain takes one image, and a file that ends with .html or .png (difnet explain takes many)"
             )
         check_at_least(self, 1, "num_captions", "num_beams", "batch_size")
+        check_at_least(self, 32, "segmentation_size")
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "caption.py") -> int:
@@ -132,6 +135,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "caption.py") -> int:
             force=options.force,
             needs_images=bool(options.images),
             segmentation_model=options.segmentation_model,
+            segmentation_size=options.segmentation_size,
             untrained=options.untrained,
             seed=options.seed,
             device=options.device,

@@ -19,6 +19,7 @@ from ..options import (
     parse_options,
     precision_option,
     save_options,
+    segmentation_size_option,
     sides_of,
     strict_option,
 )
@@ -71,6 +72,7 @@ class ExplanationOptions:
     precision: str | None = precision_option()
     force: bool = field(default=False, help="take other networks than the model was trained with")
     segmentation_model: str | None = field(default=None, metavar="NAME", help="folder or repository")
+    segmentation_size: int | None = segmentation_size_option()
     untrained: bool = field(default=False, help="check without weights: the maps mean nothing")
     caption: str | None = field(default=None, metavar="TEXT", help="explain these words, not the model's own")
     method: str = field(default="conservative", choices=METHODS, help="of the maps")
@@ -136,6 +138,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "explain.py") -> int:
                 force=options.force,
                 needs_images=bool(options.images),
                 segmentation_model=options.segmentation_model,
+                segmentation_size=options.segmentation_size,
                 untrained=options.untrained,
                 seed=options.seed,
                 device=options.device,

@@ -23,6 +23,7 @@ from ..options import (
     parse_options,
     precision_option,
     save_options,
+    segmentation_size_option,
     sides_of,
     strict_option,
 )
@@ -66,7 +67,8 @@ Images that cannot be used are left out and listed at the end, and in manifest.j
 
 SEGMENTATION_SOURCES = ("segmentation_model", "panoptic_annotations", "instance_annotations", "label_maps")
 GRID_BACKBONE = ("grid_backbone", "layer", "image_size", "grid_size", "precision", "batch_size")
-SOURCES = (*GRID_BACKBONE, *SEGMENTATION_SOURCES, "score_threshold", "label_order", "coco_json")
+SEGMENTATION = (*SEGMENTATION_SOURCES, "segmentation_size", "score_threshold")
+SOURCES = (*GRID_BACKBONE, *SEGMENTATION, "label_order", "coco_json")
 
 
 @dataclass
@@ -86,6 +88,7 @@ class ExtractOptions:
         help="of --grid-backbone: images that run together, if they are of one size (default: 8; X-101: 1)",
     )
     segmentation_model: str | None = field(default=None, metavar="NAME", help="folder or repository")
+    segmentation_size: int | None = segmentation_size_option()
     score_threshold: float | None = field(
         default=None, metavar="X", help="of an object detector: boxes with lower scores are dropped (default: 0.5)"
     )
@@ -125,6 +128,7 @@ class ExtractOptions:
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are two sources of segmentation: give one")
         check_at_least(self, 1, "batch_size")
+        check_at_least(self, 32, "segmentation_size")
         if self.score_threshold is not None and not 0 <= self.score_threshold <= 1:
             raise ValueError(f"--score-threshold must be from 0 to 1, not {self.score_threshold}")
         if (self.packed is None) != (self.captions is None):
@@ -133,7 +137,7 @@ class ExtractOptions:
     def command(self) -> str:
         """The command line that makes the same features, for the manifest."""
         words = ["python", "scripts/extract_features.py", *self.images, "--output", self.output.name]
-        for name in (*GRID_BACKBONE, *SEGMENTATION_SOURCES, "score_threshold", "coco_json"):
+        for name in (*GRID_BACKBONE, *SEGMENTATION, "coco_json"):
             value = getattr(self, name)
             if value is not None:
                 words += [option_name(name), *map(str, value if isinstance(value, list) else [value])]

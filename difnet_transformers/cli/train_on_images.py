@@ -21,6 +21,7 @@ from ..options import (
     parse_options,
     precision_option,
     save_options,
+    segmentation_size_option,
     strict_option,
 )
 
@@ -54,7 +55,7 @@ number of training images, from a few hundred to the paper's (docs/own_images.md
 
   difnet train-on-images .. --output mine -- --config larger.json --xe-learning-rate 5e-4"""
 
-NETWORK_OPTIONS = ("layer", "image_size", "grid_size", "precision", "score_threshold")
+NETWORK_OPTIONS = ("layer", "image_size", "grid_size", "precision", "segmentation_size", "score_threshold")
 RENAMED = {"--pictures": "--images"}
 CAPTIONS = "captions that are not COCO's files"
 FEATURES = "features; without segmentation the paper's baseline is trained"
@@ -139,6 +140,7 @@ class TrainOnImagesOptions:
         metavar="NAME",
         help="any segmentation model or object detector of Transformers: see `difnet extract --help`",
     )
+    segmentation_size: int | None = segmentation_size_option(group=FEATURES)
     score_threshold: float | None = field(
         default=None, group=FEATURES, metavar="X", help="of an object detector (default: 0.5)"
     )

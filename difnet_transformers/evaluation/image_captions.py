@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -26,6 +26,7 @@ from ..allocation import keep_freed_memory
 from ..checkpoints import check_device, load_captioner
 from ..command_line import LeftOut, describe, requires
 from ..files import printable
+from ..runtime.vision import GRID_BACKBONE, SEGMENTATION_MODEL
 from ..stage_times import StageTimes
 from ..vision.image_batches import (
     DECODING,
@@ -33,8 +34,10 @@ from ..vision.image_batches import (
     LoadedImage,
     grid_features_of,
     load_image,
+    one_ahead,
     prefetch,
 )
+from ..vision.networks import exported_kind_of, open_grid_backbone, open_segmenter, print_choices
 from .runtime_captioner import load_exported
 
 with requires("images"):
@@ -90,6 +93,7 @@ def load_pipeline(
     force: bool = False,
     needs_images: bool = False,
     segmentation_model: str | None = None,
+    segmentation_size: int | None = None,
     untrained: bool = False,
     seed: int = 0,
     device: str | None = None,
@@ -99,11 +103,13 @@ def load_pipeline(
 
     Args:
         model: folder or repository of the captioner, or a folder of `difnet export`.
-        grid_backbone: folder, repository or function; not needed for features.
-        layer, image_size, precision: of the grid backbone, see `load_grid_backbone`.
+        grid_backbone: folder, also of `difnet export`, repository or function; not needed for features.
+        layer, image_size: of the grid backbone, see `load_grid_backbone`.
+        precision: of the grid backbone and the segmentation model, see there and `load_segmenter`.
         force: whether other networks than the captioner was trained with are taken.
         needs_images: whether images are to be captioned, so that their networks must be given or recorded.
-        segmentation_model: folder or repository; not needed for features.
+        segmentation_model: folder, also of `difnet export`, or repository; not needed for features.
+        segmentation_size: pixels of the shortest edge that it sees; by default those recorded, or as it says.
         untrained: lets small random networks stand in for those that are not named.
         seed: of these.
         device: such as "cuda:1"; by default a GPU where there is one.
@@ -118,20 +124,32 @@ def load_pipeline(
     recorded = (processor.feature_extractor.grid_backbone or {}).get("name")
     if needs_images and grid_backbone is None and recorded is None and not untrained:
         raise ValueError("images need --grid-backbone (or --untrained for a check without weights)")
+    backbone: Any = grid_backbone
+    segmenter: Any = segmentation_model
+    grid_size = processor.feature_extractor.grid_size
+    if exported_kind_of(grid_backbone, GRID_BACKBONE):
+        sizes = {"layer": layer, "image_size": image_size}
+        backbone = open_grid_backbone(grid_backbone, "cpu", precision=precision, grid_size=grid_size, **sizes)
+    if exported_kind_of(segmentation_model, SEGMENTATION_MODEL):
+        segmenter = open_segmenter(
+            segmentation_model, "cpu", grid_size=grid_size, precision=precision, image_size=segmentation_size
+        )
     loaded = DifnetImageCaptioningPipeline(
         model=captioner,
         processor=processor,
         task=TASK,
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        grid_backbone=grid_backbone,
+        grid_backbone=backbone,
         grid_backbone_options={"layer": layer, "image_size": image_size, "precision": precision},
-        segmentation_model=segmentation_model,
+        segmentation_model=segmenter,
+        segmentation_options={"precision": precision, "image_size": segmentation_size},
         force=force,
         untrained=untrained,
         seed=seed,
     )
     if needs_images:
         loaded.load_recorded_networks()
+        print_choices(precision, loaded.device, loaded.grid_backbone, loaded.segmenter)
     return loaded
 
 
@@ -270,8 +288,9 @@ def caption_items(
     options: Mapping[str, Any],
     left_out: LeftOut,
     times: StageTimes | None = None,
+    overlap: bool | None = None,
 ) -> Iterator[ImageCaptions]:
-    """Captions items, `batch_size` together. One that fails is left out.
+    """Captions items, `batch_size` together, in their order. One that fails is left out.
 
     Args:
         captioner: the pipeline.
@@ -280,36 +299,23 @@ def caption_items(
         options: of `generate`, from `decoding_options`.
         left_out: gets the items that fail.
         times: gets the times of the stages.
+        overlap: whether the feature networks work on the next batch while one is captioned; by default on GPUs. A
+            processor's cores are busy with one of them.
 
     Raises:
         Exception: that of the first batch, where all of its items fail in the same way.
     """
     times = times or StageTimes()
-
-    def read(item: CaptionItem) -> Loaded:
-        with times.stage(DECODING, beside=True):
-            return item.read()
-
-    def num_bytes(each: Loaded | Exception) -> int:
-        return each.num_bytes if isinstance(each, LoadedImage) else 0
-
-    loaded: list[tuple[CaptionItem, Loaded | Exception]] = []
-    prepared: list[tuple[CaptionItem, Mapping[str, torch.Tensor]]] = []
+    batches = prepared_batches(captioner, items, batch_size, left_out, times)
+    if overlap is None:
+        overlap = captioner.device.type == "cuda"
+    if overlap:
+        batches = one_ahead(batches)
     succeeded = False
-    with contextlib.closing(prefetch(read, items, num_bytes)) as ahead:
-        for number, item in enumerate(items, start=1):
-            with times.stage(DECODING):  # as far as the threads are not ahead
-                loaded.append((item, next(ahead)))
-            num_read = sum(not isinstance(each, Exception) for _, each in loaded)
-            is_full = number == len(items) or len(prepared) + num_read == batch_size
-            if is_full or num_read == 0 or sum(num_bytes(each) for _, each in loaded) > MAX_BYTES_AHEAD:
-                prepared += prepare_batch(captioner, loaded, left_out, times)
-                loaded = []
-            if not prepared or not is_full:
-                continue
+    with contextlib.closing(batches):
+        for prepared in batches:
             with times.stage("captioning"):
                 results, problems = caption_batch(captioner, prepared, options)
-            prepared = []
             reasons = {describe(problem) for _, problem in problems}
             if not succeeded and not results and len(problems) > 1 and len(reasons) == 1:
                 raise problems[0][1]  # not the images are wrong, but what was asked for
@@ -319,12 +325,48 @@ def caption_items(
             yield from results
 
 
+Prepared: TypeAlias = list[tuple[CaptionItem, Mapping[str, torch.Tensor]]]
+"""Items with the captioner's inputs."""
+
+
+def prepared_batches(
+    captioner: DifnetImageCaptioningPipeline,
+    items: Sequence[CaptionItem],
+    batch_size: int,
+    left_out: LeftOut,
+    times: StageTimes,
+) -> Generator[Prepared, None, None]:
+    """The captioner's inputs for `batch_size` items at a time; see `caption_items`."""
+
+    def read(item: CaptionItem) -> Loaded:
+        with times.stage(DECODING, beside=True):
+            return item.read()
+
+    def num_bytes(each: Loaded | Exception) -> int:
+        return each.num_bytes if isinstance(each, LoadedImage) else 0
+
+    loaded: list[tuple[CaptionItem, Loaded | Exception]] = []
+    prepared: Prepared = []
+    with contextlib.closing(prefetch(read, items, num_bytes)) as ahead:
+        for number, item in enumerate(items, start=1):
+            with times.stage(DECODING):  # as far as the threads are not ahead
+                loaded.append((item, next(ahead)))
+            num_read = sum(not isinstance(each, Exception) for _, each in loaded)
+            is_full = number == len(items) or len(prepared) + num_read == batch_size
+            if is_full or num_read == 0 or sum(num_bytes(each) for _, each in loaded) > MAX_BYTES_AHEAD:
+                prepared += prepare_batch(captioner, loaded, left_out, times)
+                loaded = []
+            if prepared and is_full:
+                yield prepared
+                prepared = []
+
+
 def prepare_batch(
     captioner: DifnetImageCaptioningPipeline,
     loaded: Sequence[tuple[CaptionItem, Loaded | Exception]],
     left_out: LeftOut,
     times: StageTimes,
-) -> list[tuple[CaptionItem, Mapping[str, torch.Tensor]]]:
+) -> Prepared:
     """The captioner's inputs for items whose images or features are read.
 
     Args:
@@ -339,7 +381,7 @@ def prepare_batch(
         assert captioner.grid_backbone is not None
         with times.stage("grid backbone"):
             grids = iter(grid_features_of(captioner.grid_backbone, images))
-    prepared: list[tuple[CaptionItem, Mapping[str, torch.Tensor]]] = []
+    prepared: Prepared = []
     for item, each in loaded:
         try:
             if isinstance(each, Exception):

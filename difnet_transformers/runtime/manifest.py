@@ -59,12 +59,17 @@ def is_exported(folder: str | os.PathLike) -> bool:
 
 
 def write_manifest(
-    folder: Path, format: str, precision: str, source: Mapping[str, Any], packages: Mapping[str, str]
+    folder: Path,
+    format: str,
+    precision: str,
+    source: Mapping[str, Any],
+    packages: Mapping[str, str],
+    kind: str = KIND,
 ) -> None:
     """Writes the manifest of all files that are in a folder."""
     files = {path.name: {"sha256": sha256_of(path), "bytes": path.stat().st_size} for path in sorted(folder.iterdir())}
     manifest = Manifest(format, precision, dict(source), dict(packages), files)
-    content = {"kind": KIND, "format_version": FORMAT_VERSION, **asdict(manifest)}
+    content = {"kind": kind, "format_version": FORMAT_VERSION, **asdict(manifest)}
     content["sha256"] = digest_of(content)
     atomic_write(folder / MANIFEST_NAME, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
@@ -75,27 +80,32 @@ def digest_of(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
 
 
-def read_manifest(folder: str | os.PathLike) -> Manifest:
+def read_manifest(folder: str | os.PathLike, kind: str = KIND) -> Manifest:
     """The manifest of a folder whose files are all as they were exported.
+
+    Args:
+        folder: the export.
+        kind: what it must hold.
 
     Raises:
         ValueError: there is none, it is of another format version, or it or a file is missing, truncated or changed;
             the text names the file and says to export again.
     """
     folder = Path(folder)
+    noun = kind.removeprefix("difnet ")
     path = folder / MANIFEST_NAME
     shown = printable(path, 300)
     try:
         content = read_json(path)
     except FileNotFoundError:
         raise ValueError(
-            f"{printable(folder, 300)} is no exported captioner: it has no {MANIFEST_NAME}. Make one of a checkpoint "
+            f"{printable(folder, 300)} is no exported {noun}: it has no {MANIFEST_NAME}. Make one of a checkpoint "
             f"with difnet export"
         ) from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{shown}: cannot be read ({printable(str(error))}); {EXPORT_AGAIN}") from None
-    if not isinstance(content, dict) or content.get("kind") != KIND:
-        raise ValueError(f"{shown}: not the manifest of an exported captioner; {EXPORT_AGAIN}")
+    if not isinstance(content, dict) or content.get("kind") != kind:
+        raise ValueError(f"{shown}: not the manifest of an exported {noun}; {EXPORT_AGAIN}")
     if content.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"{shown}: has format version {printable(content.get('format_version'))}, and this version of "

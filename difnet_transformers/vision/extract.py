@@ -29,8 +29,6 @@ from modeling_difnet.images_difnet import UnreadableImage, open_image
 from modeling_difnet.pipeline_difnet import (
     UNTRAINED_WARNING,
     GridBackbone,
-    load_grid_backbone,
-    load_segmenter,
     provenance_of,
 )
 from modeling_difnet.segmentation_difnet import CLASS_NAMES
@@ -43,6 +41,7 @@ from ..files import atomic_write, folder_lock, name_file_in_errors, printable, r
 from ..progress import progress_bar
 from ..stage_times import StageTimes
 from .image_batches import DECODING, LoadedImage, grid_features_of, load_image, prefetch
+from .networks import open_grid_backbone, open_segmenter, print_choices
 from .segmentation_sources import (
     CocoSegmentations,
     ImageFile,
@@ -269,6 +268,7 @@ def extract_features(
     batch_size: int | None = None,
     segmentation_model: str | None = None,
     score_threshold: float | None = None,
+    segmentation_size: int | None = None,
     panoptic_annotations: Sequence[Path] | None = None,
     instance_annotations: Sequence[Path] | None = None,
     label_maps: Path | None = None,
@@ -289,12 +289,15 @@ def extract_features(
         images: files, or folders of them.
         output: the folder to make; until all is done there is `<output>.partial`.
         grid_backbone: folder or repository of a `GridFeatureBackbone` or another vision model, or
-            `package.module:function`.
-        layer, image_size, precision: of the backbone, see `load_grid_backbone`.
+            `package.module:function`; or a folder of `difnet export`.
+        layer, image_size: of the backbone, see `open_grid_backbone`.
+        precision: of both networks, see there and `open_segmenter`.
         grid_size: cells along a side, or rows and columns; by default 7, or what the configuration of X-101 says.
         batch_size: images that the backbone sees together; by default 8, and 1 for X-101, whose images differ in size.
-        segmentation_model: folder or repository of a segmentation model or object detector of Transformers.
+        segmentation_model: folder or repository of a segmentation model or object detector of Transformers, or a
+            folder of `difnet export`.
         score_threshold: of an object detector, see `load_segmenter`.
+        segmentation_size: pixels of the shortest edge that the segmentation model sees; by default as it says.
         panoptic_annotations: COCO's `panoptic_*.json`; the PNGs lie in folders of the same names beside them.
         instance_annotations: COCO's `instances_*.json`.
         label_maps: folder of `<image id>.npy` or `.png`.
@@ -323,7 +326,7 @@ def extract_features(
         network_device = torch.device(device or state.device)
         backbone, cells = None, grid_size or 7
         if grid_backbone is not None or untrained:
-            backbone = load_grid_backbone(
+            backbone = open_grid_backbone(
                 grid_backbone,
                 network_device,
                 untrained,
@@ -335,18 +338,30 @@ def extract_features(
             )
             rows, columns = as_pair(backbone.config.grid_size)
             cells = rows if rows == columns else (rows, columns)
-        elif layer is not None or image_size is not None or precision is not None:
-            raise ExtractionError("--layer, --image-size and --precision belong to --grid-backbone")
+        elif layer is not None or image_size is not None:
+            raise ExtractionError("--layer and --image-size belong to --grid-backbone")
         segmentation: SegmentationSource | None = open_annotations(
             panoptic_annotations, instance_annotations, label_maps, label_order, cells
         )
         if segmentation is None and (segmentation_model is not None or untrained):
-            segmenter = load_segmenter(
-                segmentation_model, network_device, untrained, seed, cells, score_threshold=score_threshold
+            segmenter = open_segmenter(
+                segmentation_model,
+                network_device,
+                untrained,
+                seed,
+                cells,
+                score_threshold=score_threshold,
+                precision=precision,
+                image_size=segmentation_size,
             )
             segmentation = ModelSegmentations(segmenter, segmentation_model)
-        elif score_threshold is not None:
-            raise ExtractionError("--score-threshold belongs to --segmentation-model")
+        elif score_threshold is not None or segmentation_size is not None:
+            raise ExtractionError("--score-threshold and --segmentation-size belong to --segmentation-model")
+        elif precision is not None and backbone is None:
+            raise ExtractionError("--precision belongs to --grid-backbone and --segmentation-model")
+        if state.is_main_process:
+            model = segmentation.segmenter if isinstance(segmentation, ModelSegmentations) else None
+            print_choices(precision, network_device, backbone, model)
         provenance: dict[str, Any] = {"made_by": "DIFNet for Transformers, scripts/extract_features.py"}
         if untrained:
             provenance["warning"] = UNTRAINED_WARNING

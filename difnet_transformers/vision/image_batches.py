@@ -119,6 +119,24 @@ def prefetch(
         executor.shutdown(wait=False, cancel_futures=True)
 
 
+def one_ahead(results: Generator[Result, None, None]) -> Generator[Result, None, None]:
+    """What a generator yields, in order; a thread is at the next one while the consumer has one.
+
+    Args:
+        results: is closed at the end, when the thread is through with the one that it is at.
+    """
+    executor = ThreadPoolExecutor(1, thread_name_prefix="ahead")
+    end = object()
+    try:
+        following: Future[Any] = executor.submit(next, results, end)
+        while (result := following.result()) is not end:
+            following = executor.submit(next, results, end)
+            yield result
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+        results.close()
+
+
 def grid_features_of(backbone: GridBackbone, images: Sequence[LoadedImage]) -> list[np.ndarray | Exception]:
     """The grid features (cells, C) of images, or in the place of an image the error that it causes.
 

@@ -268,7 +268,8 @@ class ModelSegmentations:
     def __init__(self, segmenter: Segmenter, name: str | None) -> None:
         self.segmenter = segmenter
         self.record = segmentation_provenance_of(segmenter, name)
-        self.provenance = {key: self.record[key] for key in ("name", "model_type", "parameters_sha256")}
+        compared = ("name", "model_type", "parameters_sha256", "precision", "runtime", "image_size")
+        self.provenance = {key: self.record[key] for key in compared if key in self.record}
 
     def __call__(self, image: Image.Image, file: ImageFile) -> np.ndarray:
         return self.segmenter(image)
