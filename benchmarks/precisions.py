@@ -12,7 +12,6 @@ to the terminal and to benchmarks/results/. Needs the extras onnx, openvino and 
 them.
 """
 
-import argparse
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -173,17 +172,32 @@ def caption_split(
 
 @torch.no_grad()
 def compare(
-    checkpoint: Path, dataset: Path, split: str, names: Sequence[str], options: argparse.Namespace
+    checkpoint: Path,
+    dataset: Path,
+    split: str,
+    names: Sequence[str],
+    batch_size: int,
+    max_images: int | None,
+    num_singles: int,
 ) -> dict[str, Result]:
-    """All variants of a captioner on a split, by their names in the table."""
+    """All variants of a captioner on a split, by their names in the table.
+
+    Args:
+        checkpoint: of the captioner.
+        dataset, split: what is captioned.
+        names: of `VARIANTS`; the first is the reference.
+        batch_size: images at a time.
+        max_images: at most so many; `None` for all.
+        num_singles: so many are captioned one by one as well.
+    """
     processor = load_captioner(checkpoint)[1]
     images = load_packed_split(dataset, split)
     mask_padded_cells = processor.feature_extractor.mask_padded_cells
-    batches = ReferenceBatches(images, options.batch_size, mask_padded_cells=mask_padded_cells)
+    batches = ReferenceBatches(images, batch_size, mask_padded_cells=mask_padded_cells)
     with tempfile.TemporaryDirectory() as work:
         variants = [VARIANTS[name](checkpoint, Path(work)) for name in names]
-        num_images = min(options.images or len(images), len(images))
-        references = caption_split(variants, batches, processor, num_images, options.singles)
+        num_images = min(max_images or len(images), len(images))
+        references = caption_split(variants, batches, processor, num_images, num_singles)
     first, results = variants[0], {}
     for variant in variants:
         scores = score_captions(variant.captions, references)
@@ -248,7 +262,10 @@ def main(argv: list[str] | None = None) -> None:
     runs: dict[str, list[dict[str, Result]]] = {}
     sizes: dict[str, str] = {}
     for name, checkpoint, dataset, split in options.run:
-        found = compare(Path(checkpoint), Path(dataset), split, options.variants, options)
+        found = compare(
+            *(Path(checkpoint), Path(dataset), split, options.variants),
+            *(options.batch_size, options.images, options.singles),
+        )
         runs.setdefault(name, []).append(found)
         number = len(load_packed_split(dataset, split))
         sizes[name] = f"{min(options.images or number, number):,} images of {split}"

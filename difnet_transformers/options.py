@@ -113,6 +113,17 @@ def precision_option(**settings: Any) -> Any:
     )
 
 
+def runtime_option(**settings: Any) -> Any:
+    """The field `runtime: str | None = runtime_option()` of programs that run a captioner."""
+    return field(
+        default=None,
+        choices=["torch", "onnx", "openvino"],
+        help="what runs the captioner, on the CPU: onnx and openvino export it in fp32 first, and need the original's "
+        "beam search (default: torch, or what difnet export made --model for)",
+        **settings,
+    )
+
+
 def sides_of(text: str) -> tuple[int, int]:
     """Height and width of a size, `N` or `HEIGHTxWIDTH`.
 

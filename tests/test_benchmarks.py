@@ -16,6 +16,7 @@ from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTok
 
 REPOSITORY = Path(__file__).parent.parent
 SHORT = {
+    "compare.py": ["--images", 100, "--resamples", 500],
     "data.py": ["--images", 210, "--rounds", 1],
     "generation.py": ["--batch-sizes", 1, "--repeats", 1, "--device", "cpu"],
     "help_time.py": ["--repeats", 1],
@@ -25,6 +26,7 @@ SHORT = {
     ],
     "metrics.py": ["--number", 2000, "--images", 50],
     "relevance.py": ["--batch-sizes", 1, "--positions", 2, "--repeats", 1, "--device", "cpu"],
+    "runtimes.py": ["--batch-sizes", 1, "--repeats", 1, "--device", "cpu"],
     "scaling.py": ["--quick", "--repeats", 1, "--device", "cpu"],
     "training.py": ["--repeats", 1, "--device", "cpu"],
 }
@@ -41,12 +43,14 @@ def run_benchmark(name: str, *options: object, exit_codes: tuple[int, ...] = (0,
 @pytest.mark.parametrize(
     "name",
     [
+        "compare.py",
         pytest.param("data.py", marks=pytest.mark.slow),
         "generation.py",
         pytest.param("help_time.py", marks=pytest.mark.slow),
         "images.py",
         "metrics.py",
         "relevance.py",
+        pytest.param("runtimes.py", marks=pytest.mark.slow),
         "scaling.py",
         pytest.param("training.py", marks=pytest.mark.slow),
     ],

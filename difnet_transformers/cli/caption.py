@@ -17,6 +17,7 @@ from ..options import (
     layer_option,
     parse_options,
     precision_option,
+    runtime_option,
     sides_of,
     strict_option,
 )
@@ -49,7 +50,7 @@ from COCO's file names; other images are numbered in order."""
 class CaptionOptions:
     """Options of `difnet caption`."""
 
-    model: str = field(metavar="NAME", help="folder or repository of the captioner")
+    model: str = field(metavar="NAME", help="folder or repository of the captioner, or what difnet export wrote")
     images: list[str] = field(
         default_factory=list, positional=True, metavar="IMAGE", help="images, or folders of them"
     )
@@ -70,6 +71,7 @@ class CaptionOptions:
     num_captions: int = field(default=1, metavar="N", help="captions of each image")
     num_beams: int | None = field(default=None, metavar="N", help="default: the checkpoint's; at least --num-captions")
     original_beam_search: bool = field(default=False, help="the original's search, token for token")
+    runtime: str | None = runtime_option()
     batch_size: int = field(default=8, metavar="N", help="images captioned together")
     device: str | None = field(
         default=None, metavar="DEVICE", help="for example cuda:1 (default: a GPU if there is one)"
@@ -113,7 +115,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "caption.py") -> int:
             warn_of_untrained,
         )
         from ..reports.caption_images import CaptionOutputs, caption_images
+        from ..runtime.manifest import is_exported
 
+        if options.explain is not None and (is_exported(options.model) or options.runtime not in (None, "torch")):
+            raise ValueError("--explain needs a checkpoint in PyTorch: exported captioners keep no attention weights")
         quiet_transformers()
         warnings = warn_of_untrained(options.untrained)
         outputs = CaptionOutputs(options.json, options.contact_sheet, options.explain)
@@ -130,6 +135,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "caption.py") -> int:
             untrained=options.untrained,
             seed=options.seed,
             device=options.device,
+            runtime=options.runtime,
         )
         left_out = LeftOut()
         if options.features:

@@ -35,6 +35,7 @@ from ..vision.image_batches import (
     load_image,
     prefetch,
 )
+from .runtime_captioner import load_exported
 
 with requires("images"):
     from ..data.feature_files import GridFiles, SegmentationFiles
@@ -92,11 +93,12 @@ def load_pipeline(
     untrained: bool = False,
     seed: int = 0,
     device: str | None = None,
+    runtime: str | None = None,
 ) -> DifnetImageCaptioningPipeline:
     """The pipeline of a captioner and, for images, of the networks that make its features.
 
     Args:
-        model: folder or repository of the captioner.
+        model: folder or repository of the captioner, or a folder of `difnet export`.
         grid_backbone: folder, repository or function; not needed for features.
         layer, image_size, precision: of the grid backbone, see `load_grid_backbone`.
         force: whether other networks than the captioner was trained with are taken.
@@ -105,13 +107,14 @@ def load_pipeline(
         untrained: lets small random networks stand in for those that are not named.
         seed: of these.
         device: such as "cuda:1"; by default a GPU where there is one.
+        runtime: of the captioner, see `load_exported`.
 
     Raises:
         ValueError: a network cannot be loaded or does not fit the captioner.
     """
     check_device(device)
     keep_freed_memory()
-    captioner, processor = load_captioner(model)
+    captioner, processor = load_exported(model, runtime) or load_captioner(model)
     recorded = (processor.feature_extractor.grid_backbone or {}).get("name")
     if needs_images and grid_backbone is None and recorded is None and not untrained:
         raise ValueError("images need --grid-backbone (or --untrained for a check without weights)")

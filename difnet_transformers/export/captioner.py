@@ -8,12 +8,13 @@ Runtime by `quantize_dynamic`, OpenVINO by `nncf.compress_weights`. Embeddings s
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.metadata
 import io
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,15 @@ from modeling_difnet.pipeline_difnet import hash_of_parameters
 from processing_difnet import DifnetProcessor
 
 from .. import __version__
+from ..checkpoints import load_captioner
 from ..command_line import requires
-from ..files import atomic_output
-from ..runtime.manifest import GRAPH_FILES, PRECISIONS, write_manifest
+from ..conversion import check_output
+from ..files import atomic_output, printable
+from ..runtime.manifest import GRAPH_FILES, PRECISIONS, is_exported, write_manifest
+from ..runtime.model import DifnetRuntimeModel
+from .checks import check_export
 
-PACKAGES = {"onnx": ("onnx", "onnxruntime"), "openvino": ("onnx", "openvino", "nncf")}
+RUNTIME_PACKAGES = {"onnx": ("onnx", "onnxruntime"), "openvino": ("onnx", "openvino")}
 
 # Settings of generation_config.json that change the log-probabilities, with the values that change nothing.
 LOGITS_SETTINGS: dict[str, tuple[Any, ...]] = {
@@ -56,6 +61,7 @@ def export_captioner(
     precision: str = "fp32",
     name: str | os.PathLike | None = None,
     overwrite: bool = False,
+    save_recipe: Callable[[Path], object] | None = None,
 ) -> None:
     """Writes a captioner as graphs of another runtime. The folder appears whole or not at all.
 
@@ -67,6 +73,7 @@ def export_captioner(
         precision: "fp32", "int8", or with OpenVINO "bf16".
         name: what the manifest calls the checkpoint.
         overwrite: whether a folder that exists may be replaced.
+        save_recipe: writes the options of the run to the path it is given.
 
     Raises:
         ImportError: a package is missing; the text names the extra.
@@ -76,8 +83,8 @@ def export_captioner(
     """
     check_format(format, precision)
     check_generation(model.generation_config)
-    with requires(format):
-        from .graphs import decoding_step_graph, encoder_graph
+    from .graphs import decoding_step_graph, encoder_graph  # needs onnx
+
     with atomic_output(output, overwrite) as unfinished:
         unfinished.mkdir()
         with torch.no_grad(), tempfile.TemporaryDirectory(dir=unfinished.parent) as work:
@@ -89,6 +96,8 @@ def export_captioner(
                 else:
                     write_openvino(path, unfinished / file, precision)
         write_settings(model, processor, unfinished)
+        if save_recipe is not None:
+            save_recipe(unfinished / "recipe.yaml")
         source = {
             "name": None if name is None else os.fspath(name),
             "parameters_sha256": hash_of_parameters(model),
@@ -96,8 +105,63 @@ def export_captioner(
         write_manifest(unfinished, format, precision, source, versions_of(format))
 
 
+def export_checkpoint(
+    name: str | os.PathLike,
+    output: Path,
+    *,
+    format: str = "onnx",
+    precision: str = "fp32",
+    num_check_images: int = 8,
+    overwrite: bool = False,
+    save_recipe: Callable[[Path], object] | None = None,
+) -> list[str]:
+    """Exports a checkpoint, and checks the export; `difnet export`.
+
+    Args:
+        name: folder or repository of the checkpoint.
+        output, format, precision, overwrite, save_recipe: as those of `export_captioner`.
+        num_check_images: images whose random features both caption; 0 for no check.
+
+    Returns:
+        What was written and what the check found, in lines for a terminal.
+
+    Raises:
+        ImportError, OSError, ValueError: as `load_captioner` and `export_captioner`.
+    """
+    check_format(format, precision)
+    check_output(output, overwrite, [os.fspath(name)])
+    if is_exported(name):
+        raise ValueError(f"{printable(name, 300)} is exported already: give the checkpoint that it was made of")
+    model, processor = load_captioner(name, torch.float32)
+    export_captioner(
+        model,
+        processor,
+        output,
+        format=format,
+        precision=precision,
+        name=name,
+        overwrite=overwrite,
+        save_recipe=save_recipe,
+    )
+    size = sum(path.stat().st_size for path in output.iterdir())
+    lines = [f"Wrote {printable(output, 300)}: {format}, {precision}, {size / 1e6:,.1f} MB"]
+    if num_check_images:
+        check = check_export(model, processor, DifnetRuntimeModel.from_pretrained(output), num_check_images)
+        lines += [
+            f"Captions of {check.num_images} images of random features: {check.num_equal_best} of {check.num_images} "
+            f"best ones and {check.num_equal} of {check.num_captions} beams are the checkpoint's",
+            f"Log-probabilities of tokens differ by {check.log_prob_difference:.1e} at most",
+        ]
+    return lines
+
+
 def check_format(format: str, precision: str) -> None:
-    """Raises ValueError unless a format has a precision."""
+    """Looks at what can be wrong before anything is loaded.
+
+    Raises:
+        ValueError: there is no such format, or it does not have the precision.
+        ImportError: a package is missing.
+    """
     if format not in PRECISIONS:
         raise ValueError(f"the format must be one of {', '.join(PRECISIONS)}, not {format!r}")
     if precision not in PRECISIONS[format]:
@@ -105,6 +169,9 @@ def check_format(format: str, precision: str) -> None:
             ": ONNX Runtime has no bf16 on CPUs; openvino has it" if (format, precision) == ("onnx", "bf16") else ""
         )
         raise ValueError(f"{format} is exported in {', '.join(PRECISIONS[format])}, not {precision}{reason}")
+    with requires(format):
+        for package in RUNTIME_PACKAGES[format]:
+            importlib.import_module(package)
 
 
 def check_generation(settings: GenerationConfig) -> None:
@@ -132,7 +199,7 @@ def write_onnx(graph: Path, output: Path, precision: str) -> None:
     with requires("onnx"):
         from onnxruntime.quantization import QuantType, quantize_dynamic
     with quiet_logging():
-        quantize_dynamic(graph, output, op_types_to_quantize=["MatMul"], weight_type=QuantType.QInt8)
+        quantize_dynamic(graph, output, op_types_to_quantize=["MatMul"], per_channel=True, weight_type=QuantType.QInt8)
 
 
 def write_openvino(graph: Path, output: Path, precision: str) -> None:
@@ -171,7 +238,8 @@ def write_settings(model: DifnetForConditionalGeneration, processor: DifnetProce
 def versions_of(format: str) -> dict[str, str]:
     """Versions of the packages that export a format, as far as they are installed."""
     versions = {"difnet-transformers": __version__}
-    for name in ("torch", "transformers", *PACKAGES[format]):
+    quantiser = ["nncf"] if format == "openvino" else []
+    for name in ("torch", "transformers", *RUNTIME_PACKAGES[format], *quantiser):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return versions

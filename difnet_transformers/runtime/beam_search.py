@@ -18,6 +18,8 @@ from .sessions import Session
 
 # Leaving finished images out copies the cache of the others, which pays when this share of the images is finished.
 LEAVE_OUT_SHARE = 0.25
+# The cache grows by so many slots: attention reads all that there are, and OpenVINO prepares itself for each size.
+NUM_MORE_SLOTS = 32
 
 
 @dataclass
@@ -48,7 +50,7 @@ class DecodingStep:
         session: of the decoding step.
         cross (`(B, heads, N, head_dim)` each): the encoder's outputs, `cross_keys_0`, `cross_values_0`, ..
         grid_attention_mask (`(B, N)` bool): which cells the decoder looks at.
-        num_slots: tokens that the cache has to hold for an image.
+        num_slots: tokens of an image that are read again.
     """
 
     def __init__(
@@ -56,13 +58,10 @@ class DecodingStep:
     ) -> None:
         self.session = session
         self.constant = {**cross, "grid_attention_mask": grid_attention_mask}
-        # Zeros, because what nothing looks at is multiplied by 0 all the same.
-        self.cache = {
-            name.replace("cross", "past"): np.zeros((*each.shape[:2], num_slots, each.shape[3]), np.float32)
-            for name, each in cross.items()
-        }
+        self.cache = {name.replace("cross", "past"): each[:, :, :0] for name, each in cross.items()}
         self.num_slots = num_slots
         self.num_filled = 0
+        self.grow()
 
     def run(
         self,
@@ -85,7 +84,7 @@ class DecodingStep:
             the log-probabilities (B, L, V).
         """
         (batch_size, length), start = tokens.shape, self.num_filled
-        past_visible = np.zeros((batch_size, length, self.num_slots), bool)
+        past_visible = np.zeros((batch_size, length, self.capacity), bool)
         past_visible[:, :, :start] = visible[:, :, :start]
         new_names = {name.replace("past", "new"): name for name in self.cache}
         wanted = ["best_log_probs", "best_tokens", *(["log_probs"] if with_log_probs else [])]
@@ -101,12 +100,23 @@ class DecodingStep:
             },
             [*wanted, *new_names],
         )
-        self.num_filled = min(start + length, self.num_slots)
+        self.num_filled = min(start + length, self.num_slots)  # nothing comes after the tokens of the last step
+        while self.num_filled > self.capacity:
+            self.grow()
         for new_name, name in new_names.items():
-            # The tokens of the last step have no slots: nothing comes after them.
             self.cache[name][:, :, start : self.num_filled] = found[new_name][:, :, : self.num_filled - start]
         log_probs = found["log_probs"].copy() if with_log_probs else None
         return found["best_log_probs"].copy(), found["best_tokens"].astype(np.int64), log_probs
+
+    @property
+    def capacity(self) -> int:
+        """Slots that there are."""
+        return next(iter(self.cache.values())).shape[2]
+
+    def grow(self) -> None:
+        """Adds slots to the cache, with zeros, because what nothing looks at is multiplied by 0 all the same."""
+        more = min(NUM_MORE_SLOTS, self.num_slots - self.capacity)
+        self.cache = {name: np.pad(each, ((0, 0), (0, 0), (0, more), (0, 0))) for name, each in self.cache.items()}
 
     def keep(self, images: np.ndarray) -> None:
         """Leaves out all images but some, given by their rows here."""

@@ -45,7 +45,9 @@ class DifnetRuntimeModel:
             name: read_json(folder / f"{name}.json") for name in ("config", "generation_config", "processor_config")
         }
         self.config = SimpleNamespace(**settings["config"])
-        self.generation_config = SimpleNamespace(**settings["generation_config"])
+        names = ("eos_token_id", "pad_token_id", "decoder_start_token_id")
+        defaults = {"num_beams": 1} | {name: settings["config"][name] for name in names}
+        self.generation_config = SimpleNamespace(**defaults | settings["generation_config"])
         self.preprocessing: dict[str, Any] = settings["processor_config"]["feature_extractor"]
         self.decoder = CaptionDecoder(folder, self.config.vocab_size)
         self.manifest = manifest
@@ -156,10 +158,12 @@ class DifnetRuntimeModel:
         Raises:
             ValueError: none, or more than the position table has rows.
         """
-        num_steps = max_new_tokens
-        if num_steps is None:
-            stored = vars(self.generation_config).get("max_new_tokens")
-            num_steps = self.generation_config.max_length - prompt_length if stored is None else stored
+        stored = vars(self.generation_config)
+        num_steps = stored.get("max_new_tokens") if max_new_tokens is None else max_new_tokens
+        if num_steps is None and stored.get("max_length") is not None:
+            num_steps = stored["max_length"] - prompt_length
+        if num_steps is None:  # what Transformers does
+            num_steps = min(20, self.config.max_position_embeddings - prompt_length)
         longest = self.config.max_position_embeddings + 1 - prompt_length  # the last token is never read
         if not 1 <= num_steps <= longest:
             raise ValueError(

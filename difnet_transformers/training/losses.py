@@ -71,9 +71,7 @@ class SequenceLogProbs(nn.Module):
         return known if len(known) > 1 else known[0]
 
 
-def xe_sequences(
-    batch: dict[str, torch.Tensor], config: DifnetConfig
-) -> tuple[torch.LongTensor, dict[str, Any]]:
+def xe_sequences(batch: dict[str, torch.Tensor], config: DifnetConfig) -> tuple[torch.LongTensor, dict[str, Any]]:
     """The captions and features of a batch, ready for `SequenceLogProbs`.
 
     Args:

@@ -1,0 +1,138 @@
+"""An exported captioner in the place of a model of Transformers, for the pipeline, `caption` and `evaluate`."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+
+from modeling_difnet import DifnetForConditionalGeneration, DifnetPreTrainedModel, original_beam_search
+from processing_difnet import DifnetProcessor
+
+from ..checkpoints import load_captioner, load_processor, read_config
+from ..files import printable
+from ..runtime.beam_search import BeamSearchOutput
+from ..runtime.manifest import is_exported
+from ..runtime.model import DifnetRuntimeModel
+
+# What a caller may pass without a meaning for beams, with the values that change nothing.
+NEUTRAL_OPTIONS = {"do_sample": (False,), "length_penalty": (0.0,), "early_stopping": ("never",), "use_cache": (True,)}
+
+
+class RuntimeCaptioner(DifnetPreTrainedModel):
+    """A `DifnetRuntimeModel` that takes and gives tensors. It always decodes by `original_beam_search`.
+
+    ```python
+    >>> from difnet_transformers.checkpoints import load_processor
+    >>> from difnet_transformers.evaluation.runtime_captioner import RuntimeCaptioner
+    >>> from modeling_difnet import DifnetImageCaptioningPipeline
+
+    >>> captioner = DifnetImageCaptioningPipeline(
+    ...     model=RuntimeCaptioner.from_folder("exported"), processor=load_processor("exported")
+    ... )
+    ```
+
+    Args:
+        folder: of the export, whose config.json and generation_config.json count.
+        runtime_model: loaded from it.
+    """
+
+    def __init__(self, folder: str | os.PathLike, runtime_model: DifnetRuntimeModel) -> None:
+        super().__init__(read_config(folder))
+        self.runtime_model = runtime_model
+        self.generation_config = GenerationConfig.from_pretrained(folder)
+        # Transformers asks the first parameter for type and device.
+        self.placeholder = nn.Parameter(torch.empty(0), requires_grad=False)
+        self.eval()
+
+    @classmethod
+    def from_folder(cls, folder: str | os.PathLike, num_threads: int | None = None) -> RuntimeCaptioner:
+        """Loads an export; arguments and errors are those of `DifnetRuntimeModel.from_pretrained`."""
+        return cls(folder, DifnetRuntimeModel.from_pretrained(folder, num_threads))
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        return True
+
+    def generate(
+        self,
+        *,
+        num_beams: int | None = None,
+        max_new_tokens: int | None = None,
+        num_return_sequences: int = 1,
+        return_dict_in_generate: bool = False,
+        output_scores: bool = False,
+        custom_generate: Any = None,
+        **inputs: Any,
+    ) -> torch.Tensor | BeamSearchOutput:
+        """As `DifnetRuntimeModel.generate`.
+
+        Args:
+            num_beams, max_new_tokens, num_return_sequences, return_dict_in_generate, output_scores: as there.
+            custom_generate: `original_beam_search`, or nothing.
+            inputs: features, masks and prompts, as tensors.
+
+        Raises:
+            ValueError: another search is asked for, or as `DifnetRuntimeModel.generate`.
+        """
+        if custom_generate not in (None, original_beam_search, DifnetForConditionalGeneration.original_beam_search):
+            raise ValueError("an exported captioner decodes by `original_beam_search` alone")
+        arrays = {}
+        for name, value in inputs.items():
+            if isinstance(value, torch.Tensor):
+                arrays[name] = (value.float() if value.is_floating_point() else value).cpu().numpy()
+            elif value is not None and value not in NEUTRAL_OPTIONS.get(name, ()):
+                raise ValueError(
+                    f"an exported captioner decodes by `original_beam_search` alone, which does not know `{name}`"
+                )
+        found = self.runtime_model.generate(
+            **arrays,
+            num_beams=num_beams,
+            max_new_tokens=max_new_tokens,
+            num_return_sequences=num_return_sequences,
+            return_dict_in_generate=return_dict_in_generate,
+            output_scores=output_scores,
+        )
+        return found if isinstance(found, BeamSearchOutput) else torch.from_numpy(found)
+
+
+def load_exported(
+    name: str | os.PathLike, runtime: str | None = None
+) -> tuple[RuntimeCaptioner, DifnetProcessor] | None:
+    """The captioner of a folder that `difnet export` wrote, or of a checkpoint that is exported for this process.
+
+    Args:
+        name: the folder, or a checkpoint's folder or repository.
+        runtime: "onnx" or "openvino": a checkpoint is exported to it in fp32, and nothing of that remains. "torch" or
+            `None`: checkpoints are left to PyTorch.
+
+    Returns:
+        The captioner and its processor; `None` for a checkpoint that runs in PyTorch.
+
+    Raises:
+        ValueError: the folder is damaged, or was exported to another runtime.
+        ImportError: the runtime is not installed.
+    """
+    if is_exported(name):
+        captioner = RuntimeCaptioner.from_folder(name)
+        format = captioner.runtime_model.manifest.format
+        if runtime not in (None, format):
+            raise ValueError(
+                f"{printable(name, 300)} was exported to {format}, and --runtime is {runtime}: leave it out, or give "
+                "the checkpoint"
+            )
+        return captioner, load_processor(name)
+    if runtime in (None, "torch"):
+        return None
+    from ..export import export_captioner
+
+    model, processor = load_captioner(name, torch.float32)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
+        folder = Path(work, "exported")
+        export_captioner(model, processor, folder, format=runtime, name=name)
+        return RuntimeCaptioner.from_folder(folder), processor
