@@ -32,6 +32,7 @@ from common import (
     write_report,
 )
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.modeling_outputs import BaseModelOutput
 
 from difnet_transformers.files import atomic_write
 from difnet_transformers.reports.charts import Chart, Line, to_svg
@@ -94,6 +95,11 @@ def search(model: DifnetForConditionalGeneration, case: Case, **inputs: Any) -> 
         max_new_tokens=case.num_tokens,
         do_sample=False,
     )
+
+
+def search_states(model: DifnetForConditionalGeneration, case: Case, states: torch.Tensor) -> torch.Tensor:
+    """`search` from encoded images on; `generate` repeats what it is given in place."""
+    return search(model, case, encoder_outputs=BaseModelOutput(states))
 
 
 # Curves
@@ -211,7 +217,7 @@ def stages(base: Case, batch_sizes: list[int], device: torch.device, sizes: dict
         case = dataclasses.replace(base, batch_size=batch_size)
         features = case.features(config, device)
         encoder = partial(model.get_encoder(), **features)
-        decode = partial(search, model, case, encoder_outputs=encoder())
+        decode = partial(search_states, model, case, encoder().last_hidden_state)
         # The layers of the flows read their weights once an iteration.
         flows = num_bytes(model.model.encoder.flow_layers) * (config.fusion_iterations - 1)
         encoder_bytes = num_bytes(model.model.encoder) + flows
