@@ -46,9 +46,11 @@ format: setup
 bench: setup
 	$(BIN)/python benchmarks/generation.py
 	$(BIN)/python benchmarks/metrics.py
+	$(BIN)/python benchmarks/compare.py
 	$(BIN)/python benchmarks/data.py
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/relevance.py
+	$(BIN)/python benchmarks/runtimes.py
 	$(BIN)/python benchmarks/help_time.py
 
 dist: setup

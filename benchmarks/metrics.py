@@ -41,7 +41,7 @@ from common import (
 from caption_metrics import CiderD, CiderReward, PTBTokenizer, bleu, rouge_l
 from caption_metrics.captions import tokenized
 
-LIMITS = {"batch": 3.0, "table": 150.0, "ratio": 3.0}
+LIMITS = {"batch": 2.0, "table": 150.0, "ratio": 5.0}
 
 
 def golden(name: str) -> list[dict]:

@@ -7,6 +7,7 @@ ones the shorter. The original's two constants, which keep empty captions from d
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,19 +19,32 @@ TINY = 1e-15
 _IMAGES_AT_ONCE = 512
 
 
-def _bleu(correct: np.ndarray, guessed: np.ndarray, length: np.ndarray, reference_length: np.ndarray) -> np.ndarray:
-    """BLEU-1..4, (4, ...), of counts (4, ...) and lengths (...)."""
-    products = np.cumprod((correct + TINY) / (guessed + SMALL), axis=0)
+class BleuCounts(NamedTuple):
+    """What BLEU is computed from, of images or summed over them.
+
+    Attributes:
+        correct: (4, ...) n-grams of the hypotheses that a reference has too, for n of 1 to 4.
+        guessed: (4, ...) n-grams of the hypotheses.
+        length: (...) words of the hypotheses.
+        reference_length: (...) words of the closest references.
+    """
+
+    correct: np.ndarray
+    guessed: np.ndarray
+    length: np.ndarray
+    reference_length: np.ndarray
+
+
+def bleu_of_counts(counts: BleuCounts) -> np.ndarray:
+    """BLEU-1 to BLEU-4, (4, ...), of the counts of each image, or of sums over images for the corpus."""
+    products = np.cumprod((counts.correct + TINY) / (counts.guessed + SMALL), axis=0)
     orders = np.arange(1, MAX_N + 1).reshape(-1, *[1] * (products.ndim - 1))
-    ratio = (length + TINY) / (reference_length + SMALL)
+    ratio = (counts.length + TINY) / (counts.reference_length + SMALL)
     return products ** (1.0 / orders) * np.exp(np.minimum(0.0, 1 - 1 / ratio))
 
 
-def bleu(hypotheses: Sequence[Caption], references: Sequence[Sequence[Caption]]) -> list[Score]:
-    """BLEU-1, BLEU-2, BLEU-3 and BLEU-4 (0 to 1) of one hypothesis for each image, strings or lists of tokens.
-
-    Errors as in `tokenized`.
-    """
+def bleu_counts(hypotheses: Sequence[Caption], references: Sequence[Sequence[Caption]]) -> BleuCounts:
+    """Counts of each image, whose sums give the BLEU of any part or resample of them. Errors as in `tokenized`."""
     hypotheses, references = tokenized(hypotheses, references)
     words = [ngram_words(tokens) for tokens in hypotheses]
     theirs = [[ngram_words(tokens) for tokens in group] for group in references]
@@ -47,8 +61,17 @@ def bleu(hypotheses: Sequence[Caption], references: Sequence[Sequence[Caption]])
     for first in range(0, len(words), _IMAGES_AT_ONCE):
         part = slice(first, first + _IMAGES_AT_ONCE)
         correct[:, part] = _correct(words[part], theirs[part])
-    per_image = _bleu(correct, guessed, length, closest)
-    corpus = _bleu(correct.sum(axis=1), guessed.sum(axis=1), length.sum(), closest.sum())
+    return BleuCounts(correct, guessed, length, closest)
+
+
+def bleu(hypotheses: Sequence[Caption], references: Sequence[Sequence[Caption]]) -> list[Score]:
+    """BLEU-1, BLEU-2, BLEU-3 and BLEU-4 (0 to 1) of one hypothesis for each image, strings or lists of tokens.
+
+    Errors as in `tokenized`.
+    """
+    counts = bleu_counts(hypotheses, references)
+    per_image = bleu_of_counts(counts)
+    corpus = bleu_of_counts(BleuCounts(*(each.sum(axis=-1) for each in counts)))
     return [Score(float(corpus[n]), per_image[n]) for n in range(MAX_N)]
 
 

@@ -13,6 +13,13 @@ from .java_metrics import JavaMissing, meteor, spice
 from .rouge import rouge_l
 
 
+def spider(cider_d: Score | None, spice_score: Score | None) -> Score | None:
+    """SPIDEr of the two scores it is the mean of; None if one is missing."""
+    if cider_d is None or spice_score is None:
+        return None
+    return Score((cider_d.corpus + spice_score.corpus) / 2, (cider_d.per_image + spice_score.per_image) / 2)
+
+
 def score_captions(
     predictions: Sequence[Caption],
     references: Sequence[Sequence[Caption]],
@@ -21,6 +28,8 @@ def score_captions(
     per_image: bool = False,
 ) -> dict[str, Any]:
     """`bleu_1` to `bleu_4`, `rouge_l` and `cider_d` of one caption for each image; on request `meteor` and `spice`.
+
+    With `spice` comes `spider` (Liu et al., ICCV 2017), the mean of CIDEr-D and SPICE.
 
     Captions are strings, or lists of tokens. Document frequencies of CIDEr-D are those of `references`, an image as
     one document. With `per_image`, the entry "per_image" holds a list of scores under each name. A metric that was
@@ -41,6 +50,8 @@ def score_captions(
             except JavaMissing as missing:
                 warnings.warn(f"{name} is left out. {missing}", stacklevel=2)
                 scores[name] = None
+    if with_spice:
+        scores["spider"] = spider(scores["cider_d"], scores["spice"])
     result: dict[str, Any] = {name: score and score.corpus for name, score in scores.items()}
     if per_image:
         result["per_image"] = {name: score and score.per_image.tolist() for name, score in scores.items()}

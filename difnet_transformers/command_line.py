@@ -37,6 +37,7 @@ EXTRA_OF = {
     "scipy": "images",
     "shtab": "completion",
     "tensorboard": "train",
+    "torchao": "quantization",
 }
 DISTRIBUTIONS = {"PIL": "pillow"}  # packages that are installed under another name than they are imported
 

@@ -29,6 +29,7 @@ METRICS = {
     "cider_d": ("cider", "CIDEr-D"),
     "meteor": ("meteor", "METEOR"),
     "spice": ("spice", "SPICE"),
+    "spider": ("spider", "SPIDEr"),
 }
 
 # What the Hub lists the model under. `image-to-text` is gone from Transformers 5, which sends it to this task; the

@@ -94,6 +94,8 @@ def check_finite_weights(weights: nn.Module | Mapping[str, object], source: str 
 
 
 def _count_not_finite(tensor: torch.Tensor) -> int:
+    if hasattr(tensor, "__tensor_flatten__"):  # made of others, as a quantised one is of integers and scales
+        return sum(_count_not_finite(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.is_meta or not tensor.numel():
         return 0
     if tensor.layout is not torch.strided:  # as a dense tensor it may be too large for memory

@@ -67,6 +67,7 @@ def make_world(folder: Path) -> Path:
         for annotation in json.loads(path.read_text())["annotations"]
     ]
     shutil.copy(annotations / "captions_val2014.json", folder)
+    make_instances(annotations / "captions_val2014.json", folder / "instances_val2014.json")
     make_checkpoint(folder, DifnetTokenizer.from_captions(captions, min_count=1))
     make_images(folder)
     make_flickr8k(folder)
@@ -76,6 +77,14 @@ def make_world(folder: Path) -> Path:
     make_other_captioner(folder)
     (folder / "network.json").write_text(json.dumps(SIZES))
     return folder
+
+
+def make_instances(captions: Path, path: Path) -> None:
+    """Instance annotations of the images of a caption file: a dog in each."""
+    images = json.loads(captions.read_text())["images"]
+    annotations = [{"id": image["id"], "image_id": image["id"], "category_id": 18} for image in images]
+    content = {"images": images, "annotations": annotations, "categories": [{"id": 18, "name": "dog"}]}
+    path.write_text(json.dumps(content))
 
 
 def make_checkpoint(folder: Path, tokenizer: DifnetTokenizer) -> None:

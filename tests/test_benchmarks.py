@@ -7,11 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import random_model
 from docs_world import make_world
-from tiny_packed import write_packed
+from tiny_packed import GRID_FEATURE_SIZE, NUM_CLASSES, SIZES, write_packed
+
+from configuration_difnet import DifnetConfig
+from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer
 
 REPOSITORY = Path(__file__).parent.parent
 SHORT = {
+    "compare.py": ["--images", 100, "--resamples", 500],
     "data.py": ["--images", 210, "--rounds", 1],
     "generation.py": ["--batch-sizes", 1, "--repeats", 1, "--device", "cpu"],
     "help_time.py": ["--repeats", 1],
@@ -21,6 +26,8 @@ SHORT = {
     ],
     "metrics.py": ["--number", 2000, "--images", 50],
     "relevance.py": ["--batch-sizes", 1, "--positions", 2, "--repeats", 1, "--device", "cpu"],
+    "runtimes.py": ["--batch-sizes", 1, "--repeats", 1, "--device", "cpu"],
+    "scaling.py": ["--quick", "--repeats", 1, "--device", "cpu"],
     "training.py": ["--repeats", 1, "--device", "cpu"],
 }
 
@@ -36,12 +43,15 @@ def run_benchmark(name: str, *options: object, exit_codes: tuple[int, ...] = (0,
 @pytest.mark.parametrize(
     "name",
     [
+        "compare.py",
         pytest.param("data.py", marks=pytest.mark.slow),
         "generation.py",
         pytest.param("help_time.py", marks=pytest.mark.slow),
         "images.py",
         "metrics.py",
         "relevance.py",
+        pytest.param("runtimes.py", marks=pytest.mark.slow),
+        "scaling.py",
         pytest.param("training.py", marks=pytest.mark.slow),
     ],
 )
@@ -145,7 +155,46 @@ def test_the_study_of_rewards_on_the_corpus_of_the_demo(tmp_path):
     )
 
 
+def write_checkpoint(folder: Path) -> Path:
+    """An untrained captioner of the tiny packed datasets."""
+    vocabulary = [
+        "<unk>",
+        "<pad>",
+        "<bos>",
+        "<eos>",
+        *["a", "photo", "of", "red", "blue", "green", "dog", "cat", "bus", "kite", "horse"],
+    ]
+    config = DifnetConfig(
+        vocab_size=len(vocabulary), grid_feature_size=GRID_FEATURE_SIZE, num_segmentation_classes=NUM_CLASSES, **SIZES
+    )
+    random_model(config).save_pretrained(folder)
+    extractor = DifnetFeatureExtractor(4, GRID_FEATURE_SIZE, NUM_CLASSES)
+    DifnetProcessor(extractor, DifnetTokenizer(vocab=vocabulary)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_the_table_of_precisions(tmp_path):
+    """Of two captioners that share a name, whose means it has."""
+    run = [write_checkpoint(tmp_path / "model"), write_packed(tmp_path / "packed", {"test": 6}), "test"]
+    names = ["pytorch-fp32", "pytorch-bf16", "onnx-fp32", "openvino-int8"]
+    words = ["--run", "tiny", *run, "--run", "tiny", *run, "--variants", *names, "--singles", 1, "--batch-size", 4]
+    run_benchmark("precisions.py", *words, "--output", tmp_path / "table.md")
+    table = (tmp_path / "table.md").read_text()
+    assert "## tiny: 6 images of test, means of 2 captioners" in table
+    assert re.search(r"^\| ONNX Runtime, fp32 \| .* \| 100\.0% \| ", table, flags=re.MULTILINE)
+    assert "| OpenVINO, int8 |" in table
+
+
 def test_every_benchmark_is_run_here():
     scripts = {path.name for path in (REPOSITORY / "benchmarks").glob("*.py")}
-    studies = {"demo_study.py", "recipes.py", "relevance_on_objects.py", "rewards.py", "two_flows.py"}
+    studies = {
+        "demo_study.py",
+        "mixed_precision.py",
+        "precisions.py",
+        "recipes.py",
+        "relevance_on_objects.py",
+        "rewards.py",
+        "two_flows.py",
+    }
     assert scripts == {*SHORT, *studies, "common.py"}

@@ -15,7 +15,7 @@ from datasets import Dataset, DatasetDict, load_from_disk
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
-from caption_metrics import score_captions
+from caption_metrics import ObjectWords, caption_statistics, chair, score_captions
 from difnet_transformers.cli import evaluate as evaluate_command
 from difnet_transformers.command_line import LeftOut
 from difnet_transformers.data.packed_dataset import decode_segmentation, encode_segmentation, packed_features
@@ -42,6 +42,7 @@ CONFIG = DifnetConfig(
     encoder_ffn_dim=24,
     decoder_ffn_dim=24,
 )
+RESULTS = "captions_test_results.json"
 OPTIONS = {"num_beams": 3, "max_new_tokens": 6}
 
 
@@ -262,6 +263,34 @@ class TestProgram:
         assert cider.metric_value == round(100 * scores["cider_d"], 2)
         assert (cider.dataset_name, cider.dataset_split) == ("tiny", "test")
         assert cider.metric_args == {"decoding": "transformers", "num_beams": 5}
+
+    def test_further_metrics_where_their_inputs_are_given(self, run, captioner, packed, tmp_path):
+        ids = load_from_disk(packed)["test"]["image_id"]
+        instances = {
+            "images": [{"id": image_id} for image_id in ids],
+            "categories": [{"id": 1, "name": "dog"}, {"id": 2, "name": "person"}],
+            "annotations": [{"image_id": image_id, "category_id": 1} for image_id in ids],
+        }
+        (tmp_path / "instances.json").write_text(json.dumps(instances))
+        (tmp_path / "training.json").write_text(json.dumps(["a man"]))
+        words = ["--diversity", "--instances", tmp_path / "instances.json", "--num-beams", 1, "--max-new-tokens", 6]
+        assert run(*words, "--training-captions", tmp_path / "training.json") == 0
+        report = json.loads((tmp_path / "results" / "scores_test.json").read_text())
+        captions = [row["caption"] for row in json.loads((tmp_path / "results" / RESULTS).read_text())]
+        references = load_from_disk(packed)["test"]["captions"]
+        words = ObjectWords().of_categories(["dog", "person"])
+        found = chair(captions, [["dog"]] * len(captions), references, words)
+        assert report["scores"]["chair_s"] == found.chair_s.corpus
+        assert report["scores"]["object_recall"] == found.object_recall
+        assert report["objects"] == found.report()
+        assert report["scores"]["distinct_1"] == caption_statistics(captions).distinct_1
+        assert report["scores"]["novel_captions"] == 1
+
+    def test_missing_instances_are_named_before_anything_is_captioned(self, run, tmp_path, capsys):
+        (tmp_path / "instances.json").write_text('{"categories": [], "annotations": []}')
+        assert run("--instances", tmp_path / "instances.json") == 2
+        assert "the instance annotations lack 13 of 13 images" in capsys.readouterr().err
+        assert not (tmp_path / "results").exists()
 
     def test_two_processes_write_what_one_writes(self, run, captioner, packed, tmp_path):
         arguments = ["--num-beams", 3, "--max-new-tokens", 6, "--batch-size", 3]

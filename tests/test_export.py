@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import random_features
+from test_images import save_captioner
 from test_runtime import decisive_model, processor_of
 
 from difnet_transformers import DifnetRuntimeModel
-from difnet_transformers.checkpoints import load_processor
+from difnet_transformers.checkpoints import load_captioner, load_processor
 from difnet_transformers.cli import export
 from difnet_transformers.runtime.manifest import digest_of, read_manifest
 from modeling_difnet import DifnetConfig
@@ -136,6 +137,23 @@ def test_stored_settings_that_would_be_ignored_are_refused(
     (folder / "generation_config.json").write_text(json.dumps({**settings, "repetition_penalty": 1.5}))
     assert export.main([str(folder), "--output", str(tmp_path / "exported")]) == 2
     assert "does not know `repetition_penalty` (1.5)" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_stores_no_search(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "difnet"))
+    (folder / "generation_config.json").write_text("{}")
+    assert export.main([str(folder), "--output", str(tmp_path / "exported")]) == 0
+    assert "8 of 8 best ones and 8 of 8 beams" in capsys.readouterr().out
+
+
+def test_what_follows_a_written_pad_is_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """All words are equally likely there, and each runtime takes others."""
+    save_captioner(tmp_path / "difnet")
+    model = load_captioner(tmp_path / "difnet")[0]
+    found = model.generate(**random_features(model.config, height=7, width=7), num_beams=1)
+    assert (found == model.config.pad_token_id).any(), "a case that shows nothing"
+    assert export.main([str(tmp_path / "difnet"), "--output", str(tmp_path / "exported")]) == 0
+    assert "8 of 8 best ones and 8 of 8 beams" in capsys.readouterr().out
 
 
 def test_the_folder_can_be_moved(copied: Path, tmp_path: Path) -> None:

@@ -17,6 +17,9 @@ from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration, origin
 from modeling_difnet.generation_difnet import default_generation_config
 from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer
 
+for package in ("onnx", "onnxruntime", "openvino"):
+    pytest.importorskip(package)
+
 FORMATS = ["onnx", "openvino"]
 
 
@@ -81,33 +84,39 @@ def check_golden(
     np.testing.assert_allclose(output.sequences_scores, log_probs.sum(1), rtol=1e-4)
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if name.endswith("small") or name == "difnet_lrp_full" else pytest.param(name, marks=pytest.mark.slow)
-        for name in CASES
-    ],
-)
-def test_all_golden_beams(name: str, format: str, tmp_path: Path) -> None:
-    pytest.importorskip({"onnx": "onnxruntime", "openvino": "openvino"}[format])
-    case = golden_case(name)
-    model = exported(case.model(), tmp_path / "exported", format)
+# Of the full sizes one is enough each time; the modes of one name are the same network.
+GOLDEN_CASES = [name if name.endswith("small") else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+
+
+def check_all_beams(case: GoldenCase, folder: Path, format: str) -> None:
+    model = exported(case.model(), folder, format)
     check_golden(model, case.features(), case.outputs, "greedy", num_beams=1)
     check_golden(model, case.features(), case.outputs, "beam5_out5", num_returned=5)
     check_golden(model, case.features(), case.outputs, "beam5_out1")
-    check_golden(*masked_cells(case, tmp_path / "masked", format), "masked_cells_beam5")
 
 
-def masked_cells(case: GoldenCase, folder: Path, format: str) -> tuple[DifnetRuntimeModel, dict, dict]:
-    """The export, the inputs and the outputs of the case in which the original hides cells."""
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("name", GOLDEN_CASES)
+def test_all_golden_beams(name: str, format: str, tmp_path: Path) -> None:
+    check_all_beams(golden_case(name), tmp_path / "exported", format)
+
+
+def test_all_golden_beams_at_full_size(tmp_path: Path) -> None:
+    check_all_beams(golden_case("difnet_lrp_full"), tmp_path / "exported", "onnx")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("name", GOLDEN_CASES)
+def test_golden_beams_of_masked_cells(name: str, format: str, tmp_path: Path) -> None:
+    case = golden_case(name)
     inputs = reference_weights.zero_cells(case.inputs)
     masks = {
         "grid_attention_mask": (inputs["images"].abs().sum(-1) > 0).long(),
         "segmentation_attention_mask": (inputs["pixels"].flatten(2).abs().sum(1) > 0).long(),
     }
-    model = exported(case.model(reference_weights.zero_sum_embedding(case.state_dict)), folder, format)
-    return model, case.features(inputs) | masks, case.outputs
+    weights = reference_weights.zero_sum_embedding(case.state_dict)
+    model = exported(case.model(weights), tmp_path / "exported", format)
+    check_golden(model, case.features(inputs) | masks, case.outputs, "masked_cells_beam5")
 
 
 # --- `original_beam_search` ------------------------------------------------------------------------------------------

@@ -131,6 +131,11 @@ def test_what_only_pytorch_does(
     assert message in line
 
 
+def test_an_export_is_not_explained(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert caption.main(["image.jpg", "--model", str(exported), "--explain", str(tmp_path / "page.html")]) == 2
+    assert "--explain needs a checkpoint in PyTorch" in capsys.readouterr().err
+
+
 def test_another_search_is_refused(exported: Path) -> None:
     captioner = RuntimeCaptioner.from_folder(exported)
     inputs = {"grid_features": torch.rand(1, 4, 6), "segmentation_features": torch.rand(1, 5, 2, 2)}

@@ -118,7 +118,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "caption.py") -> int:
             warn_of_untrained,
         )
         from ..reports.caption_images import CaptionOutputs, caption_images
+        from ..runtime.manifest import is_exported
 
+        if options.explain is not None and (is_exported(options.model) or options.runtime not in (None, "torch")):
+            raise ValueError("--explain needs a checkpoint in PyTorch: exported captioners keep no attention weights")
         quiet_transformers()
         warnings = warn_of_untrained(options.untrained)
         outputs = CaptionOutputs(options.json, options.contact_sheet, options.explain)

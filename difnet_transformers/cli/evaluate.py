@@ -27,6 +27,9 @@ complete or not at all; OUTPUT/recipe_SPLIT.yaml repeats the run. Scores of sing
 --page writes a page of examples that are not picked: images at equally spaced ranks of their CIDEr-D, from the best
 to the worst, equal ones by image id. It holds the images, in a small form: mind their licences before passing it on.
 
+--report writes a page of this one system: scores with bootstrap intervals, CIDEr-D by length and object class, the
+best and the worst images. difnet compare does the same for several systems and says whether they differ.
+
 Several models are an ensemble: at each step the mean of their probabilities. They may differ in size and some may be
 the baseline without segmentation; they need one vocabulary.
 
@@ -65,7 +68,32 @@ class EvaluationOptions:
     max_new_tokens: int = field(default=20, metavar="N", help="of a caption", group="captions")
 
     meteor: bool = field(default=False, help="add METEOR 1.5 (needs Java)", group="scores")
-    spice: bool = field(default=False, help="add SPICE (needs Java; slow)", group="scores")
+    spice: bool = field(default=False, help="add SPICE and SPIDEr (needs Java; slow)", group="scores")
+    diversity: bool = field(
+        default=False, help="add caption length, vocabulary size, distinct-1 and distinct-2", group="scores"
+    )
+    instances: list[Path] = field(
+        default_factory=list,
+        metavar="FILE",
+        help="COCO's instance annotations: add CHAIR-s, CHAIR-i and recall of objects",
+        group="scores",
+    )
+    synonyms: Path | None = field(
+        default=None,
+        metavar="FILE",
+        help="of --instances: a line of words for each class, the class first, commas between (default: words of "
+        "COCO's classes)",
+        group="scores",
+    )
+    training_captions: Path | None = field(
+        default=None, metavar="FILE", help="add the share of captions that are not among these (JSON)", group="scores"
+    )
+    clip_model: str | None = field(
+        default=None,
+        metavar="NAME",
+        help="a CLIP or SigLIP model: add CLIPScore and RefCLIPScore (needs --images)",
+        group="scores",
+    )
     update_card: bool = field(
         default=False, help="put the scores into the README.md of the one --model", group="scores"
     )
@@ -82,8 +110,17 @@ class EvaluationOptions:
     examples: int = field(
         default=12, metavar="N", help="images on the page, at least 2 (default: 12)", group="a page of examples"
     )
+    report: Path | None = field(
+        default=None,
+        metavar="FILE",
+        help="write scores with intervals, by length, object class and more, best and worst images: .html, and .json",
+        group="a page of examples",
+    )
     images: list[Path] | None = field(
-        default=None, metavar="FOLDER", help="of --page: the images, or folders of them", group="a page of examples"
+        default=None,
+        metavar="FOLDER",
+        help="of --page, --report and --clip-model: the images, or folders of them",
+        group="a page of examples",
     )
 
     batch_size: int = field(default=50, metavar="N", help="images of one process at a time", group="the machine")
@@ -101,8 +138,16 @@ class EvaluationOptions:
     def __post_init__(self) -> None:
         check_at_least(self, 1, "num_beams", "max_new_tokens", "batch_size")
         check_at_least(self, 2, "examples")
-        if (self.page is None) != (self.images is None):
+        if self.clip_model is not None and self.images is None:
+            raise ValueError("--clip-model needs --images")
+        if (self.page is not None and self.images is None) or (
+            self.images is not None and (self.page, self.report, self.clip_model) == (None, None, None)
+        ):
             raise ValueError("--page and --images go together")
+        if self.report is not None and self.report.suffix != ".html":
+            raise ValueError("--report must end with .html")
+        if self.synonyms is not None and not self.instances:
+            raise ValueError("--synonyms belongs to --instances")
         if self.page is not None and self.page.suffix != ".html":
             raise ValueError("--page must end with .html")
         if self.update_card and len(self.model) > 1:
@@ -116,6 +161,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate_captions.py") 
         from accelerate import Accelerator
 
         from ..evaluation.evaluate import evaluate_split
+        from ..evaluation.extra_scores import ExtraInputs
         from ..training.processes import end_training
 
         quiet_transformers()
@@ -123,6 +169,18 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate_captions.py") 
             from ..reports.examples import check_examples
 
             check_examples(options.page, options.images)
+        if options.report is not None:
+            from ..reports.comparison import check_page
+
+            check_page(options.report)
+        extra = ExtraInputs(
+            diversity=options.diversity,
+            instances=options.instances,
+            synonyms=options.synonyms,
+            training_captions=options.training_captions,
+            clip_model=options.clip_model,
+            images=options.images or (),
+        )
         accelerator = Accelerator(cpu=options.cpu)
         exit_code = evaluate_split(
             accelerator,
@@ -139,6 +197,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate_captions.py") 
             runtime=options.runtime,
             with_meteor=options.meteor,
             with_spice=options.spice,
+            extra=extra,
             update_card=options.update_card,
             force=options.force,
             strict=options.strict,
@@ -152,6 +211,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate_captions.py") 
                 write_examples(
                     options.page, options.output, options.dataset, options.split, options.images, options.examples
                 )
+            if options.report is not None:
+                from ..workflows.compare import report_on_evaluation
+
+                name = " + ".join(Path(model).name or model for model in options.model)
+                report_on_evaluation(options.report, options.output, options.dataset, options.split, name, extra)
         end_training(accelerator)
         return exit_code
 

@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 
-from caption_metrics import JavaMissing, check_java
+from caption_metrics import ExtraMetrics, JavaMissing, check_java
 from modeling_difnet import DifnetEnsemble, DifnetForConditionalGeneration
 from processing_difnet import DifnetProcessor
 
@@ -36,7 +36,10 @@ from ..training.data_checks import check_data, open_split
 from ..training.initial_model import compare_classes, reorder_classes
 from ..training.processes import all_or_none
 from ..training.validation import CaptionedImage, caption_split, score_split
+from .extra_scores import ExtraInputs, json_number
 from .runtime_captioner import RuntimeCaptioner, is_exported, load_exported
+
+Captioner = DifnetForConditionalGeneration | DifnetEnsemble | RuntimeCaptioner
 
 
 def evaluate_split(
@@ -55,6 +58,7 @@ def evaluate_split(
     runtime: str | None = None,
     with_meteor: bool = False,
     with_spice: bool = False,
+    extra: ExtraInputs | None = None,
     update_card: bool = False,
     force: bool = False,
     strict: bool = False,
@@ -80,7 +84,8 @@ def evaluate_split(
         dtype: of weights and features: "float32", "bfloat16" or "float16".
         runtime: of a single model, see `load_exported`.
         with_meteor: whether METEOR is computed too.
-        with_spice: whether SPICE is computed too.
+        with_spice: whether SPICE and SPIDEr are computed too.
+        extra: inputs of further metrics.
         update_card: whether the scores go into the README.md of the only model.
         force: whether features of other networks or classes than a model was trained with are taken.
         strict: whether an image that was left out gives the exit code 2.
@@ -94,7 +99,7 @@ def evaluate_split(
     """
     dataset_name = dataset_name or hub_name(dataset) or dataset.resolve().name
 
-    def load() -> tuple[Dataset, DifnetForConditionalGeneration | DifnetEnsemble | RuntimeCaptioner, DifnetProcessor]:
+    def load() -> tuple[Dataset, Captioner, DifnetProcessor, ExtraMetrics]:
         try:
             check_java(with_meteor, with_spice)
         except JavaMissing as error:
@@ -110,9 +115,13 @@ def evaluate_split(
         for name, member in zip(models, members, strict=True):
             match_features(member, name, records, dataset, force)
         check_data(model.config, images, dataset, max_new_tokens)
-        return images, model, processor
+        metrics = ExtraMetrics()
+        if extra is not None and accelerator.is_main_process:
+            rows = images.select_columns(["image_id", "file_name"]).with_format(None).to_list()
+            metrics = extra.load({str(row["image_id"]): row["file_name"] for row in rows}, str(accelerator.device))
+        return images, model, processor, metrics
 
-    images, model, processor = all_or_none(accelerator, load)
+    images, model, processor, metrics = all_or_none(accelerator, load)
     with ExitStack() as held:
 
         def lock_output() -> None:
@@ -158,7 +167,9 @@ def evaluate_split(
             if not accelerator.is_main_process:
                 return 0
             exit_code = left_out.report(len(captioned), strict)
-            scores = write_results(output, captioned, report, with_meteor=with_meteor, with_spice=with_spice)
+            scores = write_results(
+                output, captioned, report, with_meteor=with_meteor, with_spice=with_spice, metrics=metrics
+            )
             if update_card:
                 update_results(
                     models[0], scores, dataset=dataset_name, split=split, decoding=decoding, num_beams=num_beams
@@ -237,6 +248,7 @@ def write_results(
     *,
     with_meteor: bool = False,
     with_spice: bool = False,
+    metrics: ExtraMetrics | None = None,
 ) -> dict[str, float]:
     """Scores captions, writes both files of a split and prints the scores.
 
@@ -245,20 +257,31 @@ def write_results(
         captioned: images of the split.
         report: how the captions were made; `split` names the files, `seconds` gives images per second.
         with_meteor: whether METEOR is computed too.
-        with_spice: whether SPICE is computed too.
+        with_spice: whether SPICE and SPIDEr are computed too.
+        metrics: further metrics.
 
     Returns:
-        The scores by the names of `caption_metrics.score_captions`.
+        The scores by the names of `caption_metrics.score_captions` and of `caption_metrics.ExtraMetrics`.
     """
     captions_file = output / f"captions_{report['split']}_results.json"
     scores_file = output / f"scores_{report['split']}.json"
     _write_json(captions_file, [{"image_id": image.image_id, "caption": image.caption} for image in captioned])
     scores = score_split(captioned, with_meteor, with_spice)
+    if metrics is not None:
+        found = metrics.score(
+            [str(image.image_id) for image in captioned],
+            [image.caption for image in captioned],
+            [image.references for image in captioned],
+        )
+        scores |= {name: json_number(value) for name, value in found.corpus.items()}
+        if found.chair is not None:
+            report = report | {"objects": found.chair.report()}
     seconds = max(report["seconds"], 0.001)
     rate = len(captioned) / seconds
     _write_json(scores_file, report | {"scores": scores, "images_per_second": round(rate, 2)})
+    width = max(8, *map(len, scores))
     for name, score in scores.items():
-        print(f"{name:<8} {score:8.4f}")
+        print(f"{name:<{width}} {'-' if score is None else f'{score:8.4f}':>8}")
     print(f"{len(captioned):,} images in {seconds:.1f} s, {rate:.1f} images/s")
     print(f"captions in {printable(captions_file, 300)}, scores in {printable(scores_file, 300)}")
     return scores

@@ -8,6 +8,7 @@ Runtime by `quantize_dynamic`, OpenVINO by `nncf.compress_weights`. Embeddings s
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.metadata
 import io
 import logging
@@ -33,7 +34,7 @@ from ..runtime.manifest import GRAPH_FILES, PRECISIONS, is_exported, write_manif
 from ..runtime.model import DifnetRuntimeModel
 from .checks import check_export
 
-PACKAGES = {"onnx": ("onnx", "onnxruntime"), "openvino": ("onnx", "openvino", "nncf")}
+RUNTIME_PACKAGES = {"onnx": ("onnx", "onnxruntime"), "openvino": ("onnx", "openvino")}
 
 # Settings of generation_config.json that change the log-probabilities, with the values that change nothing.
 LOGITS_SETTINGS: dict[str, tuple[Any, ...]] = {
@@ -82,8 +83,8 @@ def export_captioner(
     """
     check_format(format, precision)
     check_generation(model.generation_config)
-    with requires(format):
-        from .graphs import decoding_step_graph, encoder_graph
+    from .graphs import decoding_step_graph, encoder_graph  # needs onnx
+
     with atomic_output(output, overwrite) as unfinished:
         unfinished.mkdir()
         with torch.no_grad(), tempfile.TemporaryDirectory(dir=unfinished.parent) as work:
@@ -155,7 +156,12 @@ def export_checkpoint(
 
 
 def check_format(format: str, precision: str) -> None:
-    """Raises ValueError unless a format has a precision."""
+    """Looks at what can be wrong before anything is loaded.
+
+    Raises:
+        ValueError: there is no such format, or it does not have the precision.
+        ImportError: a package is missing.
+    """
     if format not in PRECISIONS:
         raise ValueError(f"the format must be one of {', '.join(PRECISIONS)}, not {format!r}")
     if precision not in PRECISIONS[format]:
@@ -163,6 +169,9 @@ def check_format(format: str, precision: str) -> None:
             ": ONNX Runtime has no bf16 on CPUs; openvino has it" if (format, precision) == ("onnx", "bf16") else ""
         )
         raise ValueError(f"{format} is exported in {', '.join(PRECISIONS[format])}, not {precision}{reason}")
+    with requires(format):
+        for package in RUNTIME_PACKAGES[format]:
+            importlib.import_module(package)
 
 
 def check_generation(settings: GenerationConfig) -> None:
@@ -190,7 +199,7 @@ def write_onnx(graph: Path, output: Path, precision: str) -> None:
     with requires("onnx"):
         from onnxruntime.quantization import QuantType, quantize_dynamic
     with quiet_logging():
-        quantize_dynamic(graph, output, op_types_to_quantize=["MatMul"], weight_type=QuantType.QInt8)
+        quantize_dynamic(graph, output, op_types_to_quantize=["MatMul"], per_channel=True, weight_type=QuantType.QInt8)
 
 
 def write_openvino(graph: Path, output: Path, precision: str) -> None:
@@ -229,7 +238,8 @@ def write_settings(model: DifnetForConditionalGeneration, processor: DifnetProce
 def versions_of(format: str) -> dict[str, str]:
     """Versions of the packages that export a format, as far as they are installed."""
     versions = {"difnet-transformers": __version__}
-    for name in ("torch", "transformers", *PACKAGES[format]):
+    quantiser = ["nncf"] if format == "openvino" else []
+    for name in ("torch", "transformers", *RUNTIME_PACKAGES[format], *quantiser):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return versions

@@ -21,7 +21,7 @@ class ExportCheck:
 
     Args:
         num_captions: compared captions: all beams of all images.
-        num_equal: how many of them are the same, token for token, at the same place.
+        num_equal: how many of them are the same at the same place, token for token up to `<pad>`.
         num_equal_best: how many images have the same best caption.
         num_images: of the comparison.
         log_prob_difference: the largest difference of a token's log-probability, of the same captions.
@@ -59,7 +59,7 @@ def check_export(
     if config.use_segmentation:
         shape = (num_images, config.num_segmentation_classes, rows, columns)
         features["segmentation_features"] = random.random(shape, np.float32)
-    num_beams = model.generation_config.num_beams
+    num_beams = model.generation_config.num_beams or 1
     found = exported.generate(**features, num_return_sequences=num_beams, return_dict_in_generate=True)
     assert isinstance(found, BeamSearchOutput)
     tensors: dict[str, Any] = {name: torch.from_numpy(each).to(model.dtype) for name, each in features.items()}
@@ -68,19 +68,26 @@ def check_export(
     sequences: Any = torch.from_numpy(found.sequences)
     log_probs = sequence_log_probs(model, sequences, **tensors).float().numpy()
     is_equal = equal_rows(found.sequences, expected, config.pad_token_id)
+    is_compared = before_padding(found.sequences, config.pad_token_id)[:, 1:]
     return ExportCheck(
         num_captions=len(is_equal),
         num_equal=int(is_equal.sum()),
         num_equal_best=int(is_equal[::num_beams].sum()),
         num_images=num_images,
-        log_prob_difference=float(np.abs(log_probs - found.sequences_log_probs).max()),
+        log_prob_difference=float(np.abs(log_probs - found.sequences_log_probs)[is_compared].max(initial=0)),
     )
 
 
+def before_padding(sequences: np.ndarray, pad_token_id: int) -> np.ndarray:
+    """Which tokens stand before `<pad>`. Behind one that a model has written, all words are equally likely."""
+    return (sequences == pad_token_id).cumsum(1) == 0
+
+
 def equal_rows(first: np.ndarray, second: np.ndarray, pad_token_id: int) -> np.ndarray:
-    """Which rows of two arrays of ids are the same, whatever their padding."""
+    """Which rows of two arrays of ids are the same up to `<pad>`."""
     width = max(first.shape[1], second.shape[1])
-    padded = [
-        np.pad(each, ((0, 0), (0, width - each.shape[1])), constant_values=pad_token_id) for each in (first, second)
-    ]
-    return (padded[0] == padded[1]).all(1)
+    words = []
+    for each in (first, second):
+        padded = np.pad(each, ((0, 0), (0, width - each.shape[1])), constant_values=pad_token_id)
+        words.append(np.where(before_padding(padded, pad_token_id), padded, pad_token_id))
+    return (words[0] == words[1]).all(1)

@@ -6,8 +6,8 @@
 The decoding step equals `FastStep` in modeling_difnet/decoding_step_difnet.py, the encoder equals `DifnetEncoder` and
 the cross-attention's `k_proj` and `v_proj` (modeling_difnet/modeling_difnet.py, equations (1) to (7) of the paper).
 
-The graphs are written node by node with `onnx.helper`. `torch.onnx.export` gives the same network in 400 nodes a step
-instead of 170, a fifth of them casts and reshapes of traced sizes, takes 5 to 15 seconds a graph, changes with each
+The graphs are written node by node with `onnx.helper`. `torch.onnx.export` gives the same step in 450 nodes instead of
+200, a third of them constants, casts and shapes of tracing, takes several seconds a graph, differs from release to
 release of PyTorch, and has no top-k whose k is an input. `transformers.exporters` (Transformers 5.24) builds on it,
 exports a model's `forward` as it is, and is not there in 5.20. Here exporting takes a second, and needs `onnx` alone.
 

@@ -23,7 +23,7 @@ with requires("reports"):
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 MAX_POINTS_WITH_MARKERS = 40
 DOTS_PER_INCH = 160  # of PNG files
@@ -86,6 +86,7 @@ class Chart:
         y_label: what `y` is, with its unit.
         lines: one or more.
         marker: a place on the x axis and what begins there, drawn as a dashed line.
+        is_log: whether both axes are logarithmic.
     """
 
     title: str
@@ -93,6 +94,7 @@ class Chart:
     y_label: str
     lines: Sequence[Line]
     marker: tuple[float, str] | None = None
+    is_log: bool = False
 
 
 def to_svg(chart: Chart, size: tuple[float, float] = (4.6, 2.8)) -> str:
@@ -144,8 +146,16 @@ def _figure(charts: Sequence[Chart], size: tuple[float, float]) -> Figure:
         axes.tick_params(length=0)
         lines = [line for line in chart.lines if len(line.x)]
         are_positions = all(float(x).is_integer() for line in lines for x in line.x)
-        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10], integer=are_positions))
-        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+        if chart.is_log:
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axis.set_major_formatter("{x:g}")
+                axis.set_minor_locator(NullLocator())
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10], integer=are_positions))
+            axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         drawn = []
         for number, line in enumerate(lines):
             marker = "o" if len(line.x) <= MAX_POINTS_WITH_MARKERS else None

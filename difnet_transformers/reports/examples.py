@@ -116,7 +116,7 @@ def write_examples(
         "shown are those at equally spaced ranks, from the best to the worst. In bold what the model says, below it "
         "the reference captions."
     )
-    scores = {name: value for name, value in report["scores"].items() if value is not None}
+    scores = {name: value for name, value in report["scores"].items() if name in METRICS and value is not None}
     table = Table(
         ["split", "images", *(METRICS[name][1] for name in scores)],
         [[split, total, *(f"{value:.3f}" for value in scores.values())]],
