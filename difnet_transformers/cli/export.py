@@ -29,7 +29,7 @@ make its features of images.
   difnet export ./difnet --output exported --format onnx
   difnet export ./difnet --output exported --format openvino --precision int8
   difnet export --grid-backbone x101 --output x101_bf16 --format openvino --precision bf16
-  difnet export --segmentation-model facebook/mask2former-swin-tiny-coco-panoptic --output segmentation
+  difnet export --segmentation-model facebook/mask2former-swin-large-coco-panoptic --output segmentation
 
   fp32  the same captions, token for token
   bf16  OpenVINO computes in bfloat16, for processors that have it (AVX-512 BF16, AMX)
