@@ -160,6 +160,8 @@ def add_results_of_other_pages(page: Path) -> None:
     ids=lambda page: page.stem,
 )
 def test_every_block_runs(page: Path, here: Path) -> None:
+    if page.name == "quantization.md":
+        pytest.importorskip("torchao", reason="prints into the messages of all programs where it is installed")
     blocks = blocks_of(page)
     if any(block.language in ("bash", "python") for block in blocks):
         add_results_of_other_pages(page)

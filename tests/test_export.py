@@ -301,3 +301,24 @@ def test_a_missing_runtime_is_named(onnx_export: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert 'the package onnxruntime is missing: pip install "difnet-transformers[onnx]"' in done.stderr
+
+
+INTERRUPTED = """
+import signal, sys
+from difnet_transformers.cli.export import main
+
+assert main(sys.argv[1:]) == 0
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@pytest.mark.parametrize("format", GRAPHS)
+def test_ctrl_c_is_an_interruption_after_a_graph_has_run_and_is_gone(
+    checkpoint: Path, tmp_path: Path, format: str
+) -> None:
+    words = [str(checkpoint), "--output", str(tmp_path / "exported"), "--format", format, "--check-images", "2"]
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED, *words], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "interrupted"), done.stderr

@@ -32,6 +32,7 @@ from ..conversion import check_output
 from ..files import atomic_output, printable
 from ..runtime.manifest import GRAPH_FILES, PRECISIONS, is_exported, write_manifest
 from ..runtime.model import DifnetRuntimeModel
+from ..runtime.sessions import openvino_core
 from .checks import check_export
 
 RUNTIME_PACKAGES = {"onnx": ("onnx", "onnxruntime"), "openvino": ("onnx", "openvino")}
@@ -212,7 +213,7 @@ def write_openvino(graph: Path, output: Path, precision: str) -> None:
     """
     with requires("openvino"):
         import openvino
-    converted = openvino.Core().read_model(graph)  # convert_model would send telemetry
+    converted = openvino_core().read_model(graph)  # convert_model would send telemetry
     if precision == "int8":
         with requires("openvino"), quiet_logging():
             import nncf

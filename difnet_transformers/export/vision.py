@@ -43,6 +43,7 @@ from ..command_line import describe, requires
 from ..data.image_files import find_images
 from ..files import atomic_output
 from ..runtime.manifest import write_manifest
+from ..runtime.sessions import openvino_core
 from ..runtime.vision import GRID_BACKBONE, SEGMENTATION_MODEL, VISION_GRAPHS, VISION_PRECISIONS
 from .captioner import quiet_logging, versions_of
 
@@ -398,9 +399,7 @@ def check_graph(
             options.log_severity_level = 4  # fatal: an error is raised too
             found = onnxruntime.InferenceSession(path, options).run(list(outputs), arrays)
         else:
-            with requires("openvino"):
-                import openvino
-            core = openvino.Core()
+            core = openvino_core()
             graph = core.read_model(path)
             graph.reshape({key: list(value.shape) for key, value in arrays.items()})
             results = core.compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(arrays)
@@ -424,7 +423,7 @@ def write_openvino_network(
     """Writes a graph for OpenVINO, `.xml` and `.bin`."""
     with requires("openvino"):
         import openvino
-    converted = openvino.Core().read_model(graph)  # convert_model would send telemetry
+    converted = openvino_core().read_model(graph)  # convert_model would send telemetry
     if precision == "int8":
         with requires("openvino"), quiet_logging():
             import nncf

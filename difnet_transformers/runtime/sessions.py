@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,12 +40,21 @@ class OnnxSession:
         return dict(zip(outputs, self.session.run(list(outputs), dict(inputs)), strict=True))
 
 
+@functools.cache
+def openvino_core() -> Any:
+    """OpenVINO's core, one for the process and until its end.
+
+    With the last core the CPU plugin is unloaded, and a process that has used it crashes at the next Ctrl-C.
+    """
+    with requires("openvino"):
+        import openvino
+    return openvino.Core()
+
+
 class OpenVinoSession:
     """A graph in OpenVINO, on the CPU."""
 
     def __init__(self, path: Path, precision: str, num_threads: int | None) -> None:
-        with requires("openvino"):
-            import openvino
         settings: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
             # OpenVINO computes in bfloat16 by itself where the processor has it.
@@ -54,7 +64,7 @@ class OpenVinoSession:
             settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = DYNAMIC_QUANTIZATION_GROUP_SIZE
         if num_threads is not None:
             settings["INFERENCE_NUM_THREADS"] = num_threads
-        compiled = openvino.Core().compile_model(str(path), "CPU", settings)
+        compiled = openvino_core().compile_model(str(path), "CPU", settings)
         self.request = compiled.create_infer_request()
         self.places = {name: place for place, each in enumerate(compiled.outputs) for name in each.names}
 

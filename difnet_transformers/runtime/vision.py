@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from ..command_line import describe, requires
+from ..command_line import describe
 from ..files import printable, read_json
 from .manifest import EXPORT_AGAIN, MANIFEST_NAME, read_manifest
-from .sessions import OnnxSession
+from .sessions import OnnxSession, openvino_core
 
 GRID_BACKBONE = "difnet grid backbone"
 SEGMENTATION_MODEL = "difnet segmentation model"
@@ -88,9 +88,7 @@ class SizedOpenVinoSession:
     """
 
     def __init__(self, path: Path, precision: str, each_size: bool, num_threads: int | None) -> None:
-        with requires("openvino"):
-            import openvino
-        self.core = openvino.Core()
+        self.core = openvino_core()
         self.graph = self.core.read_model(path)
         self.each_size = each_size
         self.settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
