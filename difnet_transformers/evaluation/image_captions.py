@@ -128,8 +128,9 @@ def load_pipeline(
     segmenter: Any = segmentation_model
     grid_size = processor.feature_extractor.grid_size
     if exported_kind_of(grid_backbone, GRID_BACKBONE):
-        sizes = {"layer": layer, "image_size": image_size}
-        backbone = open_grid_backbone(grid_backbone, "cpu", precision=precision, grid_size=grid_size, **sizes)
+        backbone = open_grid_backbone(
+            grid_backbone, "cpu", precision=precision, grid_size=grid_size, layer=layer, image_size=image_size
+        )
     if exported_kind_of(segmentation_model, SEGMENTATION_MODEL):
         segmenter = open_segmenter(
             segmentation_model, "cpu", grid_size=grid_size, precision=precision, image_size=segmentation_size

@@ -122,7 +122,8 @@ def export_grid_backbone(
 
     def write_settings(folder: Path) -> None:
         if isinstance(backbone, VisionBackbone):
-            backbone.preprocess_image.processor.save_pretrained(folder)
+            resizer: Any = backbone.preprocess_image
+            resizer.processor.save_pretrained(folder)
         else:
             backbone.config.save_pretrained(folder)
         if save_recipe is not None:
@@ -348,6 +349,7 @@ def exportable(network: nn.Module) -> Iterator[None]:
             if "attn_mask_probs" in module._buffers:
                 buffer = module._buffers.pop("attn_mask_probs")
                 stack.callback(module.register_buffer, "attn_mask_probs", buffer)
+                assert buffer is not None
                 module.__dict__["attn_mask_probs"] = buffer.tolist()
                 stack.callback(module.__dict__.pop, "attn_mask_probs")
         yield

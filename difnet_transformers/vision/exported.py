@@ -30,22 +30,23 @@ CPU = torch.device("cpu")
 class ExportedGridFeatureBackbone(GridFeatureBackbone):
     """X-101 whose convolutions are a graph."""
 
-    device = CPU  # type: ignore[assignment]
-    dtype = torch.float32  # type: ignore[assignment]
+    device = CPU
+    dtype = torch.float32
 
     def __init__(self, config: GridFeatureBackboneConfig, graph: VisionGraph) -> None:
         PreTrainedModel.__init__(self, config)
         self.graph = graph
 
     def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> GridFeatureBackboneOutput:
-        return GridFeatureBackboneOutput(feature_map=feature_map_of(self.graph, pixel_values))
+        feature_map: Any = feature_map_of(self.graph, pixel_values)
+        return GridFeatureBackboneOutput(feature_map=feature_map)
 
 
 class ExportedVisionBackbone(VisionBackbone):
     """Any other vision model as a graph, which takes one image."""
 
-    device = CPU  # type: ignore[assignment]
-    dtype = torch.float32  # type: ignore[assignment]
+    device = CPU
+    dtype = torch.float32
 
     def __init__(self, config: VisionBackboneConfig, processor: Any, graph: VisionGraph) -> None:
         nn.Module.__init__(self)

@@ -101,7 +101,7 @@ def exported_kind_of(name: str | None, wanted: str) -> str | None:
     """
     kind = None if name is None else exported_kind(name)
     if kind not in (None, wanted):
-        raise ValueError(f"{printable(name)}: an exported {kind[7:]}, not a {wanted[7:]}")  # type: ignore[index]
+        raise ValueError(f"{printable(name)}: an exported {kind[7:]}, not a {wanted[7:]}")
     return kind
 
 
