@@ -41,8 +41,8 @@ MODEL_FILES = {
     *("beam_search_difnet.py", "static_search_difnet.py", "token_log_probs_difnet.py"),
 }
 PIPELINE_FILES = {
-    *("grid_backbone_difnet.py", "images_difnet.py", "pipeline_difnet.py", "segmentation_difnet.py"),
-    *("segmentation_models_difnet.py", "vision_backbone_difnet.py", "weights_difnet.py"),
+    *("fast_segmentation_difnet.py", "grid_backbone_difnet.py", "images_difnet.py", "pipeline_difnet.py"),
+    *("segmentation_difnet.py", "segmentation_models_difnet.py", "vision_backbone_difnet.py", "weights_difnet.py"),
 }
 CODE_FILES = {"configuration_difnet.py", "processing_difnet.py", *MODEL_FILES, *PIPELINE_FILES}
 SETTINGS_FILES = {
