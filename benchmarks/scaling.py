@@ -34,6 +34,7 @@ from common import (
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.modeling_outputs import BaseModelOutput
 
+from difnet_transformers.allocation import keep_freed_memory
 from difnet_transformers.files import atomic_write
 from difnet_transformers.reports.charts import Chart, Line, to_svg
 from difnet_transformers.reports.colors import GRAY
@@ -290,6 +291,7 @@ def main(argv: list[str] | None = None) -> None:
     sizes = QUICK_SIZES if options.quick else {}
     base = Case(2, 2, 4, 4, 50) if options.quick else Case()
 
+    keep_freed_memory()
     rows = curve_rows(base, options.quick, device, sizes)
     matmul = measure(rows, options.repeats, device)
     parts = stages(base, [1, 2] if options.quick else [1, 50], device, sizes)
@@ -301,7 +303,8 @@ def main(argv: list[str] | None = None) -> None:
 
     others = f"{base.batch_size} images, {base.num_beams} beams, {base.num_tokens} tokens, {base.num_cells} cells, "
     notes = [
-        f"medians of {options.repeats} runs, taken in turn; what does not grow: {others}{base.vocab_size:,} words"
+        f"medians of {options.repeats} runs, taken in turn; what does not grow: {others}{base.vocab_size:,} words",
+        "freed memory is kept, as in `difnet caption` and `difnet evaluate`",
     ]
     lines = [
         *header("How the time of captioning grows", "scaling.py", device=device, matmul=matmul, notes=notes),

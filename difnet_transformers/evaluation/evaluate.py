@@ -21,6 +21,7 @@ from caption_metrics import ExtraMetrics, JavaMissing, check_java
 from modeling_difnet import DifnetEnsemble, DifnetForConditionalGeneration
 from processing_difnet import DifnetProcessor
 
+from ..allocation import keep_freed_memory
 from ..checkpoints import checkpoint_folder, load_ensemble
 from ..command_line import LeftOut
 from ..data.feature_records import (
@@ -121,6 +122,7 @@ def evaluate_split(
             metrics = extra.load({str(row["image_id"]): row["file_name"] for row in rows}, str(accelerator.device))
         return images, model, processor, metrics
 
+    keep_freed_memory()
     images, model, processor, metrics = all_or_none(accelerator, load)
     with ExitStack() as held:
 
