@@ -254,6 +254,97 @@ def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> str:
     return f"{(found.cpu() - expected.cpu()).norm() / expected.norm():.1e}"
 
 
+def stage_tables(
+    shortest_side: int,
+    segmentation_side: int,
+    num_images: int,
+    repeats: int,
+    runtimes: Sequence[str],
+    device: torch.device,
+) -> list[str]:
+    """Every stage in every form, and all of them together.
+
+    Args:
+        shortest_side, segmentation_side: pixels of the image that X-101 and the segmentation model see.
+        num_images: of the folder.
+        repeats: timed runs of each row.
+        runtimes: "torch", "openvino", "onnx", as far as they are installed.
+        device: of the PyTorch networks.
+    """
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        plain, segmenter = x101(shortest_side), swin_tiny_segmenter(segmentation_side)
+        other_grids, other_segmenters = exported_forms(plain, segmenter, runtimes, Path(folder))
+        plain.to(device)
+        segmenter.model.to(device)
+        image = open_image(photograph(0))
+        pixel_values = plain.preprocess(image)
+        grids = {
+            PLAIN: plain,
+            "PyTorch, `--precision fp32`": plain.fast_form(),
+            "PyTorch, `--precision bf16`": plain.fast_form(torch.bfloat16),
+            **other_grids,
+        }
+        half = max(32, segmentation_side // 2)
+        segmenters = {
+            PLAIN: segmenter,
+            "PyTorch, `--precision fp32`": fast_segmenter(segmentation_side, torch.float32, device),
+            "PyTorch, `--precision bf16`": fast_segmenter(segmentation_side, torch.bfloat16, device),
+            **other_segmenters,
+            f"PyTorch, `--precision bf16 --segmentation-size {half}`": fast_segmenter(half, torch.bfloat16, device),
+        }
+        keep_freed_memory()
+        grid_rows = [Row("X-101", name, partial(form.pooled_features, pixel_values)) for name, form in grids.items()]
+        area_rows = [Row("segmentation", name, partial(form, image)) for name, form in segmenters.items()]
+        if device.type == "cpu":
+            arguments = (shortest_side, segmentation_side, pixel_values, image)
+            usual = stack.enter_context(multiprocessing.get_context("spawn").Pool(1, load_for_usual_memory, arguments))
+            grid_rows.insert(0, Row("X-101", TODAY, partial(usual.apply, run_usual)))
+            area_rows.insert(0, Row("segmentation", TODAY, partial(usual.apply, run_usual_segmentation)))
+        pipeline = captioner(plain, segmenter, device)
+        generate = partial(pipeline.model.generate, **reference_features(1, device), **BEAM_SEARCH)
+        others = [
+            Row("decoding", "JPEG file to RGB", partial(open_image, photograph(0))),
+            Row("decoding", "resizing and normalizing for X-101", partial(plain.preprocess, image)),
+            Row("captioning", "DIFNet, `original_beam_search`, beam 5, 20 tokens, fp32", generate),
+        ]
+        matmul = measure([*grid_rows, *area_rows, *others], repeats, device)
+        *_, rows, columns = segmenter.processor(images=image, return_tensors="pt")["pixel_values"].shape
+        notes = [
+            f"one image of {image.height} x {image.width} pixels, for X-101 {pixel_values.shape[2]} x "
+            f"{pixel_values.shape[3]}, for Mask2Former {rows} x {columns}, random weights; median of {repeats} "
+            "runs (least to largest)",
+            f'"{TODAY}": as every program does by default and version 0.2 did, in a process of its own; in the other '
+            "rows it is kept, as `difnet extract` and `difnet caption` do now",
+            f"bfloat16 is {'native' if has_native_bf16(device) else 'emulated'} here",
+        ]
+        report = header("From an image to its caption", "images.py", None, device, matmul, notes)
+        report += roofline(plain, pixel_values, segmenter, image, device)
+        report += ["## Grid features of X-101", ""]
+        titles = ("seconds an image", "times as fast")
+        report += markdown_table(("X-101", *titles, "relative difference"), ratio_rows(grid_rows, relative_difference))
+        report += ["", "## Segmentation features of Mask2Former, swin-tiny", ""]
+        columns_of_areas = ("Mask2Former", *titles, "difference of shares, area of another class")
+        report += markdown_table(columns_of_areas, ratio_rows(area_rows, changed_area))
+        report += ["", "## Other stages", ""]
+        report += markdown_table(
+            ("stage", "what", "seconds an image"), [(row.group, row.name, seconds_range(row)) for row in others]
+        )
+        report += ["", "## Image to caption", "", "The sum of the stages above.", ""]
+        report += whole_table(grid_rows, area_rows, others)
+        report += [
+            "",
+            f"## A folder of {num_images} files",
+            "",
+            "`difnet caption --batch-size 8`; networks are loaded.",
+        ]
+        pairs = {name: (grids[name], segmenters[name]) for name in list(grids)[:3]}
+        if other_grids:
+            last = list(other_grids)[min(2, len(other_grids) - 1)]
+            pairs[f"X-101: {last}; the other: PyTorch, bf16"] = (grids[last], segmenters[list(segmenters)[2]])
+        report += ["", *folder_table(pipeline, pairs, num_images)]
+    return report
+
+
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument(
@@ -281,88 +372,15 @@ def main() -> None:
     add_output_option(parser)
     args = parser.parse_args()
     quiet_transformers()
-    device = torch.device(args.device)
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        plain, segmenter = x101(args.shortest_side), swin_tiny_segmenter(args.segmentation_side)
-        other_grids, other_segmenters = exported_forms(plain, segmenter, args.runtimes, Path(folder))
-        plain.to(device)
-        segmenter.model.to(device)
+    device, output = torch.device(args.device), args.output or results_path("images", args.device)
+    report = stage_tables(args.shortest_side, args.segmentation_side, args.images, args.repeats, args.runtimes, device)
+    write_report(report, output)
+    if args.models:
+        # The networks above are gone: the largest one needs their memory.
         image = open_image(photograph(0))
-        pixel_values = plain.preprocess(image)
-        grids = {
-            PLAIN: plain,
-            "PyTorch, `--precision fp32`": plain.fast_form(),
-            "PyTorch, `--precision bf16`": plain.fast_form(torch.bfloat16),
-            **other_grids,
-        }
-        half = max(32, args.segmentation_side // 2)
-        segmenters = {
-            PLAIN: segmenter,
-            "PyTorch, `--precision fp32`": fast_segmenter(args.segmentation_side, torch.float32, device),
-            "PyTorch, `--precision bf16`": fast_segmenter(args.segmentation_side, torch.bfloat16, device),
-            **other_segmenters,
-            f"PyTorch, `--precision bf16 --segmentation-size {half}`": fast_segmenter(half, torch.bfloat16, device),
-        }
-        keep_freed_memory()
-        grid_rows = [Row("X-101", name, partial(form.pooled_features, pixel_values)) for name, form in grids.items()]
-        area_rows = [Row("segmentation", name, partial(form, image)) for name, form in segmenters.items()]
-        if device.type == "cpu":
-            arguments = (args.shortest_side, args.segmentation_side, pixel_values, image)
-            usual = stack.enter_context(multiprocessing.get_context("spawn").Pool(1, load_for_usual_memory, arguments))
-            grid_rows.insert(0, Row("X-101", TODAY, partial(usual.apply, run_usual)))
-            area_rows.insert(0, Row("segmentation", TODAY, partial(usual.apply, run_usual_segmentation)))
-        pipeline = captioner(plain, segmenter, device)
-        generate = partial(pipeline.model.generate, **reference_features(1, device), **BEAM_SEARCH)
-        others = [
-            Row("decoding", "JPEG file to RGB", partial(open_image, photograph(0))),
-            Row("decoding", "resizing and normalizing for X-101", partial(plain.preprocess, image)),
-            Row("captioning", "DIFNet, `original_beam_search`, beam 5, 20 tokens, fp32", generate),
-        ]
-        matmul = measure([*grid_rows, *area_rows, *others], args.repeats, device)
-        *_, rows, columns = segmenter.processor(images=image, return_tensors="pt")["pixel_values"].shape
-        notes = [
-            f"one image of {image.height} x {image.width} pixels, for X-101 {pixel_values.shape[2]} x "
-            f"{pixel_values.shape[3]}, for Mask2Former {rows} x {columns}, random weights; median of {args.repeats} "
-            "runs (least to largest)",
-            f'"{TODAY}": as every program does by default and version 0.2 did, in a process of its own; in the other '
-            "rows it is kept, as `difnet extract` and `difnet caption` do now",
-            f"bfloat16 is {'native' if has_native_bf16(device) else 'emulated'} here",
-        ]
-        report = header("From an image to its caption", "images.py", None, device, matmul, notes)
-        report += roofline(plain, pixel_values, segmenter, image, device)
-        report += ["## Grid features of X-101", ""]
-        titles = ("seconds an image", "times as fast")
-        report += markdown_table(("X-101", *titles, "relative difference"), ratio_rows(grid_rows, relative_difference))
-        report += ["", "## Segmentation features of Mask2Former, swin-tiny", ""]
-        columns_of_areas = ("Mask2Former", *titles, "difference of shares, area of another class")
-        report += markdown_table(columns_of_areas, ratio_rows(area_rows, changed_area))
-        report += ["", "## Other stages", ""]
-        report += markdown_table(
-            ("stage", "what", "seconds an image"), [(row.group, row.name, seconds_range(row)) for row in others]
-        )
-        report += ["", "## Image to caption", "", "The sum of the stages above.", ""]
-        report += whole_table(grid_rows, area_rows, others)
-        report += [
-            "",
-            f"## A folder of {args.images} files",
-            "",
-            "`difnet caption --batch-size 8`; networks are loaded.",
-        ]
-        pairs = {name: (grids[name], segmenters[name]) for name in list(grids)[:3]}
-        if other_grids:
-            last = list(other_grids)[min(2, len(other_grids) - 1)]
-            pairs[f"X-101: {last}; the other: PyTorch, bf16"] = (grids[last], segmenters[list(segmenters)[2]])
-        report += ["", *folder_table(pipeline, pairs, args.images)]
-        if args.models:
-            report += [
-                "",
-                "## Segmentation models by speed",
-                "",
-                "Network and processor, at the processor's size.",
-                "",
-            ]
-            report += models_table(args.models, args.segmentation_side, image, device)
-    write_report(report, args.output or results_path("images", device.type))
+        report += ["", "## Segmentation models by speed", "", "Network and processor, at the processor's size.", ""]
+        report += models_table(args.models, args.segmentation_side, image, device)
+        write_report(report, output)
 
 
 def roofline(
