@@ -30,6 +30,7 @@ EXTRA_OF = {
     "nncf": "openvino",
     "onnx": "onnx",
     "onnxruntime": "onnx",
+    "onnxscript": "onnx",
     "openvino": "openvino",
     "PIL": "images",
     "pyarrow": "data",
