@@ -41,7 +41,8 @@ EXTRA_OF = {
     "tensorboard": "train",
     "torchao": "quantization",
 }
-DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}  # packages that are installed under another name than they are imported
+# Packages that are installed under another name than they are imported.
+DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}
 
 
 OWN_PACKAGES = ("caption_metrics", "difnet_transformers", "modeling_difnet")
