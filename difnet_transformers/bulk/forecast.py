@@ -1,0 +1,218 @@
+"""What the captioning of many images will take, from a sample of them: time, size, cost, and what limits it.
+
+A sample of the images is captioned as the whole will be, its rows are written to a temporary file, and the seconds of
+each stage are counted. `Forecast.scaled` computes what more processes change: networks run in each of them, the
+inputs come through one line to the storage. The original (mrwu-mac/DIFNet, CVPR 2022) has nothing that corresponds.
+"""
+
+from __future__ import annotations
+
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+
+from ..progress import progress_bar
+from ..stage_times import StageTimes
+from .captioning import ImageCaptioner
+from .inputs import InputConfig, InputShard, file_system
+from .outputs import RowWriter
+from .readers import ImageItem, read_shard
+from .run import WRITING, readable, unique
+
+SAMPLED_SHARDS = 4
+WARM_UP = 2  # batches, in which libraries choose their kernels
+"""Batches before the measured ones."""
+READING = "reading"
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run will take.
+
+    Args:
+        images: in all shards, as far as they are known, else estimated.
+        shards: number of them.
+        seconds: of each stage, of the process that waits for it, for each image.
+        seconds_beside: of the threads beside it, for each image.
+        bytes_in, bytes_out: of an image file, and of its row.
+        seconds_to_start: of the networks to load.
+        seconds_of_shard: to open and close one, without its images.
+        sampled: images that were measured.
+        errors: how many of these cannot be captioned.
+        num_processes: that share the shards.
+        bandwidth: bytes a second that the storage gives to all processes together; `None` for no limit.
+    """
+
+    images: int
+    shards: int
+    seconds: dict[str, float]
+    seconds_beside: dict[str, float] = field(default_factory=dict)
+    bytes_in: float = 0.0
+    bytes_out: float = 0.0
+    seconds_to_start: float = 0.0
+    seconds_of_shard: float = 0.0
+    sampled: int = 0
+    errors: int = 0
+    num_processes: int = 1
+    bandwidth: float | None = None
+
+    @property
+    def seconds_of_image(self) -> float:
+        """Seconds of one process for each image, if nothing but its own stages limits it."""
+        return sum(self.seconds.values())
+
+    @property
+    def images_per_second(self) -> float:
+        """Of all processes together."""
+        own = self.num_processes / self.seconds_of_image
+        return own if self.bandwidth is None else min(own, self.bandwidth / max(1.0, self.bytes_in))
+
+    @property
+    def total_seconds(self) -> float:
+        """From the start of the processes to the end of the last one, whose share of the shards is the largest."""
+        largest_share = -(-self.shards // self.num_processes) / self.shards
+        own = self.images * largest_share * self.seconds_of_image
+        if self.bandwidth is not None:
+            own = max(own, self.images * self.bytes_in / self.bandwidth)
+        return self.seconds_to_start + own + self.shards * largest_share * self.seconds_of_shard
+
+    @property
+    def bottleneck(self) -> str:
+        """The stage that takes the most time, or what else limits the whole."""
+        if self.bandwidth is not None and self.bandwidth / max(1.0, self.bytes_in) < (
+            self.num_processes / self.seconds_of_image
+        ):
+            return "bandwidth of the inputs"
+        if self.shards < self.num_processes:
+            return f"number of shards ({self.shards:,})"
+        return max(self.seconds, key=lambda name: self.seconds[name])
+
+    def scaled(
+        self,
+        num_processes: int,
+        images: int | None = None,
+        shards: int | None = None,
+        bandwidth: float | None = None,
+        speedup: float = 1.0,
+    ) -> Forecast:
+        """The forecast for more processes or images.
+
+        Args:
+            num_processes: that run at once, each as fast as the one that was measured.
+            images, shards: by default those of the inputs.
+            bandwidth: bytes a second that the storage gives to all.
+            speedup: how many times as fast the networks are, on another device.
+        """
+        names = [name for name in self.seconds if name not in ("decoding", WRITING)]
+        faster = {name: each / (speedup if name in names else 1) for name, each in self.seconds.items()}
+        # A faster network waits for the threads beside it, which are as fast as before.
+        beside = self.seconds_beside.get("decoding", 0.0)
+        waiting = max(faster.get("decoding", 0.0), beside - sum(faster[name] for name in names))
+        return replace(
+            self,
+            num_processes=num_processes,
+            images=self.images if images is None else images,
+            shards=self.shards if shards is None else shards,
+            bandwidth=bandwidth,
+            seconds={**faster, "decoding": waiting},
+        )
+
+
+def forecast(captioner: ImageCaptioner, inputs: InputConfig, shards: Sequence[InputShard], sample: int) -> Forecast:
+    """Captions a sample and measures it.
+
+    Args:
+        captioner: networks and options.
+        inputs: what is to be captioned.
+        shards: of `plan_shards(inputs)`.
+        sample: number of images, taken from a few shards; a few more come before them.
+
+    Raises:
+        UnreadableShard, ValueError: as `caption_shard`.
+    """
+    start = time.perf_counter()
+    config = captioner.pipeline and captioner.config
+    seconds_to_start = time.perf_counter() - start
+    places = sorted({round(index * (len(shards) - 1) / (SAMPLED_SHARDS - 1)) for index in range(SAMPLED_SHARDS)})
+    sampled = [shards[place] for place in places]
+    per_shard = -(-sample // len(sampled))
+    num_warm = WARM_UP * config.batch_size
+    bytes_in, num_in = 0, 0
+
+    def counted(items: Iterable[ImageItem]) -> Iterator[ImageItem]:
+        nonlocal bytes_in, num_in
+        for item in items:
+            bytes_in += size_of(item)
+            num_in += 1
+            yield item
+
+    for _ in captioner.caption(islice(readable(read_shard(sampled[0], inputs), sampled[0]), num_warm)):
+        pass
+    times, errors, measured = StageTimes(), 0, 0
+    with (
+        tempfile.TemporaryDirectory(prefix="difnet-") as work,
+        progress_bar(total=sample, unit=" images", desc="measuring") as bar,
+    ):
+        path = Path(work, f"sample.{'parquet'}")
+        seconds_of_shards = 0.0
+        with RowWriter(path, captioner.schema, "parquet") as writer:
+            for shard in sampled:
+                begun = time.perf_counter()
+                items = counted(unique(readable(read_shard(shard, inputs), shard), []))
+                for row in captioner.caption(islice(items, per_shard), times):
+                    with times.stage(WRITING):
+                        writer.write(row)
+                    errors += row["error"] is not None
+                    measured += 1
+                    bar.update()
+                seconds_of_shards += time.perf_counter() - begun
+            begun = time.perf_counter()
+        seconds_of_shards += time.perf_counter() - begun
+        bytes_out = path.stat().st_size / max(1, measured)
+    stages = {name: each / max(1, measured) for name, each in times.seconds.items()}
+    # What is between the stages: queues, rows, the loop itself.
+    stages["other"] = max(0.0, seconds_of_shards / max(1, measured) - sum(stages.values()))
+    return Forecast(
+        images=count_images(shards, inputs, bytes_in / max(1, num_in)),
+        shards=len(shards),
+        seconds=stages,
+        seconds_beside={name: each / max(1, measured) for name, each in times.seconds_beside.items()},
+        bytes_in=bytes_in / max(1, num_in),
+        bytes_out=bytes_out,
+        seconds_to_start=seconds_to_start,
+        sampled=measured,
+        errors=errors,
+    )
+
+
+def size_of(item: ImageItem) -> int:
+    """Bytes of an image file; 0 where it is not known before it is fetched."""
+    if isinstance(item.content, bytes):
+        return len(item.content)
+    if isinstance(item.content, str) and not item.content.startswith(("http://", "https://")):
+        try:
+            fs, path = file_system(item.content)
+            return fs.size(path) or 0
+        except (OSError, ValueError):
+            return 0
+    return 0
+
+
+def count_images(shards: Sequence[InputShard], inputs: InputConfig, bytes_of_image: float) -> int:
+    """Images of all shards. Of tars three are counted, the others estimated by their sizes."""
+    known = sum(shard.num_images or 0 for shard in shards)
+    unknown = [shard for shard in shards if shard.num_images is None]
+    if not unknown:
+        return known
+    places = sorted({round(index * (len(unknown) - 1) / 2) for index in range(3)})
+    counted = [(unknown[place], sum(1 for _ in read_shard(unknown[place], inputs))) for place in places]
+    sizes = [shard.num_bytes for shard in unknown]
+    sampled_bytes = sum(shard.num_bytes or 0 for shard, _ in counted)
+    found = sum(number for _, number in counted)
+    if all(sizes) and sampled_bytes:
+        return known + round(found * sum(size or 0 for size in sizes) / sampled_bytes)
+    return known + round(found * len(unknown) / len(counted))
