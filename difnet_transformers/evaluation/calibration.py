@@ -289,7 +289,7 @@ def metrics_of(
 
     Returns:
         `num_images`, `num_words`, `wrong_words` (share); of words `auroc` (probability that a right one has a higher
-        confidence than a wrong one; `None` where all are right or wrong) and `expected_calibration_error` in ten bins; of
+        confidence than a wrong one; `None` where all are alike) and `expected_calibration_error` in ten bins; of
         captions `cider_d`, and `cider_d_top_half`, that of the half with the higher confidences.
     """
     has_both = labels.any() and not labels.all()
