@@ -13,7 +13,7 @@ probability, the same with temperature scaling (Guo et al., 2017; one number, on
 regression.
 
 AUROC is the probability that a right word has a higher confidence than a wrong one, ECE the expected calibration error
-in ten bins. Captions are put in order by their confidence or by another number, and the surest half is held against all
+in ten bins. Captions are ordered by their confidence or by another number, and the surest half is held against all
 of them. `--charts FOLDER` draws risk against coverage, and reliability.
 """
 

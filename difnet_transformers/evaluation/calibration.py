@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 
 from caption_metrics import score_captions
 from modeling_difnet import DifnetForConditionalGeneration, original_beam_search
@@ -37,18 +36,20 @@ from processing_difnet import DifnetProcessor
 from ..allocation import keep_freed_memory
 from ..checkpoints import check_device, load_captioner
 from ..command_line import requires
-from ..data import ReferenceBatches
-from ..data.feature_records import records_of_dataset
 from ..files import atomic_write, printable, read_json
 from ..progress import progress_bar
-from ..training.data_checks import check_data, open_split
-from .evaluate import match_features
-from .runtime_captioner import is_exported
 
 with requires("calibration"):
+    from datasets import Dataset
     from sklearn.isotonic import IsotonicRegression
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import roc_auc_score
+
+    from ..data import ReferenceBatches
+    from ..data.feature_records import records_of_dataset
+    from ..training.data_checks import check_data, open_split
+    from .evaluate import match_features
+    from .runtime_captioner import is_exported
 
 NUM_FOLDS = 5
 NUM_BINS = 10
