@@ -17,7 +17,7 @@ LEVELS = [
     {"data"},
     {"vision", "training", "export"},
     {"evaluation"},
-    {"reports"},
+    {"reports", "bulk"},
     {"demo", "workflows"},
     {"cli"},
     {"convert_checkpoint", "dataset_difnet", "pipeline_difnet", "segmentation_difnet"},

@@ -19,14 +19,10 @@ import numpy as np
 import torch
 
 from modeling_difnet import sequence_log_probs
-from modeling_difnet.confidence_difnet import Calibration, caption_confidences, read_calibration
+from modeling_difnet.confidence_difnet import CaptionConfidence, generate_with_confidences
+from modeling_difnet.feature_networks_difnet import hash_of_parameters, provenance_of, segmentation_provenance_of
 from modeling_difnet.images_difnet import open_image
-from modeling_difnet.pipeline_difnet import (
-    DifnetImageCaptioningPipeline,
-    hash_of_parameters,
-    provenance_of,
-    segmentation_provenance_of,
-)
+from modeling_difnet.pipeline_difnet import DifnetImageCaptioningPipeline
 
 from ..command_line import LeftOut, describe
 from ..data.packed_dataset import encode_segmentation, to_stored
@@ -44,7 +40,6 @@ from .outputs import caption_schema
 from .readers import ImageItem, content_of
 
 CAPTIONING = "captioning"
-CONFIDENCES = ("mean_log_prob", "margin", "agreement", "confidence", "expected_cider_d", "words")
 
 Row: TypeAlias = dict[str, Any]
 """A row of `caption_schema`; columns that do not apply are `None`."""
@@ -120,7 +115,6 @@ class ImageCaptioner:
     def __init__(self, config: CaptioningConfig) -> None:
         self.config = config
         self._pipeline: DifnetImageCaptioningPipeline | None = None
-        self._calibration: Calibration | None = None
         self._has_captioned = False
         self._empty_row: Row = dict.fromkeys(self.schema.names)
 
@@ -140,7 +134,7 @@ class ImageCaptioner:
         """The networks.
 
         Raises:
-            ValueError: they cannot be loaded, as by `load_pipeline`, or give no confidences.
+            ValueError: they cannot be loaded, as by `load_pipeline`.
         """
         if self._pipeline is None:
             config = self.config
@@ -159,10 +153,6 @@ class ImageCaptioner:
                 device=config.device,
                 runtime=config.runtime,
             )
-            if config.confidence:
-                if isinstance(self._pipeline.model, RuntimeCaptioner):
-                    raise ValueError("--confidence needs a checkpoint in PyTorch: exported captioners give none")
-                self._calibration = read_calibration(config.model)
         return self._pipeline
 
     def identity(self) -> dict[str, Any]:
@@ -189,8 +179,8 @@ class ImageCaptioner:
         }
         if pipeline.segmenter is not None:
             said["segmentation model"] = segmentation_provenance_of(pipeline.segmenter, None)
-        if self._calibration is not None:
-            said["calibration"] = digest_of(asdict(self._calibration))
+        if self.config.confidence and pipeline.calibration is not None:
+            said["calibration"] = digest_of(asdict(pipeline.calibration))
         return json.loads(json.dumps(said))
 
     def __call__(self, images: Iterable[Mapping[str, Any]]) -> list[Row]:
@@ -271,39 +261,36 @@ class ImageCaptioner:
         """
         config, pipeline = self.config, self.pipeline
         options = decoding_options(pipeline, config.num_captions, config.num_beams, config.original_beam_search)
-        if config.confidence:
-            options["num_return_sequences"] = options["num_beams"]
         names = sorted({name for inputs in prepared for name in inputs})
         batch: dict[str, Any] = {name: torch.cat([inputs[name] for inputs in prepared]) for name in names}
+        confidences: list[list[CaptionConfidence]] = []
         with torch.no_grad():
             inputs = pipeline.ensure_tensor_on_device(**batch)
             if "grid_attention_mask" in inputs and inputs["grid_attention_mask"].all():
                 del inputs["grid_attention_mask"]
-            found = pipeline.model.generate(**inputs, **options, return_dict_in_generate=True)
-            sequences = torch.as_tensor(found.sequences)
-            sequences = sequences.reshape(len(prepared), -1, sequences.shape[-1])  # (B, K, L)
-            scores = getattr(found, "sequences_scores", None)
-            if scores is None:  # of Transformers' own search, which gives them with all logits of all steps alone
-                scores = sequence_log_probs(pipeline.model, sequences, **inputs).sum(-1)  # (B, K)
-            of_images = torch.as_tensor(scores).float().reshape(len(prepared), -1).tolist()
-            confidences: list[dict[str, Any]] = [{} for _ in prepared]
             if config.confidence:
-                tokenizer = pipeline.processor.tokenizer
-                words_of = tokenizer.convert_ids_to_tokens(list(range(pipeline.model.config.vocab_size)))
-                judged = caption_confidences(pipeline.model, sequences, words_of, self._calibration, **inputs)
-                confidences = [each.as_dict() for each in judged]
-        wanted = sequences[:, : config.num_captions]
-        texts = pipeline.processor.batch_decode(wanted.reshape(-1, wanted.shape[-1]), skip_special_tokens=True)
+                sequences, confidences = generate_with_confidences(
+                    pipeline.model, pipeline.words, inputs, options, pipeline.calibration
+                )
+                scores = [[caption.score for caption in captions] for captions in confidences]
+            else:
+                found = pipeline.model.generate(**inputs, **options, return_dict_in_generate=True)
+                sequences = torch.as_tensor(found.sequences).reshape(len(prepared), config.num_captions, -1)
+                sums = getattr(found, "sequences_scores", None)
+                if sums is None:  # of Transformers' own search, which has them with the logits of all steps alone
+                    sums = sequence_log_probs(pipeline.model, sequences, **inputs).sum(-1)
+                scores = torch.as_tensor(sums).float().reshape(len(prepared), -1).tolist()
+        texts = pipeline.processor.batch_decode(sequences.flatten(0, 1), skip_special_tokens=True)
         rows = []
-        for index, (scores_of_image, said) in enumerate(zip(of_images, confidences, strict=True)):
-            captions = texts[index * wanted.shape[1] : (index + 1) * wanted.shape[1]]
-            row: Row = {"caption": captions[0], "score": scores_of_image[0]}
+        for index, of_image in enumerate(scores):
+            captions = texts[index * config.num_captions : (index + 1) * config.num_captions]
+            row: Row = {"caption": captions[0], "score": of_image[0]}
             if config.num_captions > 1:
                 row["beams"] = [
-                    {"caption": caption, "score": score}
-                    for caption, score in zip(captions, scores_of_image, strict=False)
+                    {"caption": caption, "score": score} for caption, score in zip(captions, of_image, strict=True)
                 ]
-            row |= {name: said[name] for name in CONFIDENCES if name in said}
+            if confidences:
+                row |= confidences[index][0].as_dict()
             if config.save_features:
                 row |= features_of_row(prepared[index], config.save_features)
             rows.append(row)

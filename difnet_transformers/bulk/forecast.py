@@ -7,7 +7,6 @@ inputs come through one line to the storage. The original (mrwu-mac/DIFNet, CVPR
 
 from __future__ import annotations
 
-import tarfile
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from ..options import (
     debug_option,
     image_size_option,
     layer_option,
+    option_name,
     parse_options,
     precision_option,
     runtime_option,
@@ -47,7 +49,26 @@ checkpoint that difnet calibrate was run for, also the probability that a word i
 Captions are printed, one line for each image. An image, or an image's features, that cannot be used get one line, and
 the others are captioned: the exit code is 0, with --strict 2. It is 2 also for mistakes, and if nothing could be
 captioned. What was captioned before an error or an interruption is printed and written all the same. Image ids come
-from COCO's file names; other images are numbered in order."""
+from COCO's file names; other images are numbered in order.
+
+Many images, in folders, tars of WebDataset, Parquet files, lists of paths or URLs, or a dataset of the Hub:
+
+  difnet caption "s3://bucket/images/*.tar" --model mine --output captions --plan
+  difnet caption "s3://bucket/images/*.tar" --model mine --output captions
+
+OUTPUT gets a Parquet file for each shard of the inputs, with a row for each image: key, source, caption, score, and the
+error of an image that cannot be captioned. --plan measures a sample and says what the whole will take. The program can
+be killed at any time: the same command resumes after the last finished shard. Several processes share the shards:
+torchrun, accelerate launch and array jobs of SLURM say which part is whose, or --shard does (docs/large_scale.md)."""
+
+MANY = "many images"
+OUTPUTS_OF_FEW = ("json", "contact_sheet", "explain", "features")
+OF_MANY = ("shard", "input_kind", "image_column", "key_column", "split", "dataset_config", "save_features", "plan")
+OF_MANY += ("streaming", "retry_errors", "allow_private_hosts")
+NETWORKS_AND_CAPTIONS = ("grid_backbone", "layer", "precision", "force", "segmentation_model", "segmentation_size")
+NETWORKS_AND_CAPTIONS += ("untrained", "seed", "device", "runtime", "num_captions", "num_beams", "batch_size")
+NETWORKS_AND_CAPTIONS += ("original_beam_search", "confidence", "save_features", "num_threads", "allow_private_hosts")
+INPUTS = ("images_per_shard", "image_column", "key_column", "split", "dataset_config", "streaming")
 
 
 @dataclass
@@ -56,7 +77,10 @@ class CaptionOptions:
 
     model: str = field(metavar="NAME", help="folder or repository of the captioner, or what difnet export wrote")
     images: list[str] = field(
-        default_factory=list, positional=True, metavar="IMAGE", help="images, or folders of them"
+        default_factory=list,
+        positional=True,
+        metavar="IMAGE",
+        help="images, or folders of them; with --output also tars, Parquet files, lists, datasets",
     )
     grid_backbone: str | None = field(default=None, metavar="NAME", help="folder, repository or function")
     layer: int | None = layer_option()
@@ -89,10 +113,69 @@ class CaptionOptions:
         help="check without weights: a feature network that is not named is a small random one; captions mean nothing",
     )
     seed: int = field(default=0, metavar="N", help="of --untrained")
+    output: str | None = field(
+        default=None, group=MANY, metavar="FOLDER", help="path, or URL of what fsspec writes: a file for each shard"
+    )
+    format: str = field(default="parquet", group=MANY, choices=["parquet", "jsonl"], help="of --output")
+    plan: bool = field(
+        default=False, group=MANY, help="caption a sample, say what all images will take, and write nothing"
+    )
+    sample: int = field(default=128, group=MANY, metavar="N", help="of --plan: images to measure")
+    price_per_hour: float | None = field(
+        default=None, group=MANY, metavar="X", help="of --plan: of one process's machine, for the cost"
+    )
+    shard: str | None = field(
+        default=None, group=MANY, metavar="I/N", help="this process's part, I from 0 (default: as its launcher says)"
+    )
+    images_per_shard: int = field(
+        default=1000, group=MANY, metavar="N", help="of folders, tables, lists and datasets; a tar is one shard"
+    )
+    input_kind: str = field(
+        default="auto",
+        group=MANY,
+        choices=["auto", "images", "tar", "parquet", "list", "dataset"],
+        help="what IMAGE names (default: by its name, and by what is there)",
+    )
+    image_column: str | None = field(
+        default=None,
+        group=MANY,
+        metavar="NAME",
+        help="of tables, the images or their paths or URLs; of tars, their suffix (default: the usual names)",
+    )
+    key_column: str | None = field(
+        default=None, group=MANY, metavar="NAME", help="of tables (default: key, id, image_id, or the row's number)"
+    )
+    split: str | None = field(default=None, group=MANY, metavar="NAME", help="of a dataset that has several")
+    dataset_config: str | None = field(default=None, group=MANY, metavar="NAME", help="of a dataset that has several")
+    streaming: bool = field(default=False, group=MANY, help="read a dataset from where it lies, one file a shard")
+    save_features: str | None = field(
+        default=None, group=MANY, choices=["float16", "float32"], help="write the features too, 0.2 MB an image"
+    )
+    num_threads: int | None = field(
+        default=None,
+        group=MANY,
+        metavar="N",
+        help="that read and decode beside the networks; more for slow storage (default: half the cores, at most 4)",
+    )
+    retry_errors: bool = field(default=False, group=MANY, help="do shards that have errors again")
+    allow_private_hosts: bool = field(
+        default=False, group=MANY, help="let URLs of lists lead to this machine or a private network"
+    )
     strict: bool = strict_option()
     debug: bool = debug_option()
 
     def __post_init__(self) -> None:
+        check_at_least(self, 1, "images_per_shard", "sample")
+        check_at_least(self, 0, "num_threads")
+        given = [option_name(name) for name in OF_MANY if getattr(self, name) not in (None, False, "auto")]
+        if self.output is None and given:
+            raise ValueError(f"{given[0]} belongs to --output")
+        if self.output is not None:
+            given = [option_name(name) for name in OUTPUTS_OF_FEW if getattr(self, name)]
+            if given:
+                raise ValueError(f"{given[0]} and --output do not go together")
+            if self.format == "jsonl" and self.save_features:
+                raise ValueError("--save-features needs --format parquet")
         if bool(self.images) == bool(self.features):
             raise ValueError("give images, or --features")
         if not self.features and (self.segmentation or self.ids):
@@ -169,7 +252,40 @@ def main(argv: Sequence[str] | None = None, prog: str = "caption.py") -> int:
         )
         return left_out.report(len(results), options.strict)
 
-    return run_command(prog, command, options.debug)
+    def many() -> int:
+        from ..bulk.captioning import CaptioningConfig
+        from ..bulk.command import caption_many, print_plan
+        from ..bulk.inputs import InputConfig
+
+        assert options.output is not None
+        quiet_transformers()
+        config = CaptioningConfig(
+            options.model,
+            image_size=None if options.image_size is None else sides_of(options.image_size),
+            **{name: getattr(options, name) for name in NETWORKS_AND_CAPTIONS},
+        )
+        inputs = InputConfig(
+            tuple(options.images),
+            options.input_kind,
+            **{name: getattr(options, name) for name in INPUTS},
+        )
+        if options.plan:
+            return print_plan(config, inputs, sample=options.sample, price_per_hour=options.price_per_hour)
+        return caption_many(
+            config,
+            inputs,
+            options.output,
+            format=options.format,
+            shard=options.shard,
+            retry_errors=options.retry_errors,
+            strict=options.strict,
+        )
+
+    if options.output is None:
+        return run_command(prog, command, options.debug)
+    words = sys.argv[1:] if argv is None else argv
+    again = f"finished shards are kept; the same command resumes: {shlex.join([*prog.split(), *words])}"
+    return run_command(prog, many, options.debug, resume=again)
 
 
 if __name__ == "__main__":
