@@ -56,9 +56,9 @@ Many images, in folders, tars of WebDataset, Parquet files, lists of paths or UR
   difnet caption "s3://bucket/images/*.tar" --model mine --output captions --plan
   difnet caption "s3://bucket/images/*.tar" --model mine --output captions
 
-OUTPUT gets a Parquet file for each shard of the inputs, with a row for each image: key, source, caption, score, and the
-error of an image that cannot be captioned. --plan measures a sample and says what the whole will take. The program can
-be killed at any time: the same command resumes after the last finished shard. Several processes share the shards:
+OUTPUT gets a Parquet file for each shard of the inputs, with a row for each image: key, source, caption, score, and
+the error of an image that cannot be captioned. --plan measures a sample and says what the whole will take. The program
+can be killed at any time: the same command resumes after the last finished shard. Several processes share the shards:
 torchrun, accelerate launch and array jobs of SLURM say which part is whose, or --shard does (docs/large_scale.md)."""
 
 MANY = "many images"
@@ -283,8 +283,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "caption.py") -> int:
 
     if options.output is None:
         return run_command(prog, command, options.debug)
-    words = sys.argv[1:] if argv is None else argv
-    again = f"finished shards are kept; the same command resumes: {shlex.join([*prog.split(), *words])}"
+    words = ["python", *sys.argv] if argv is None else [*prog.split(), *argv]
+    again = f"finished shards are kept; the same command resumes: {shlex.join(words)}"
     return run_command(prog, many, options.debug, resume=again)
 
 
