@@ -3,8 +3,8 @@
     python benchmarks/bulk.py [--images 4000] [--images-per-tar 500]
 
 Small JPEG images in tars of WebDataset and tiny random networks, so that everything but the networks shows. Each
-process is pinned to a core and has one thread. The overhead is the time of `caption_shards`, which reads tars, looks
-for duplicates, writes Parquet and manifests, against that of the same captioner on the same files in memory, whose rows
+process is pinned to a core and has one thread. The overhead is the time of `process_shards`, which reads tars, looks
+for duplicates, writes Parquet and manifests, against that of the same captioner on the files in memory, whose rows
 are dropped. The last table computes what 10^6 and 10^8 images take on 1, 8 and 64 devices from seconds of each stage:
 those of docs/speed.md for networks of full size on a CPU, and with `--speedup` for devices that are so many times as
 fast. The tables go to the terminal and to benchmarks/results/.
@@ -40,7 +40,7 @@ from difnet_transformers.bulk.command import duration_text
 from difnet_transformers.bulk.forecast import Forecast, forecast
 from difnet_transformers.bulk.inputs import InputConfig, plan_shards
 from difnet_transformers.bulk.readers import read_shard
-from difnet_transformers.bulk.run import caption_shards
+from difnet_transformers.bulk.run import process_shards
 
 campaign = load_module("bulk_campaign", ROOT / "tests" / "bulk_campaign.py")
 
@@ -64,7 +64,7 @@ def run(model: Path, images: Path, output: Path, num_processes: int) -> float:
         captioner([{"key": 0, "image": campaign.image_file(0)}])
         barrier.wait()
         begun = time.time()
-        caption_shards(captioner, InputConfig((str(images),)), str(output), process=(number, num_processes))
+        process_shards(captioner, InputConfig((str(images),)), str(output), process=(number, num_processes))
         queue.put((begun, time.time()))
 
     workers = [FORK.Process(target=work, args=(number,)) for number in range(num_processes)]
@@ -83,15 +83,15 @@ def overhead(model: Path, images: Path, folder: Path, repeats: int) -> tuple[flo
     alone, whole = [], []
     for number in range(repeats + 1):
         begun = time.perf_counter()
-        for _ in captioner.caption(iter(items)):
+        for _ in captioner.rows(iter(items)):
             pass
         between = time.perf_counter()
-        caption_shards(captioner, inputs, str(folder / f"overhead{number}"))
+        process_shards(captioner, inputs, str(folder / f"overhead{number}"))
         if number:
             alone.append(between - begun)
             whole.append(time.perf_counter() - between)
     profile = cProfile.Profile()
-    profile.runcall(caption_shards, captioner, inputs, str(folder / "profile"))
+    profile.runcall(process_shards, captioner, inputs, str(folder / "profile"))
     text = io.StringIO()
     pstats.Stats(profile, stream=text).sort_stats("tottime").print_stats(25)
     return statistics.median(alone), statistics.median(whole), text.getvalue()
@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         captioner, inputs = ImageCaptioner(campaign.config_of(model, **OPTIONS)), InputConfig((str(folder / "tars"),))
         expected = forecast(captioner, inputs, plan_shards(inputs), arguments.sample)
         begun = time.perf_counter()
-        caption_shards(captioner, inputs, str(folder / "forecast"))
+        process_shards(captioner, inputs, str(folder / "forecast"))
         measured = time.perf_counter() - begun
         said = expected.total_seconds - expected.seconds_to_start
         rows = [["1", duration_text(said), duration_text(measured), f"{said / measured - 1:+.1%}"]]

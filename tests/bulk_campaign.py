@@ -29,7 +29,7 @@ from PIL import Image
 
 from difnet_transformers.bulk.captioning import CaptioningConfig, ImageCaptioner
 from difnet_transformers.bulk.inputs import InputConfig
-from difnet_transformers.bulk.run import caption_shards
+from difnet_transformers.bulk.run import process_shards
 from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration
 from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer
 
@@ -140,7 +140,7 @@ def caption(model: Path, images: Path, output: Path, process: tuple[int, int], o
     devnull = os.open(os.devnull, os.O_WRONLY)
     os.dup2(devnull, 2)  # the errors of a thousand images, and the progress
     inputs = InputConfig((str(images),))
-    caption_shards(ImageCaptioner(config_of(model, **options)), inputs, str(output), process=process)
+    process_shards(ImageCaptioner(config_of(model, **options)), inputs, str(output), process=process)
 
 
 def start(model: Path, images: Path, output: Path, process: tuple[int, int], **options: Any) -> Any:

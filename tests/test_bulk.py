@@ -34,7 +34,7 @@ from difnet_transformers.bulk.inputs import InputConfig, plan_shards
 from difnet_transformers.bulk.outputs import OutputFolder, caption_schema, data_name
 from difnet_transformers.bulk.processes import part_of, part_of_process
 from difnet_transformers.bulk.readers import ImageItem, read_shard
-from difnet_transformers.bulk.run import caption_shards
+from difnet_transformers.bulk.run import process_shards
 from difnet_transformers.cli.caption import main as caption_main
 from difnet_transformers.cli.main import main as difnet_main
 from difnet_transformers.evaluation.image_captions import LeftOut, caption_items, decoding_options, image_items
@@ -280,7 +280,7 @@ def site(images, tmp_path):
 class TestRows:
     def test_captions_are_those_of_difnet_caption(self, captioner, images):
         inputs = InputConfig((str(images),))
-        found = list(captioner.caption(itertools.chain(items_of(inputs))))
+        found = list(captioner.rows(itertools.chain(items_of(inputs))))
         pipeline, left_out = captioner.pipeline, LeftOut()
         options = decoding_options(pipeline, num_beams=2)
         single = caption_items(pipeline, image_items(pipeline, [str(images)], left_out), 16, options, left_out)
@@ -316,7 +316,7 @@ class TestRows:
         config = config_of(model, num_captions=2, num_beams=3, confidence=True, save_features="float16")
         captioner = ImageCaptioner(config)
         (images / "0.jpg").write_bytes(b"")
-        caption_shards(captioner, InputConfig((str(images),)), str(tmp_path / "out"))
+        process_shards(captioner, InputConfig((str(images),)), str(tmp_path / "out"))
         (path,) = (tmp_path / "out" / "data").iterdir()
         table = pq.read_table(path)
         assert table.schema.equals(caption_schema(True, True, "float16"))
@@ -346,10 +346,10 @@ class TestRows:
 
     def test_urls_of_lists_are_fetched_if_they_are_allowed(self, captioner, model, site, tmp_path):
         (tmp_path / "urls.txt").write_text(f"{site}/images/1.jpg\n{site}/images/gone.jpg\n")
-        refused = captioner.caption(items_of(InputConfig((str(tmp_path / "urls.txt"),))))
+        refused = captioner.rows(items_of(InputConfig((str(tmp_path / "urls.txt"),))))
         assert ["is not public" in row["error"] for row in refused] == [True, True]
         allowed = ImageCaptioner(config_of(model, allow_private_hosts=True))
-        first, second = allowed.caption(items_of(InputConfig((f"{site}/urls.txt",))))
+        first, second = allowed.rows(items_of(InputConfig((f"{site}/urls.txt",))))
         assert (first["key"], first["error"]) == (f"{site}/images/1.jpg", None)
         assert second["error"] == "the server answers 404"
 
@@ -357,13 +357,13 @@ class TestRows:
         captioner = ImageCaptioner(config_of(model))
         captioner.pipeline.model.generation_config.max_length = 1000
         with pytest.raises(ValueError, match=r"max_position_embeddings|positions|longest|tokens"):
-            caption_shards(captioner, InputConfig((str(images),)), str(tmp_path / "out"))
+            process_shards(captioner, InputConfig((str(images),)), str(tmp_path / "out"))
 
 
 class TestShards:
     def test_each_shard_has_its_file_and_its_manifest(self, captioner, images, tmp_path):
         (images / "4.jpg").write_bytes(b"")
-        summary = caption_shards(captioner, InputConfig((str(images),), images_per_shard=5), str(tmp_path / "out"))
+        summary = process_shards(captioner, InputConfig((str(images),), images_per_shard=5), str(tmp_path / "out"))
         assert (summary.shards, summary.finished, summary.images, summary.errors) == (3, 3, 12, 1)
         assert summary.examples == [f"{images}/4.jpg: the file is empty"]
         manifest = json.loads((tmp_path / "out" / "manifests" / "00000.json").read_text())
@@ -377,44 +377,44 @@ class TestShards:
 
     def test_datasets_loads_the_folder(self, captioner, images, tmp_path, monkeypatch):
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-        caption_shards(captioner, InputConfig((str(images),), images_per_shard=5), str(tmp_path / "out"))
+        process_shards(captioner, InputConfig((str(images),), images_per_shard=5), str(tmp_path / "out"))
         loaded = datasets.load_dataset(str(tmp_path / "out"), split="captions")
         assert loaded["key"] == rows_of(tmp_path / "out")["key"].to_pylist()
 
     def test_a_finished_shard_is_never_done_again(self, captioner, images, tmp_path, capsys):
         inputs = InputConfig((str(images),), images_per_shard=5)
-        caption_shards(captioner, inputs, str(tmp_path / "out"), process=(1, 3))
+        process_shards(captioner, inputs, str(tmp_path / "out"), process=(1, 3))
         before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
-        summary = caption_shards(captioner, inputs, str(tmp_path / "out"))
+        summary = process_shards(captioner, inputs, str(tmp_path / "out"))
         assert "1 of 3 shards are finished already" in capsys.readouterr().err
         assert (summary.images, summary.finished) == (7, 3)
         assert all(path.stat().st_mtime_ns == time for path, time in before.items())
-        assert caption_shards(captioner, inputs, str(tmp_path / "out")).images == 0
+        assert process_shards(captioner, inputs, str(tmp_path / "out")).images == 0
 
     @pytest.mark.parametrize("damage", ["file gone", "file cut", "manifest gone", "manifest cut"])
     def test_what_is_damaged_or_missing_is_made_again(self, captioner, images, tmp_path, damage):
         inputs = InputConfig((str(images),), images_per_shard=5)
-        caption_shards(captioner, inputs, str(tmp_path / "out"))
+        process_shards(captioner, inputs, str(tmp_path / "out"))
         expected = {path: path.read_bytes() for path in (tmp_path / "out" / "data").iterdir()}
         kind, _, what = damage.partition(" ")
         path = tmp_path / "out" / (data_name(1, 3, "parquet") if kind == "file" else "manifests/00001.json")
         path.unlink() if what == "gone" else path.write_bytes(path.read_bytes()[:50])
-        assert caption_shards(captioner, inputs, str(tmp_path / "out")).images == 5
+        assert process_shards(captioner, inputs, str(tmp_path / "out")).images == 5
         assert {path: path.read_bytes() for path in (tmp_path / "out" / "data").iterdir()} == expected
 
     def test_shards_with_errors_are_done_again_on_request(self, captioner, images, tmp_path):
         inputs = InputConfig((str(images / "list.txt"),), images_per_shard=2)
         (images / "list.txt").write_text("0.jpg\n1.jpg\nlater.jpg\n")
-        assert caption_shards(captioner, inputs, str(tmp_path / "out")).errors == 1
+        assert process_shards(captioner, inputs, str(tmp_path / "out")).errors == 1
         (images / "later.jpg").write_bytes(image_file(20))
-        assert caption_shards(captioner, inputs, str(tmp_path / "out")).images == 0
-        summary = caption_shards(captioner, inputs, str(tmp_path / "out"), retry_errors=True)
+        assert process_shards(captioner, inputs, str(tmp_path / "out")).images == 0
+        summary = process_shards(captioner, inputs, str(tmp_path / "out"), retry_errors=True)
         assert (summary.images, summary.errors) == (1, 0)
 
     def test_json_lines(self, captioner, images, tmp_path):
         (images / "4.jpg").write_bytes(b"")
         inputs = InputConfig((str(images),), images_per_shard=5)
-        caption_shards(captioner, inputs, str(tmp_path / "out"), format="jsonl")
+        process_shards(captioner, inputs, str(tmp_path / "out"), format="jsonl")
         files = sorted((tmp_path / "out" / "data").iterdir())
         rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
         assert len(rows) == 12
@@ -431,7 +431,7 @@ class TestShards:
                         info = tarfile.TarInfo(member)
                         info.size = len(content)
                         tar.addfile(info, io.BytesIO(content))
-        summary = caption_shards(
+        summary = process_shards(
             captioner, InputConfig((str(tmp_path / "*.tar"),)), str(tmp_path / "o"), format=format
         )
         assert summary.images == 4
@@ -444,13 +444,13 @@ class TestShards:
     def test_outputs_of_fsspec(self, captioner, images, tmp_path, place):
         place = f"file://{tmp_path}/out" if place == "file" else place
         inputs = InputConfig((str(images),), images_per_shard=5)
-        assert caption_shards(captioner, inputs, place).images == 12
+        assert process_shards(captioner, inputs, place).images == 12
         fs, root = fsspec.core.url_to_fs(place)
         assert len(fs.ls(f"{root}/data")) == len(fs.ls(f"{root}/manifests")) == 3
         assert not [name for name in fs.find(root) if "unfinished" in name]
-        assert caption_shards(captioner, inputs, place).images == 0
+        assert process_shards(captioner, inputs, place).images == 0
         fs.rm(f"{root}/manifests/00002.json")
-        assert caption_shards(captioner, inputs, place).images == 2
+        assert process_shards(captioner, inputs, place).images == 2
 
     def test_where_files_appear_while_they_are_written_they_get_their_names_at_the_end(self, monkeypatch, tmp_path):
         output = OutputFolder("memory://slow")
@@ -474,7 +474,7 @@ class TestShards:
 
         monkeypatch.setattr(run, "read_shard", flaky)
         inputs = InputConfig((str(images),), images_per_shard=5)
-        assert caption_shards(captioner, inputs, str(tmp_path / "out")).finished == 3
+        assert process_shards(captioner, inputs, str(tmp_path / "out")).finished == 3
 
     def test_inputs_that_stay_away_leave_their_shard_and_no_other(self, model, images, tmp_path, monkeypatch, capsys):
         def away(shard, inputs):
@@ -497,7 +497,7 @@ class TestShards:
         summaries = []
 
         def work() -> None:
-            summaries.append(caption_shards(ImageCaptioner(config_of(model)), inputs, str(tmp_path / "out")))
+            summaries.append(process_shards(ImageCaptioner(config_of(model)), inputs, str(tmp_path / "out")))
 
         threads = [threading.Thread(target=work) for _ in range(2)]
         for thread in threads:
@@ -512,20 +512,23 @@ class TestChanges:
     @pytest.fixture
     def begun(self, captioner, images, tmp_path) -> Path:
         inputs = InputConfig((str(images),), images_per_shard=5)
-        caption_shards(captioner, inputs, str(tmp_path / "out"), process=(0, 2))
+        process_shards(captioner, inputs, str(tmp_path / "out"), process=(0, 2))
         return tmp_path / "out"
 
     def assert_refused(self, output: Path, images: Path, config: CaptioningConfig, message: str, **options) -> None:
         inputs = InputConfig((str(images),), **{"images_per_shard": 5, **options})
         with pytest.raises(ValueError, match=message) as caught:
-            caption_shards(ImageCaptioner(config), inputs, str(output))
+            process_shards(ImageCaptioner(config), inputs, str(output))
         assert "give what it was begun with, or choose another --output" in str(caught.value)
         assert "\n" not in str(caught.value)
 
     def test_an_image_that_changed(self, begun, images, model):
         (images / "11.jpg").write_bytes(image_file(99))
         self.assert_refused(
-            begun, images, config_of(model), f"the inputs have changed: {images}/0.jpg to|not captioned"
+            begun,
+            images,
+            config_of(model),
+            f"the inputs have changed: in a shard that is not finished|inputs have changed: {images}/",
         )
 
     def test_an_image_that_changed_in_a_finished_shard_is_named_with_it(self, begun, images, model):
@@ -552,7 +555,7 @@ class TestChanges:
     def test_options_that_change_nothing(self, begun, images, model):
         inputs = InputConfig((str(images),), images_per_shard=5)
         config = config_of(model, batch_size=3, num_threads=2)
-        assert caption_shards(ImageCaptioner(config), inputs, str(begun)).finished == 3
+        assert process_shards(ImageCaptioner(config), inputs, str(begun)).finished == 3
 
     def test_other_weights(self, begun, images, tmp_path):
         other = save_captioner(tmp_path / "other", decoder_ffn_dim=64)
@@ -565,7 +568,7 @@ class TestChanges:
     def test_a_record_that_is_damaged(self, begun, images, model):
         (begun / "run.json").write_text("{")
         with pytest.raises(ValueError, match=r"run.json is damaged; restore it, or choose another --output"):
-            caption_shards(ImageCaptioner(config_of(model)), InputConfig((str(images),)), str(begun))
+            process_shards(ImageCaptioner(config_of(model)), InputConfig((str(images),)), str(begun))
 
 
 class TestProcesses:
@@ -603,9 +606,9 @@ class TestProcesses:
 
     def test_the_parts_together_are_the_whole(self, captioner, images, tmp_path):
         inputs = InputConfig((str(images),), images_per_shard=2)
-        caption_shards(captioner, inputs, str(tmp_path / "whole"))
+        process_shards(captioner, inputs, str(tmp_path / "whole"))
         for number in (2, 0, 1):
-            caption_shards(captioner, inputs, str(tmp_path / "parts"), process=(number, 3))
+            process_shards(captioner, inputs, str(tmp_path / "parts"), process=(number, 3))
         files = [{path.name: path.read_bytes() for path in (tmp_path / name / "data").iterdir()}
                  for name in ("whole", "parts")]  # fmt: skip
         assert files[0] == files[1]
@@ -726,7 +729,7 @@ def test_killed_processes_leave_what_others_complete(model, tmp_path, num_images
 def test_one_image_of_a_hundred_is_broken_in_ten_ways_and_nothing_else_differs(captioner, tmp_path):
     for name, broken in (("intact", False), ("broken", True)):
         kinds = make_tars(tmp_path / name, 1000, 500, broken)
-        caption_shards(captioner, InputConfig((str(tmp_path / name),)), str(tmp_path / f"{name} captions"))
+        process_shards(captioner, InputConfig((str(tmp_path / name),)), str(tmp_path / f"{name} captions"))
     assert sorted(kinds.values()) == sorted(broken_files())
     intact, rows = (rows_of(tmp_path / f"{name} captions").drop_columns("source") for name in ("intact", "broken"))
     bulk_campaign.check_rows(rows, 1000, kinds)

@@ -6,9 +6,10 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "captioning": ["CaptioningConfig", "ImageCaptioner"],
+        "features": ["FeatureConfig", "FeatureMaker"],
         "inputs": ["InputConfig", "InputShard", "plan_shards"],
         "outputs": ["OutputFolder", "caption_schema"],
         "readers": ["ImageItem", "read_shard"],
-        "run": ["caption_shard", "caption_shards"],
+        "run": ["process_shard", "process_shards"],
     },
 )

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +21,6 @@ import torch
 from modeling_difnet import sequence_log_probs
 from modeling_difnet.confidence_difnet import CaptionConfidence, generate_with_confidences
 from modeling_difnet.feature_networks_difnet import hash_of_parameters, provenance_of, segmentation_provenance_of
-from modeling_difnet.images_difnet import open_image
 from modeling_difnet.pipeline_difnet import DifnetImageCaptioningPipeline
 
 from ..command_line import LeftOut, describe
@@ -35,14 +34,12 @@ from ..evaluation.image_captions import (
 )
 from ..evaluation.runtime_captioner import RuntimeCaptioner
 from ..stage_times import StageTimes
-from ..vision.image_batches import NUM_THREADS, LoadedImage, load_image, one_ahead
+from ..vision.image_batches import NUM_THREADS, one_ahead
 from .outputs import caption_schema
-from .readers import ImageItem, content_of
+from .readers import ImageItem
+from .rows import Row, error_row, load_item
 
 CAPTIONING = "captioning"
-
-Row: TypeAlias = dict[str, Any]
-"""A row of `caption_schema`; columns that do not apply are `None`."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +109,8 @@ class ImageCaptioner:
         config: networks and options.
     """
 
+    what = "captions"
+
     def __init__(self, config: CaptioningConfig) -> None:
         self.config = config
         self._pipeline: DifnetImageCaptioningPipeline | None = None
@@ -128,6 +127,14 @@ class ImageCaptioner:
     def schema(self) -> Any:
         """The columns of the rows, a `pyarrow.Schema`."""
         return caption_schema(self.config.num_captions > 1, self.config.confidence, self.config.save_features)
+
+    @property
+    def batch_size(self) -> int:
+        return self.config.batch_size
+
+    @property
+    def device(self) -> torch.device:
+        return self.pipeline.device
 
     @property
     def pipeline(self) -> DifnetImageCaptioningPipeline:
@@ -193,9 +200,9 @@ class ImageCaptioner:
             A row for each image, in order.
         """
         items = (ImageItem(str(each["key"]), each.get("source"), each["image"]) for each in images)
-        return list(self.caption(items))
+        return list(self.rows(items))
 
-    def caption(self, items: Iterable[ImageItem], times: StageTimes | None = None) -> Iterator[Row]:
+    def rows(self, items: Iterable[ImageItem], times: StageTimes | None = None) -> Iterator[Row]:
         """Captions images as they come, reading and decoding ahead in threads.
 
         Args:
@@ -207,12 +214,14 @@ class ImageCaptioner:
         """
         times = times or StageTimes()
         pipeline, errors = self.pipeline, ErrorsByPosition()
+        keep = pipeline.model.config.use_segmentation
         heads: dict[int, ImageItem] = {}  # of images without a row, without their contents
 
         def numbered() -> Iterator[CaptionItem]:
             for position, item in enumerate(items):
                 heads[position] = item._replace(content=b"")
-                yield CaptionItem(position, None, position, partial(self._open, item))
+                read = partial(load_item, item, pipeline.grid_backbone, keep, self.config.allow_private_hosts)
+                yield CaptionItem(position, None, position, read)
 
         def rows_until(stop: int, captions: Mapping[int, Row]) -> Iterator[Row]:
             for position in sorted(each for each in heads if each < stop):
@@ -228,15 +237,6 @@ class ImageCaptioner:
                     captions = self._caption_batch(prepared, errors)
                 yield from rows_until(prepared[-1][0].image_id + 1, captions)
         yield from rows_until(sys.maxsize, {})
-
-    def _open(self, item: ImageItem) -> LoadedImage:
-        if isinstance(item.content, Exception):
-            raise item.content
-        content = content_of(item.content) if isinstance(item.content, str) else item.content
-        image = open_image(content, name=item.key, allow_private_hosts=self.config.allow_private_hosts)
-        pipeline = self.pipeline
-        loaded = load_image(image, pipeline.grid_backbone, pipeline.model.config.use_segmentation)
-        return loaded._replace(remark=None)  # of one image in a million nobody reads it
 
     def _caption_batch(self, prepared: Prepared, errors: ErrorsByPosition) -> dict[int, Row]:
         """Columns of images by their positions; those of a batch that fails are captioned one by one."""
@@ -297,13 +297,9 @@ class ImageCaptioner:
         return rows
 
     def _row(self, item: ImageItem, captions: Row | None, error: str | None) -> Row:
-        row: Row = dict(self._empty_row)
-        row |= {"key": item.key, "source": item.source, "error": None if captions is not None else error}
         if captions is None:
-            said = error or "no caption"
-            row["error"] = said.removeprefix(f"{item.key}: ") or said
-            return row
-        return row | captions
+            return self._empty_row | error_row(item, error or "no caption")
+        return self._empty_row | {"key": item.key, "source": item.source} | captions
 
 
 def features_of_row(inputs: Mapping[str, torch.Tensor], dtype: str) -> Row:

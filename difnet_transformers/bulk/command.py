@@ -12,7 +12,7 @@ from .captioning import CaptioningConfig, ImageCaptioner
 from .forecast import Forecast, forecast
 from .inputs import InputConfig, plan_shards
 from .processes import local_rank, part_of, part_of_process
-from .run import RunSummary, caption_shards
+from .run import RunSummary, process_shards
 
 PROCESSES = (1, 8, 64)  # that a forecast is made for
 
@@ -46,7 +46,7 @@ def caption_many(
     """
     process = part_of_process(os.environ) if shard is None else part_of(shard)
     captioner = ImageCaptioner(replace(config, device=config.device or device_of_process()))
-    summary = caption_shards(captioner, inputs, output, format=format, process=process, retry_errors=retry_errors)
+    summary = process_shards(captioner, inputs, output, format=format, process=process, retry_errors=retry_errors)
     return report(summary, output, strict)
 
 
@@ -101,7 +101,7 @@ def print_plan(
     shards = plan_shards(inputs)
     found = forecast(captioner, inputs, shards, sample)
     print(f"{found.images:,} images in {found.shards:,} shards, {size_text(found.images * found.bytes_in)}")
-    print(f"measured: {found.sampled:,} images, {found.errors:,} with an error, on {captioner.pipeline.device}")
+    print(f"measured: {found.sampled:,} images, {found.errors:,} with an error, on {captioner.device}")
     for name, seconds in sorted(found.seconds.items(), key=lambda each: -each[1]):
         beside = found.seconds_beside.get(name, 0.0)
         more = f" (and {beside * 1000:.2f} ms beside)" if beside else ""

@@ -16,16 +16,14 @@ from pathlib import Path
 
 from ..progress import progress_bar
 from ..stage_times import StageTimes
-from .captioning import ImageCaptioner
-from .inputs import InputConfig, InputShard, file_system
-from .outputs import RowWriter
+from .inputs import InputConfig, InputShard, file_system, is_local
+from .outputs import OutputFolder, RowWriter
 from .readers import ImageItem, read_shard
+from .rows import RowMaker
 from .run import WRITING, readable, unique
 
 SAMPLED_SHARDS = 4
-WARM_UP = 2  # batches, in which libraries choose their kernels
-"""Batches before the measured ones."""
-READING = "reading"
+WARM_UP = 2  # batches before the measured ones, in which libraries choose their kernels
 
 
 @dataclass(frozen=True)
@@ -121,25 +119,25 @@ class Forecast:
         )
 
 
-def forecast(captioner: ImageCaptioner, inputs: InputConfig, shards: Sequence[InputShard], sample: int) -> Forecast:
+def forecast(maker: RowMaker, inputs: InputConfig, shards: Sequence[InputShard], sample: int) -> Forecast:
     """Captions a sample and measures it.
 
     Args:
-        captioner: networks and options.
+        maker: networks and options.
         inputs: what is to be captioned.
         shards: of `plan_shards(inputs)`.
         sample: number of images, taken from a few shards; a few more come before them.
 
     Raises:
-        UnreadableShard, ValueError: as `caption_shard`.
+        UnreadableShard, ValueError: as `process_shard`.
     """
-    start = time.perf_counter()
-    config = captioner.pipeline and captioner.config
-    seconds_to_start = time.perf_counter() - start
-    places = sorted({round(index * (len(shards) - 1) / (SAMPLED_SHARDS - 1)) for index in range(SAMPLED_SHARDS)})
-    sampled = [shards[place] for place in places]
-    per_shard = -(-sample // len(sampled))
-    num_warm = WARM_UP * config.batch_size
+    begun = time.perf_counter()
+    maker.identity()  # loads the networks
+    seconds_to_start = time.perf_counter() - begun
+    num_places = max(1, min(SAMPLED_SHARDS, len(shards), sample // maker.batch_size))
+    sampled = [shards[round(index * (len(shards) - 1) / max(1, num_places - 1))] for index in range(num_places)]
+    per_shard = -(-sample // (num_places * maker.batch_size)) * maker.batch_size  # whole batches
+    num_warm = WARM_UP * maker.batch_size
     bytes_in, num_in = 0, 0
 
     def counted(items: Iterable[ImageItem]) -> Iterator[ImageItem]:
@@ -149,20 +147,20 @@ def forecast(captioner: ImageCaptioner, inputs: InputConfig, shards: Sequence[In
             num_in += 1
             yield item
 
-    for _ in captioner.caption(islice(readable(read_shard(sampled[0], inputs), sampled[0]), num_warm)):
+    for _ in maker.rows(islice(readable(read_shard(sampled[0], inputs), sampled[0]), num_warm)):
         pass
     times, errors, measured = StageTimes(), 0, 0
     with (
         tempfile.TemporaryDirectory(prefix="difnet-") as work,
-        progress_bar(total=sample, unit=" images", desc="measuring") as bar,
+        progress_bar(total=per_shard * num_places, unit=" images", desc="measuring") as bar,
     ):
-        path = Path(work, f"sample.{'parquet'}")
+        path = Path(work, "sample.parquet")
         seconds_of_shards = 0.0
-        with RowWriter(path, captioner.schema, "parquet") as writer:
+        with RowWriter(path, maker.schema, "parquet") as writer:
             for shard in sampled:
                 begun = time.perf_counter()
                 items = counted(unique(readable(read_shard(shard, inputs), shard), []))
-                for row in captioner.caption(islice(items, per_shard), times):
+                for row in maker.rows(islice(items, per_shard), times):
                     with times.stage(WRITING):
                         writer.write(row)
                     errors += row["error"] is not None
@@ -172,17 +170,24 @@ def forecast(captioner: ImageCaptioner, inputs: InputConfig, shards: Sequence[In
             begun = time.perf_counter()
         seconds_of_shards += time.perf_counter() - begun
         bytes_out = path.stat().st_size / max(1, measured)
+        begun = time.perf_counter()
+        output = OutputFolder(work)
+        with output.writing("empty") as path, RowWriter(path, maker.schema, "parquet"):
+            pass
+        output.write_json("manifest.json", {})
+        seconds_of_shard = time.perf_counter() - begun
     stages = {name: each / max(1, measured) for name, each in times.seconds.items()}
     # What is between the stages: queues, rows, the loop itself.
     stages["other"] = max(0.0, seconds_of_shards / max(1, measured) - sum(stages.values()))
     return Forecast(
-        images=count_images(shards, inputs, bytes_in / max(1, num_in)),
+        images=count_images(shards, inputs),
         shards=len(shards),
         seconds=stages,
         seconds_beside={name: each / max(1, measured) for name, each in times.seconds_beside.items()},
         bytes_in=bytes_in / max(1, num_in),
         bytes_out=bytes_out,
         seconds_to_start=seconds_to_start,
+        seconds_of_shard=seconds_of_shard,
         sampled=measured,
         errors=errors,
     )
@@ -201,17 +206,16 @@ def size_of(item: ImageItem) -> int:
     return 0
 
 
-def count_images(shards: Sequence[InputShard], inputs: InputConfig, bytes_of_image: float) -> int:
-    """Images of all shards. Of tars three are counted, the others estimated by their sizes."""
+def count_images(shards: Sequence[InputShard], inputs: InputConfig) -> int:
+    """Images of all shards. Of tars one in the middle is counted, on a disk three; the others go by their sizes."""
     known = sum(shard.num_images or 0 for shard in shards)
     unknown = [shard for shard in shards if shard.num_images is None]
     if not unknown:
         return known
-    places = sorted({round(index * (len(unknown) - 1) / 2) for index in range(3)})
-    counted = [(unknown[place], sum(1 for _ in read_shard(unknown[place], inputs))) for place in places]
-    sizes = [shard.num_bytes for shard in unknown]
-    sampled_bytes = sum(shard.num_bytes or 0 for shard, _ in counted)
-    found = sum(number for _, number in counted)
-    if all(sizes) and sampled_bytes:
-        return known + round(found * sum(size or 0 for size in sizes) / sampled_bytes)
-    return known + round(found * len(unknown) / len(counted))
+    middle = len(unknown) // 2
+    places = {0, middle, len(unknown) - 1} if is_local(file_system(unknown[0].source)[0]) else {middle}
+    counted = [unknown[place] for place in sorted(places)]
+    found = sum(1 for shard in counted for _ in read_shard(shard, inputs))
+    sizes, counted_sizes = ([shard.num_bytes or 0 for shard in each] for each in (unknown, counted))
+    share = sum(sizes) / sum(counted_sizes) if all(sizes) else len(unknown) / len(counted)
+    return known + round(found * share)

@@ -55,10 +55,25 @@ def caption_schema(with_beams: bool = False, with_confidence: bool = False, feat
         numbers = dict.fromkeys(("log_prob", "entropy", "support", "confidence"), score)
         columns["words"] = pa.list_(pa.struct({"word": pa.string(), **numbers}))
     if features is not None:
-        values = pa.float16() if features == "float16" else pa.float32()
-        columns["grid_features"] = pa.list_(pa.list_(values))
-        columns |= {"grid_cells": pa.uint16(), "segmentation_features": pa.binary()}
+        columns |= _feature_columns(True, True, features)
     return pa.schema({**columns, "error": pa.string()})
+
+
+def feature_schema(with_grids: bool, with_segmentation: bool, dtype: str) -> pa.Schema:
+    """The columns of features, in the form of a packed dataset.
+
+    Args:
+        with_grids, with_segmentation: which features there are.
+        dtype: of their values, "float16" or "float32".
+    """
+    columns = _feature_columns(with_grids, with_segmentation, dtype)
+    return pa.schema({"key": pa.string(), "source": pa.string(), **columns, "error": pa.string()})
+
+
+def _feature_columns(with_grids: bool, with_segmentation: bool, dtype: str) -> dict[str, pa.DataType]:
+    values = pa.float16() if dtype == "float16" else pa.float32()
+    grids = {"grid_features": pa.list_(pa.list_(values)), "grid_cells": pa.uint16()}
+    return (grids if with_grids else {}) | ({"segmentation_features": pa.binary()} if with_segmentation else {})
 
 
 class RowWriter:
@@ -235,10 +250,10 @@ class OutputFolder:
             lock.release()
 
 
-def data_name(index: int, num_shards: int, format: str) -> str:
-    """The file of a shard's captions, in the form in which `datasets.load_dataset` finds the files of a split."""
+def data_name(index: int, num_shards: int, format: str, what: str = "captions") -> str:
+    """The file of a shard's rows, in the form in which `datasets.load_dataset` finds the files of the split `what`."""
     digits = max(5, math.ceil(math.log10(num_shards + 1)))
-    return f"data/captions-{index:0{digits}d}-of-{num_shards:0{digits}d}.{format}"
+    return f"data/{what}-{index:0{digits}d}-of-{num_shards:0{digits}d}.{format}"
 
 
 def manifest_name(index: int) -> str:

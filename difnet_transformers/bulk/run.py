@@ -1,4 +1,4 @@
-"""The captioning of many images, shard by shard: what is finished is never done again, what changed is noticed.
+"""The work on many images, shard by shard: what is finished is never done again, what changed is noticed.
 
 Every process makes the same plan and takes its part of the shards; nothing is sent between processes. Where several
 have the same part, and the output is on a disk, they share it by locks. A killed process loses the shard it was at.
@@ -23,10 +23,10 @@ from ..command_line import describe, requires
 from ..files import printable, sha256_of
 from ..progress import progress_bar
 from ..stage_times import StageTimes
-from .captioning import ImageCaptioner
 from .inputs import InputConfig, InputShard, hash_of, plan_shards
 from .outputs import OutputFolder, RowWriter, data_name, manifest_name
 from .readers import ImageItem, read_shard
+from .rows import RowMaker
 
 with requires("data"):
     import pyarrow.json as pj
@@ -70,8 +70,8 @@ class RunSummary:
 # One shard
 
 
-def caption_shard(
-    captioner: ImageCaptioner,
+def process_shard(
+    maker: RowMaker,
     shard: InputShard,
     inputs: InputConfig,
     output: OutputFolder,
@@ -82,10 +82,10 @@ def caption_shard(
     times: StageTimes | None = None,
     update: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
-    """Captions the images of a shard, writes the rows, and then the manifest that says so.
+    """Makes the rows of a shard's images, writes them, and then the manifest that says so.
 
     Args:
-        captioner: networks and options.
+        maker: networks and options.
         shard: of `plan_shards(inputs)`.
         inputs: what the shard is a part of.
         output: where the two files go.
@@ -105,14 +105,14 @@ def caption_shard(
     """
     times = times or StageTimes()
     start, before = time.perf_counter(), dict(times.seconds)
-    name = data_name(shard.index, num_shards, format)
+    name = data_name(shard.index, num_shards, format, maker.what)
     duplicates: list[str] = []
     counts = {"images": 0, "errors": 0}
     examples: list[dict[str, str]] = []
     with output.writing(name) as path:
-        with RowWriter(path, captioner.schema, format) as writer:
+        with RowWriter(path, maker.schema, format) as writer:
             items = unique(readable(read_shard(shard, inputs), shard), duplicates)
-            for row in captioner.caption(items, times):
+            for row in maker.rows(items, times):
                 counts["images"] += 1
                 if row["error"] is not None:
                     counts["errors"] += 1
@@ -136,8 +136,8 @@ def caption_shard(
         "first_errors": examples,
         "duplicates": duplicates[:NUM_LISTED],
         "num_duplicates": len(duplicates),
-        "batch_size": captioner.config.batch_size,
-        "device": str(captioner.pipeline.device),
+        "batch_size": maker.batch_size,
+        "device": str(maker.device),
         "host": platform.node(),
         "versions": {package: version(package) for package in PACKAGES},
         "seconds": round(time.perf_counter() - start, 3),
@@ -179,8 +179,8 @@ def unique(items: Iterable[ImageItem], duplicates: list[str]) -> Iterator[ImageI
 # All shards
 
 
-def caption_shards(
-    captioner: ImageCaptioner,
+def process_shards(
+    maker: RowMaker,
     inputs: InputConfig,
     place: str,
     *,
@@ -188,11 +188,11 @@ def caption_shards(
     process: tuple[int, int] = (0, 1),
     retry_errors: bool = False,
 ) -> RunSummary:
-    """Captions all images of the inputs that have no finished shard yet, or this process's part of them.
+    """Makes the rows of all images that are in no finished shard yet, or of this process's part of them.
 
     Args:
-        captioner: networks and options.
-        inputs: what to caption.
+        maker: networks and options.
+        inputs: the images.
         place: the output's path or URL.
         format: "parquet" or "jsonl".
         process: number of this process, from 0, and number of all.
@@ -203,10 +203,10 @@ def caption_shards(
     """
     shards = plan_shards(inputs)
     output = OutputFolder(place)
-    identity = begin(output, inputs, shards, captioner, format)
+    identity = begin(output, inputs, shards, maker, format)
     number, count = process
     mine = shards[number::count]
-    manifests = finished_shards(output, mine, len(shards), identity, format)
+    manifests = finished_shards(output, mine, len(shards), identity, format, maker.what)
     todo = [
         shard
         for shard in mine
@@ -218,17 +218,17 @@ def caption_shards(
     redone = {shard.index for shard in todo if shard.index in manifests}
     times = StageTimes()
     known = [manifest["images"] for manifest in manifests.values()]
-    with _Progress(todo, known, count, times) as progress:
+    with _Progress(maker.what, todo, known, count, times) as progress:
 
         def work(shard: InputShard) -> dict[str, Any]:
-            return caption_shard(
-                captioner, shard, inputs, output, len(shards),
+            return process_shard(
+                maker, shard, inputs, output, len(shards),
                 format=format, identity=identity, times=times, update=progress.update,
             )  # fmt: skip
 
         def is_finished(shard: InputShard) -> bool:
             can_be = output.local is not None and shard.index not in redone
-            return can_be and bool(finished_shards(output, [shard], len(shards), identity, format))
+            return can_be and bool(finished_shards(output, [shard], len(shards), identity, format, maker.what))
 
         for shard, manifest in each_once(todo, output, work, is_finished, summary.failures):
             progress.finished(shard, None if manifest is None else manifest["images"])
@@ -240,7 +240,7 @@ def caption_shards(
             summary.examples += said[: NUM_LISTED - len(summary.examples)]
     if summary.images:
         times.print_summary(summary.images)
-    finish(output, shards, identity, format, summary)
+    finish(output, shards, identity, format, maker.what, summary)
     return summary
 
 
@@ -256,7 +256,7 @@ def each_once(
     Args:
         shards: to do.
         output: which has the locks.
-        work: captions a shard and gives its manifest.
+        work: on a shard; gives its manifest.
         is_finished: whether another process has done a shard meanwhile.
         failures: gets what could not be read in several attempts.
 
@@ -292,13 +292,13 @@ class _Progress:
     """A bar over images whose number is known, or estimated from the shards that are finished."""
 
     def __init__(
-        self, todo: Sequence[InputShard], known: Sequence[int], num_processes: int, times: StageTimes
+        self, what: str, todo: Sequence[InputShard], known: Sequence[int], num_processes: int, times: StageTimes
     ) -> None:
         self.left = {shard.index: shard for shard in todo}
         self.known = list(known)
         self.done = 0
         self.times = times
-        name = "captioning" if num_processes == 1 else f"captioning (1 of {num_processes} processes)"
+        name = what if num_processes == 1 else f"{what} (1 of {num_processes} processes)"
         self.bar = progress_bar(total=self._total(), unit=" images", desc=name, mininterval=0.5)
 
     def __enter__(self) -> _Progress:
@@ -333,7 +333,7 @@ class _Progress:
 # What all shards have in common
 
 
-def run_identity(inputs: InputConfig, shards: Sequence[InputShard], captioner: ImageCaptioner, format: str) -> dict:
+def run_identity(inputs: InputConfig, shards: Sequence[InputShard], maker: RowMaker, format: str) -> dict:
     """What decides about the output of a run, in words that say what changed."""
     plan = (
         f"{shard.kind} {shard.source} {shard.start} {shard.stop} {shard.offset} {shard.parts} {shard.fingerprint}"
@@ -343,7 +343,7 @@ def run_identity(inputs: InputConfig, shards: Sequence[InputShard], captioner: I
         "--format": format,
         "--image-column": inputs.image_column,
         "--key-column": inputs.key_column,
-        **captioner.identity(),
+        **maker.identity(),
         "number of shards (inputs, --images-per-shard)": len(shards),
         "inputs": hash_of(plan),
     }
@@ -353,7 +353,7 @@ def begin(
     output: OutputFolder,
     inputs: InputConfig,
     shards: Sequence[InputShard],
-    captioner: ImageCaptioner,
+    maker: RowMaker,
     format: str,
 ) -> str:
     """Writes what all shards have in common, or compares it with what an earlier process wrote.
@@ -364,13 +364,12 @@ def begin(
     Raises:
         ValueError: it is another run's output; the text names what changed.
     """
-    said = run_identity(inputs, shards, captioner, format)
+    said = run_identity(inputs, shards, maker, format)
     identity = hash_of([repr(sorted(said.items()))])
     record = {
-        "made_by": "DIFNet for Transformers, difnet caption",
+        "made_by": f"DIFNet for Transformers, {maker.what}",
         "version": version("difnet-transformers"),
         "identity": identity,
-        "model": captioner.config.model,
         "inputs": list(inputs.places[:100]),
         "compared": said,
     }
@@ -417,14 +416,14 @@ def _changed_input(output: OutputFolder, shards: Sequence[InputShard]) -> str:
         if (manifest.get("input"), manifest.get("input_fingerprint")) != (shard.name, shard.fingerprint):
             same = manifest.get("input") == shard.name
             return shard.name if same else f"{shard.name} where {printable(manifest.get('input'), 300)} was"
-    return "one of those that are not captioned yet"
+    return "in a shard that is not finished yet"
 
 
 def finished_shards(
-    output: OutputFolder, shards: Sequence[InputShard], num_shards: int, identity: str, format: str
+    output: OutputFolder, shards: Sequence[InputShard], num_shards: int, identity: str, format: str, what: str
 ) -> dict[int, dict[str, Any]]:
     """The manifests of finished shards by their numbers: those whose file is there in full length."""
-    files = {shard.index: data_name(shard.index, num_shards, format) for shard in shards}
+    files = {shard.index: data_name(shard.index, num_shards, format, what) for shard in shards}
     names = {manifest_name(shard.index): shard.index for shard in shards}
     sizes = output.sizes([*files.values(), *names])
     found = {}
@@ -437,10 +436,10 @@ def finished_shards(
 
 
 def finish(
-    output: OutputFolder, shards: Sequence[InputShard], identity: str, format: str, summary: RunSummary
+    output: OutputFolder, shards: Sequence[InputShard], identity: str, format: str, what: str, summary: RunSummary
 ) -> None:
     """Counts the finished shards; after the last one looks for keys that several have, and writes the summary."""
-    manifests = finished_shards(output, shards, len(shards), identity, format)
+    manifests = finished_shards(output, shards, len(shards), identity, format, what)
     summary.finished = len(manifests)
     within = [f"{key}, twice in {shards[index].name}" for index, each in sorted(manifests.items())
               for key in each["duplicates"]]  # fmt: skip
@@ -459,7 +458,7 @@ def finish(
     said = {
         "shards": len(shards),
         **sums,
-        "captions": sums["images"] - sums["errors"],
+        what: sums["images"] - sums["errors"],
         "seconds": round(sum(each["seconds"] for each in manifests.values()), 1),
         "duplicates": summary.duplicates,
         "num_duplicates": sum(each["num_duplicates"] for each in manifests.values()) + len(across),
