@@ -28,7 +28,7 @@ from datasets import Dataset
 
 from difnet_transformers.bulk import readers, run
 from difnet_transformers.bulk.captioning import CaptioningConfig, ImageCaptioner
-from difnet_transformers.bulk.command import caption_many
+from difnet_transformers.bulk.command import process_many
 from difnet_transformers.bulk.forecast import Forecast, forecast
 from difnet_transformers.bulk.inputs import InputConfig, plan_shards
 from difnet_transformers.bulk.outputs import OutputFolder, caption_schema, data_name
@@ -485,7 +485,7 @@ class TestShards:
         monkeypatch.setattr(run, "read_shard", away)
         inputs = InputConfig((str(images),), images_per_shard=5)
         with pytest.raises(ValueError, match="1 shards could not be read; the same command tries them again"):
-            caption_many(config_of(model), inputs, str(tmp_path / "out"))
+            process_many(ImageCaptioner(config_of(model)), inputs, str(tmp_path / "out"))
         printed = capsys.readouterr()
         assert "2 of 3 shards are finished, 1 are left" in printed.out
         assert "attempt 3 of 3" in printed.err

@@ -1,4 +1,4 @@
-"""`difnet caption --output`: plan, run, and what is printed of them."""
+"""`difnet caption --output` and `difnet extract --format parquet`: plan, run, and what is printed of them."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import replace
 import torch
 
 from ..files import printable
-from .captioning import CaptioningConfig, ImageCaptioner
 from .forecast import Forecast, forecast
 from .inputs import InputConfig, plan_shards
 from .processes import local_rank, part_of, part_of_process
+from .rows import RowMaker
 from .run import RunSummary, process_shards
 
 PROCESSES = (1, 8, 64)  # that a forecast is made for
 
 
-def caption_many(
-    config: CaptioningConfig,
+def process_many(
+    maker: RowMaker,
     inputs: InputConfig,
     output: str,
     *,
@@ -27,11 +27,11 @@ def caption_many(
     retry_errors: bool = False,
     strict: bool = False,
 ) -> int:
-    """Captions all images of the inputs, or this process's part of them, and says what came of it.
+    """Makes the rows of all images, or of this process's part of them, and says what came of it.
 
     Args:
-        config: networks and options.
-        inputs: what to caption.
+        maker: networks and options.
+        inputs: the images.
         output: path or URL of the folder.
         format: "parquet" or "jsonl".
         shard: "I/N", this process's part; by default as a launcher says.
@@ -42,18 +42,20 @@ def caption_many(
         The exit code.
 
     Raises:
-        ValueError: a mistake, shards whose inputs could not be read, or not one image could be captioned.
+        ValueError: a mistake, shards whose inputs could not be read, or not one image could be used.
     """
     process = part_of_process(os.environ) if shard is None else part_of(shard)
-    captioner = ImageCaptioner(replace(config, device=config.device or device_of_process()))
-    summary = process_shards(captioner, inputs, output, format=format, process=process, retry_errors=retry_errors)
+    maker = on_device_of_process(maker)
+    summary = process_shards(maker, inputs, output, format=format, process=process, retry_errors=retry_errors)
     return report(summary, output, strict)
 
 
-def device_of_process() -> str | None:
-    """The GPU of this process, where a launcher has started several on one machine."""
+def on_device_of_process(maker: RowMaker) -> RowMaker:
+    """The maker on this process's GPU, where a launcher has started several processes on one machine."""
     count = torch.cuda.device_count()
-    return f"cuda:{local_rank(os.environ) % count}" if count > 1 else None
+    if count < 2 or maker.config.device is not None:
+        return maker
+    return type(maker)(replace(maker.config, device=f"cuda:{local_rank(os.environ) % count}"))
 
 
 def report(summary: RunSummary, output: str, strict: bool = False) -> int:
@@ -83,25 +85,22 @@ def report(summary: RunSummary, output: str, strict: bool = False) -> int:
     return 2 if strict and summary.errors else 0
 
 
-def print_plan(
-    config: CaptioningConfig, inputs: InputConfig, *, sample: int, price_per_hour: float | None = None
-) -> int:
+def print_plan(maker: RowMaker, inputs: InputConfig, *, sample: int, price_per_hour: float | None = None) -> int:
     """Measures a sample and prints what the whole will take, on one process and on several.
 
     Args:
-        config: networks and options.
-        inputs: what is to be captioned.
+        maker: networks and options.
+        inputs: the images.
         sample: images to measure.
         price_per_hour: of one process's machine or GPU.
 
     Returns:
         The exit code.
     """
-    captioner = ImageCaptioner(replace(config, device=config.device or device_of_process()))
     shards = plan_shards(inputs)
-    found = forecast(captioner, inputs, shards, sample)
+    found = forecast(maker, inputs, shards, sample)
     print(f"{found.images:,} images in {found.shards:,} shards, {size_text(found.images * found.bytes_in)}")
-    print(f"measured: {found.sampled:,} images, {found.errors:,} with an error, on {captioner.device}")
+    print(f"measured: {found.sampled:,} images, {found.errors:,} with an error, on {maker.device}")
     for name, seconds in sorted(found.seconds.items(), key=lambda each: -each[1]):
         beside = found.seconds_beside.get(name, 0.0)
         more = f" (and {beside * 1000:.2f} ms beside)" if beside else ""

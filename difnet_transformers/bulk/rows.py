@@ -23,12 +23,14 @@ class RowMaker(Protocol):
 
     Attributes:
         what: "captions" or "features".
+        config: networks and options, a dataclass with a `device`.
         batch_size: of images.
         device: of the networks.
         schema: the columns, a `pyarrow.Schema`.
     """
 
     what: str
+    config: Any
 
     @property
     def batch_size(self) -> int: ...

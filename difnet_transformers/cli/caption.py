@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +9,8 @@ from pathlib import Path
 
 from simple_parsing import field
 
-from ..command_line import LeftOut, quiet_transformers, run_command
+from ..bulk.options import MANY, ManyImagesOptions
+from ..command_line import LeftOut, quiet_transformers, resume_text, run_command
 from ..options import (
     check_at_least,
     debug_option,
@@ -61,18 +61,14 @@ the error of an image that cannot be captioned. --plan measures a sample and say
 can be killed at any time: the same command resumes after the last finished shard. Several processes share the shards:
 torchrun, accelerate launch and array jobs of SLURM say which part is whose, or --shard does (docs/large_scale.md)."""
 
-MANY = "many images"
 OUTPUTS_OF_FEW = ("json", "contact_sheet", "explain", "features")
-OF_MANY = ("shard", "input_kind", "image_column", "key_column", "split", "dataset_config", "save_features", "plan")
-OF_MANY += ("streaming", "retry_errors", "allow_private_hosts")
 NETWORKS_AND_CAPTIONS = ("grid_backbone", "layer", "precision", "force", "segmentation_model", "segmentation_size")
 NETWORKS_AND_CAPTIONS += ("untrained", "seed", "device", "runtime", "num_captions", "num_beams", "batch_size")
 NETWORKS_AND_CAPTIONS += ("original_beam_search", "confidence", "save_features", "num_threads", "allow_private_hosts")
-INPUTS = ("images_per_shard", "image_column", "key_column", "split", "dataset_config", "streaming")
 
 
-@dataclass
-class CaptionOptions:
+@dataclass(kw_only=True)
+class CaptionOptions(ManyImagesOptions):
     """Options of `difnet caption`."""
 
     model: str = field(metavar="NAME", help="folder or repository of the captioner, or what difnet export wrote")
@@ -117,59 +113,16 @@ class CaptionOptions:
         default=None, group=MANY, metavar="FOLDER", help="path, or URL of what fsspec writes: a file for each shard"
     )
     format: str = field(default="parquet", group=MANY, choices=["parquet", "jsonl"], help="of --output")
-    plan: bool = field(
-        default=False, group=MANY, help="caption a sample, say what all images will take, and write nothing"
-    )
-    sample: int = field(default=128, group=MANY, metavar="N", help="of --plan: images to measure")
-    price_per_hour: float | None = field(
-        default=None, group=MANY, metavar="X", help="of --plan: of one process's machine, for the cost"
-    )
-    shard: str | None = field(
-        default=None, group=MANY, metavar="I/N", help="this process's part, I from 0 (default: as its launcher says)"
-    )
-    images_per_shard: int = field(
-        default=1000, group=MANY, metavar="N", help="of folders, tables, lists and datasets; a tar is one shard"
-    )
-    input_kind: str = field(
-        default="auto",
-        group=MANY,
-        choices=["auto", "images", "tar", "parquet", "list", "dataset"],
-        help="what IMAGE names (default: by its name, and by what is there)",
-    )
-    image_column: str | None = field(
-        default=None,
-        group=MANY,
-        metavar="NAME",
-        help="of tables, the images or their paths or URLs; of tars, their suffix (default: the usual names)",
-    )
-    key_column: str | None = field(
-        default=None, group=MANY, metavar="NAME", help="of tables (default: key, id, image_id, or the row's number)"
-    )
-    split: str | None = field(default=None, group=MANY, metavar="NAME", help="of a dataset that has several")
-    dataset_config: str | None = field(default=None, group=MANY, metavar="NAME", help="of a dataset that has several")
-    streaming: bool = field(default=False, group=MANY, help="read a dataset from where it lies, one file a shard")
     save_features: str | None = field(
         default=None, group=MANY, choices=["float16", "float32"], help="write the features too, 0.2 MB an image"
-    )
-    num_threads: int | None = field(
-        default=None,
-        group=MANY,
-        metavar="N",
-        help="that read and decode beside the networks; more for slow storage (default: half the cores, at most 4)",
-    )
-    retry_errors: bool = field(default=False, group=MANY, help="do shards that have errors again")
-    allow_private_hosts: bool = field(
-        default=False, group=MANY, help="let URLs of lists lead to this machine or a private network"
     )
     strict: bool = strict_option()
     debug: bool = debug_option()
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "images_per_shard", "sample")
-        check_at_least(self, 0, "num_threads")
-        given = [option_name(name) for name in OF_MANY if getattr(self, name) not in (None, False, "auto")]
-        if self.output is None and given:
-            raise ValueError(f"{given[0]} belongs to --output")
+        self.check_many(needs="--output" if self.output is None else None)
+        if self.output is None and self.save_features:
+            raise ValueError("--save-features belongs to --output")
         if self.output is not None:
             given = [option_name(name) for name in OUTPUTS_OF_FEW if getattr(self, name)]
             if given:
@@ -253,9 +206,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "caption.py") -> int:
         return left_out.report(len(results), options.strict)
 
     def many() -> int:
-        from ..bulk.captioning import CaptioningConfig
-        from ..bulk.command import caption_many, print_plan
-        from ..bulk.inputs import InputConfig
+        from ..bulk.captioning import CaptioningConfig, ImageCaptioner
+        from ..bulk.command import print_plan, process_many
 
         assert options.output is not None
         quiet_transformers()
@@ -264,15 +216,12 @@ def main(argv: Sequence[str] | None = None, prog: str = "caption.py") -> int:
             image_size=None if options.image_size is None else sides_of(options.image_size),
             **{name: getattr(options, name) for name in NETWORKS_AND_CAPTIONS},
         )
-        inputs = InputConfig(
-            tuple(options.images),
-            options.input_kind,
-            **{name: getattr(options, name) for name in INPUTS},
-        )
+        inputs = options.inputs(options.images)
+        maker = ImageCaptioner(config)
         if options.plan:
-            return print_plan(config, inputs, sample=options.sample, price_per_hour=options.price_per_hour)
-        return caption_many(
-            config,
+            return print_plan(maker, inputs, sample=options.sample, price_per_hour=options.price_per_hour)
+        return process_many(
+            maker,
             inputs,
             options.output,
             format=options.format,
@@ -283,9 +232,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "caption.py") -> int:
 
     if options.output is None:
         return run_command(prog, command, options.debug)
-    words = ["python", *sys.argv] if argv is None else [*prog.split(), *argv]
-    again = f"finished shards are kept; the same command resumes: {shlex.join(words)}"
-    return run_command(prog, many, options.debug, resume=again)
+    return run_command(prog, many, options.debug, resume=resume_text(prog, argv))
 
 
 if __name__ == "__main__":

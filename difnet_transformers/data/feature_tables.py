@@ -1,7 +1,7 @@
 """Features in Parquet files, as `difnet extract --format parquet` writes them: a row for each image.
 
-Rows are read a group at a time, and the last groups are kept, because images come in about the order of their rows. The
-original (mrwu-mac/DIFNet, CVPR 2022) has one HDF5 file and a folder of `.npy` files.
+Rows are read a group at a time, and the last groups are kept, because images come in about the order of their rows.
+The original (mrwu-mac/DIFNet, CVPR 2022) has one HDF5 file and a folder of `.npy` files.
 """
 
 from __future__ import annotations
