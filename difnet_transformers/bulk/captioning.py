@@ -12,7 +12,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -123,7 +123,7 @@ class ImageCaptioner:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["config"])  # type: ignore[misc]
 
-    @property
+    @cached_property
     def schema(self) -> Any:
         """The columns of the rows, a `pyarrow.Schema`."""
         return caption_schema(self.config.num_captions > 1, self.config.confidence, self.config.save_features)

@@ -11,6 +11,7 @@ import contextlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -150,7 +151,7 @@ class FeatureMaker:
             said["segmentation_model"] = segmentation_provenance_of(segmenter, name)
         return said
 
-    @property
+    @cached_property
     def schema(self) -> Any:
         """The columns of the rows, a `pyarrow.Schema` that carries `records`."""
         backbone, segmenter = self.networks

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -139,7 +140,7 @@ def process_shard(
         "batch_size": maker.batch_size,
         "device": str(maker.device),
         "host": platform.node(),
-        "versions": {package: version(package) for package in PACKAGES},
+        "versions": versions(),
         "seconds": round(time.perf_counter() - start, 3),
         "stages": {
             stage: round(seconds - before.get(stage, 0.0), 3) for stage, seconds in times.seconds.items() if seconds
@@ -148,6 +149,11 @@ def process_shard(
     with times.stage(WRITING):
         output.write_json(manifest_name(shard.index), manifest)
     return manifest
+
+
+@cache
+def versions() -> dict[str, str]:
+    return {package: version(package) for package in PACKAGES}
 
 
 def readable(items: Iterator[ImageItem], shard: InputShard) -> Iterator[ImageItem]:
@@ -294,8 +300,9 @@ class _Progress:
     def __init__(
         self, what: str, todo: Sequence[InputShard], known: Sequence[int], num_processes: int, times: StageTimes
     ) -> None:
-        self.left = {shard.index: shard for shard in todo}
-        self.known = list(known)
+        self.left_known = sum(shard.num_images or 0 for shard in todo)
+        self.left_unknown = sum(shard.num_images is None for shard in todo)
+        self.images_known, self.shards_known = sum(known), len(known)
         self.done = 0
         self.times = times
         name = what if num_processes == 1 else f"{what} (1 of {num_processes} processes)"
@@ -316,18 +323,19 @@ class _Progress:
 
     def finished(self, shard: InputShard, num_images: int | None) -> None:
         """Counts a shard of this process; `num_images` is `None` of one that another process has finished."""
-        del self.left[shard.index]
+        self.left_known -= shard.num_images or 0
+        self.left_unknown -= shard.num_images is None
         if num_images is not None:
-            self.known.append(num_images)
+            self.shards_known += 1
+            self.images_known += num_images
             self.done += num_images
         self.bar.total = self._total()
 
     def _total(self) -> float | None:
-        mean = sum(self.known) / len(self.known) if self.known else None
-        sizes = [mean if shard.num_images is None else shard.num_images for shard in self.left.values()]
-        if None in sizes:
+        if self.left_unknown and not self.shards_known:
             return None
-        return round(self.done + sum(size for size in sizes if size is not None))
+        mean = self.images_known / max(1, self.shards_known)
+        return round(self.done + self.left_known + self.left_unknown * mean)
 
 
 # What all shards have in common
