@@ -360,8 +360,9 @@ def list_shards(path: str, images_per_shard: int) -> list[InputShard]:
             number = sum(1 for _ in islice(rows, images_per_shard))
             if not number:
                 break
+            fingerprint = lines.digest.hexdigest()
             shards.append(
-                InputShard(0, "list", path, start, start + number, offset, fingerprint=lines.digest.hexdigest())
+                InputShard(0, "list", path, start, start + number, offset=offset, fingerprint=fingerprint)
             )
             start += number
     return shards
