@@ -20,7 +20,7 @@ from .inputs import InputConfig, InputShard, file_system, is_local
 from .outputs import OutputFolder, RowWriter
 from .readers import ImageItem, read_shard
 from .rows import RowMaker
-from .run import WRITING, readable, unique
+from .run import WRITING, process_shard, readable, unique
 
 SAMPLED_SHARDS = 4
 WARM_UP = 2  # batches before the measured ones, in which libraries choose their kernels
@@ -147,18 +147,24 @@ def forecast(maker: RowMaker, inputs: InputConfig, shards: Sequence[InputShard],
             num_in += 1
             yield item
 
-    for _ in maker.rows(islice(readable(read_shard(sampled[0], inputs), sampled[0]), num_warm)):
-        pass
-    times, errors, measured = StageTimes(), 0, 0
+    errors, measured = 0, 0
     with (
         tempfile.TemporaryDirectory(prefix="difnet-") as work,
         progress_bar(total=per_shard * num_places, unit=" images", desc="measuring") as bar,
     ):
-        path = Path(work, "sample.parquet")
-        seconds_of_shards = 0.0
+        output = OutputFolder(work)
+        for _ in range(2):  # the first is slower
+            begun = time.perf_counter()
+            with output.lock("0"):
+                process_shard(maker, InputShard(0, "images", "nothing"), inputs, output, 1)
+            seconds_of_shard = time.perf_counter() - begun
+        with RowWriter(Path(work, "warm-up"), maker.schema, "parquet") as writer:
+            for row in maker.rows(islice(readable(read_shard(sampled[0], inputs), sampled[0]), num_warm)):
+                writer.write(row)
+        path = Path(work, "sample")
+        times = StageTimes()
         with RowWriter(path, maker.schema, "parquet") as writer:
             for shard in sampled:
-                begun = time.perf_counter()
                 items = counted(unique(readable(read_shard(shard, inputs), shard), []))
                 for row in maker.rows(islice(items, per_shard), times):
                     with times.stage(WRITING):
@@ -166,19 +172,13 @@ def forecast(maker: RowMaker, inputs: InputConfig, shards: Sequence[InputShard],
                     errors += row["error"] is not None
                     measured += 1
                     bar.update()
-                seconds_of_shards += time.perf_counter() - begun
-            begun = time.perf_counter()
-        seconds_of_shards += time.perf_counter() - begun
+            with times.stage(WRITING):
+                writer.flush()
+            total = times.total
         bytes_out = path.stat().st_size / max(1, measured)
-        begun = time.perf_counter()
-        output = OutputFolder(work)
-        with output.writing("empty") as path, RowWriter(path, maker.schema, "parquet"):
-            pass
-        output.write_json("manifest.json", {})
-        seconds_of_shard = time.perf_counter() - begun
     stages = {name: each / max(1, measured) for name, each in times.seconds.items()}
     # What is between the stages: queues, rows, the loop itself.
-    stages["other"] = max(0.0, seconds_of_shards / max(1, measured) - sum(stages.values()))
+    stages["other"] = max(0.0, total / max(1, measured) - sum(stages.values()))
     return Forecast(
         images=count_images(shards, inputs),
         shards=len(shards),

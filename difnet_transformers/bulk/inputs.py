@@ -361,9 +361,7 @@ def list_shards(path: str, images_per_shard: int) -> list[InputShard]:
             if not number:
                 break
             fingerprint = lines.digest.hexdigest()
-            shards.append(
-                InputShard(0, "list", path, start, start + number, offset=offset, fingerprint=fingerprint)
-            )
+            shards.append(InputShard(0, "list", path, start, start + number, offset=offset, fingerprint=fingerprint))
             start += number
     return shards
 

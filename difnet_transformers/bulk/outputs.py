@@ -97,15 +97,18 @@ class RowWriter:
 
     def __exit__(self, kind: type | None, *rest: object) -> None:
         if kind is None:
-            self._flush()
+            self.flush()
         (self.parquet or self.text).close()  # type: ignore[union-attr]
 
     def write(self, row: Mapping[str, Any]) -> None:
         self.rows.append(row)
         if len(self.rows) == self.group_size:
-            self._flush()
+            self.flush()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Writes the rows that wait for their group to be full."""
+        if not self.rows:
+            return
         if self.parquet is not None:
             self.parquet.write_table(table_of(self.rows, self.schema))
         elif self.text is not None:

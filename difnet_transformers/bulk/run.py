@@ -122,6 +122,8 @@ def process_shard(
                 with times.stage(WRITING):
                     writer.write(row)
                 update()
+            with times.stage(WRITING):
+                writer.flush()
         with times.stage(WRITING):
             size, digest = path.stat().st_size, sha256_of(path)
     manifest = {
