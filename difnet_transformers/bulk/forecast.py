@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ..progress import progress_bar
 from ..stage_times import StageTimes
+from ..vision.image_batches import NUM_THREADS
 from .inputs import InputConfig, InputShard, file_system, is_local
 from .outputs import OutputFolder, RowWriter
 from .readers import ImageItem, read_shard
@@ -34,7 +35,8 @@ class Forecast:
         images: in all shards, as far as they are known, else estimated.
         shards: number of them.
         seconds: of each stage, of the process that waits for it, for each image.
-        seconds_beside: of the threads beside it, for each image.
+        seconds_beside: of the threads beside it, all of them together, for each image.
+        num_threads: that work beside it.
         bytes_in, bytes_out: of an image file, and of its row.
         seconds_to_start: of the networks to load.
         seconds_of_shard: to open and close one, without its images.
@@ -48,6 +50,7 @@ class Forecast:
     shards: int
     seconds: dict[str, float]
     seconds_beside: dict[str, float] = field(default_factory=dict)
+    num_threads: int = 1
     bytes_in: float = 0.0
     bytes_out: float = 0.0
     seconds_to_start: float = 0.0
@@ -107,7 +110,7 @@ class Forecast:
         names = [name for name in self.seconds if name not in ("decoding", WRITING)]
         faster = {name: each / (speedup if name in names else 1) for name, each in self.seconds.items()}
         # A faster network waits for the threads beside it, which are as fast as before.
-        beside = self.seconds_beside.get("decoding", 0.0)
+        beside = self.seconds_beside.get("decoding", 0.0) / max(1, self.num_threads)
         waiting = max(faster.get("decoding", 0.0), beside - sum(faster[name] for name in names))
         return replace(
             self,
@@ -184,6 +187,7 @@ def forecast(maker: RowMaker, inputs: InputConfig, shards: Sequence[InputShard],
         shards=len(shards),
         seconds=stages,
         seconds_beside={name: each / max(1, measured) for name, each in times.seconds_beside.items()},
+        num_threads=NUM_THREADS if maker.config.num_threads is None else maker.config.num_threads,
         bytes_in=bytes_in / max(1, num_in),
         bytes_out=bytes_out,
         seconds_to_start=seconds_to_start,

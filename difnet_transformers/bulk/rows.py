@@ -23,7 +23,7 @@ class RowMaker(Protocol):
 
     Attributes:
         what: "captions" or "features".
-        config: networks and options, a dataclass with a `device`.
+        config: networks and options, a dataclass with `device` and `num_threads`.
         batch_size: of images.
         device: of the networks.
         schema: the columns, a `pyarrow.Schema`.
