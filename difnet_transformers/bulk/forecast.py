@@ -138,7 +138,8 @@ def forecast(maker: RowMaker, inputs: InputConfig, shards: Sequence[InputShard],
     maker.identity()  # loads the networks
     seconds_to_start = time.perf_counter() - begun
     num_places = max(1, min(SAMPLED_SHARDS, len(shards), sample // maker.batch_size))
-    sampled = [shards[round(index * (len(shards) - 1) / max(1, num_places - 1))] for index in range(num_places)]
+    places = [round(index * (len(shards) - 1) / max(1, num_places - 1)) for index in range(num_places)]
+    sampled = [shards[place] for place in dict.fromkeys([*places, *range(len(shards))])]
     per_shard = -(-sample // (num_places * maker.batch_size)) * maker.batch_size  # whole batches
     num_warm = WARM_UP * maker.batch_size
     bytes_in, num_in = 0, 0
@@ -153,7 +154,7 @@ def forecast(maker: RowMaker, inputs: InputConfig, shards: Sequence[InputShard],
     errors, measured = 0, 0
     with (
         tempfile.TemporaryDirectory(prefix="difnet-") as work,
-        progress_bar(total=per_shard * num_places, unit=" images", desc="measuring") as bar,
+        progress_bar(total=sample, unit=" images", desc="measuring") as bar,
     ):
         output = OutputFolder(work)
         for _ in range(2):  # the first is slower
@@ -168,6 +169,8 @@ def forecast(maker: RowMaker, inputs: InputConfig, shards: Sequence[InputShard],
         times = StageTimes()
         with RowWriter(path, maker.schema, "parquet") as writer:
             for shard in sampled:
+                if measured >= sample:
+                    break
                 items = counted(unique(readable(read_shard(shard, inputs), shard), []))
                 for row in maker.rows(islice(items, per_shard), times):
                     with times.stage(WRITING):

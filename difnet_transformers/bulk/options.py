@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from pathlib import Path  # noqa: F401  (simple_parsing looks up the annotations of subclasses here)
 from typing import TYPE_CHECKING
 
 from simple_parsing import field
