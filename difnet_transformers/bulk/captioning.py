@@ -264,6 +264,7 @@ class ImageCaptioner:
         names = sorted({name for inputs in prepared for name in inputs})
         batch: dict[str, Any] = {name: torch.cat([inputs[name] for inputs in prepared]) for name in names}
         confidences: list[list[CaptionConfidence]] = []
+        sequences: Any  # (B, num_captions, L)
         with torch.no_grad():
             inputs = pipeline.ensure_tensor_on_device(**batch)
             if "grid_attention_mask" in inputs and inputs["grid_attention_mask"].all():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -55,7 +56,8 @@ def on_device_of_process(maker: RowMaker) -> RowMaker:
     count = torch.cuda.device_count()
     if count < 2 or maker.config.device is not None:
         return maker
-    return type(maker)(replace(maker.config, device=f"cuda:{local_rank(os.environ) % count}"))
+    make: Any = type(maker)
+    return make(replace(maker.config, device=f"cuda:{local_rank(os.environ) % count}"))
 
 
 def report(summary: RunSummary, output: str, strict: bool = False) -> int:

@@ -35,12 +35,12 @@ class ImageItem(NamedTuple):
 
     Args:
         key: path, URL, or the dataset's own key.
-        source: the file, folder or dataset that it is in.
+        source: the file, folder or dataset that it is in; `None` where it is in none.
         content: an image file's bytes, the path or URL of one, or what is wrong with it.
     """
 
     key: str
-    source: str
+    source: str | None
     content: bytes | str | Exception
 
 

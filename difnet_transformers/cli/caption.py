@@ -62,9 +62,11 @@ can be killed at any time: the same command resumes after the last finished shar
 torchrun, accelerate launch and array jobs of SLURM say which part is whose, or --shard does (docs/large_scale.md)."""
 
 OUTPUTS_OF_FEW = ("json", "contact_sheet", "explain", "features")
-NETWORKS_AND_CAPTIONS = ("grid_backbone", "layer", "precision", "force", "segmentation_model", "segmentation_size")
-NETWORKS_AND_CAPTIONS += ("untrained", "seed", "device", "runtime", "num_captions", "num_beams", "batch_size")
-NETWORKS_AND_CAPTIONS += ("original_beam_search", "confidence", "save_features", "num_threads", "allow_private_hosts")
+NETWORKS_AND_CAPTIONS = (
+    *("grid_backbone", "layer", "precision", "force", "segmentation_model", "segmentation_size", "untrained", "seed"),
+    *("device", "runtime", "num_captions", "num_beams", "batch_size", "original_beam_search", "confidence"),
+    *("save_features", "num_threads", "allow_private_hosts"),
+)
 
 
 @dataclass(kw_only=True)

@@ -73,8 +73,10 @@ OF_THE_ORIGINAL = (*SEGMENTATION_SOURCES[1:], "coco_json", "packed")
 SOURCES = (*GRID_BACKBONE, *SEGMENTATION, "label_order", "coco_json")
 
 
-NETWORKS_OF_SHARDS = ("grid_backbone", "layer", "precision", "segmentation_model", "segmentation_size")
-NETWORKS_OF_SHARDS += ("score_threshold", "untrained", "seed", "dtype", "device", "num_threads", "allow_private_hosts")
+NETWORKS_OF_SHARDS = (
+    *("grid_backbone", "layer", "precision", "segmentation_model", "segmentation_size", "score_threshold"),
+    *("untrained", "seed", "dtype", "device", "num_threads", "allow_private_hosts"),
+)
 
 
 @dataclass(kw_only=True)

@@ -91,8 +91,8 @@ def prefetch(
         for item in items:
             try:
                 result: Result | Exception = function(item)
-            except Exception as error:
-                result = error
+            except Exception as problem:
+                result = problem
             yield result
         return
     executor = ThreadPoolExecutor(num_threads, thread_name_prefix="prefetch")
