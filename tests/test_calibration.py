@@ -289,7 +289,7 @@ class TestPages:
 
     def test_words_of_a_caption(self):
         assert [word.level for word in shown_words(answer())] == ["sure", "unlikely", "likely"]
-        assert [word.title for word in shown_words(answer(calibration=False))][0] == "a: probability 99%"
+        assert next(word.title for word in shown_words(answer(calibration=False))) == "a: probability 99%"
         assert confidence_note(answer()) == f"confidence 72%; least sure: {HOSTILE} 42%"
         assert confidence_note(answer(calibration=False)).startswith("mean log-probability -0.48; least sure: ")
 
