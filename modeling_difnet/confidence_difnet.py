@@ -184,7 +184,8 @@ def confidences_of(
     occurs = (first[:, :, :, None, None] == tokens[:, None, None]).any(-1)  # (B, N, T, K)
     support = (occurs * weights[:, None, None]).sum(-1).clamp(max=1)  # (B, N, T)
     numbers = torch.stack([log_probs[:, :num_captions], entropies[:, :num_captions], support], -1).tolist()
-    ends, lengths = end_ids(model), is_token.sum(-1).tolist()
+    no_words = {model.config.pad_token_id, model.config.bos_token_id, *end_ids(model)}
+    lengths = is_token.sum(-1).tolist()
     found = []
     for image, captions in enumerate(first.tolist()):
         of_image = []
@@ -192,7 +193,7 @@ def confidences_of(
             words = [
                 WordConfidence(words_of[token], *numbers[image][index][position])
                 for position, token in enumerate(ids)
-                if token != model.config.pad_token_id and token not in ends
+                if token not in no_words
             ]
             score = scores[image, index].item()
             others = [each for number, each in enumerate(scores[image].tolist()) if number != index]

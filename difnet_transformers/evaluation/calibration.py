@@ -224,7 +224,7 @@ def fit_calibration(judged: JudgedCaptions, num_beams: int) -> Calibration:
     ]
     features = word_features(words, rates)  # (words, features)
     mean, scale = features.mean(0), features.std(0)
-    scale[scale == 0] = 1
+    scale[scale < 1e-6] = 1  # a constant, but for rounding
     regression = LogisticRegression(max_iter=1000).fit((features - mean) / scale, labels)
     calibration = Calibration(
         mean=mean.tolist(),
