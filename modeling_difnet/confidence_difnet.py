@@ -261,7 +261,7 @@ def generate_with_confidences(
     found = confidences_of(
         model, sequences, table, words_of, calibration, num_captions=num_returned, prompt_length=prompt_length
     )
-    return sequences[:, :num_returned], found
+    return sequences[:, :num_returned], found  # type: ignore[return-value]  # a slice of a LongTensor
 
 
 def count_prompt_tokens(prompts: torch.Tensor, config: Any) -> int:
