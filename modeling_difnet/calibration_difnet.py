@@ -205,7 +205,7 @@ def calibration_of(model: Any, state_dict: Mapping[str, torch.Tensor] | None = N
         ValueError: as `read_calibration`.
     """
     source = getattr(model, "name_or_path", None)
-    if not source:
+    if not source or hasattr(model, "members"):  # an ensemble bears the name of its first member
         return None
     try:
         calibration = read_calibration(source, getattr(model.config, "_commit_hash", None))

@@ -197,6 +197,9 @@ def user_of_the_pipeline(folder: str, image: str) -> None:
     features = {"grid_features": torch.rand(49, 2048), "segmentation_features": torch.rand(133, 7, 7)}
     captions = captioner([features, image], batch_size=2)
     assert all(each["generated_text"] for answer in captions for each in answer)
+    (sure,) = captioner(features, return_confidence=True)
+    assert sure["generated_text"] == captions[0][0]["generated_text"]
+    assert 0 < sure["agreement"] <= 1
 
     captioner.save_pretrained("saved again")
     again = pipeline("image-captioning", model="saved again", trust_remote_code=True)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from modeling_difnet import DifnetForConditionalGeneration, RelevanceOutput, relevance
-from modeling_difnet.confidence_difnet import generate_with_confidences
+from modeling_difnet.confidence_difnet import CaptionConfidence, generate_with_confidences
 from modeling_difnet.images_difnet import open_image
 from modeling_difnet.pipeline_difnet import DifnetImageCaptioningPipeline, recorded_class_names
 from modeling_difnet.segmentation_difnet import CLASS_NAMES
@@ -195,14 +195,12 @@ def explain_image(
     model = cast(DifnetForConditionalGeneration, captioner.model)
     processor = cast(DifnetProcessor, captioner.processor)
     inputs = processor(**captioner.features_of(image), return_tensors="pt").to(captioner.device)
-    confidences = None
+    confidence = None
     if caption is None and captioner.calibration is not None:
-        sequences, [[found, *_]] = generate_with_confidences(
+        sequences, [[confidence, *_]] = generate_with_confidences(
             model, captioner.words, inputs, generation_options, captioner.calibration
         )
         sequences = cast(torch.LongTensor, sequences[:, 0])
-        if found.confidence is not None:
-            confidences = [cast(float, word.confidence) for word in found.words]
     elif caption is None:
         sequences = cast(torch.LongTensor, model.generate(**inputs, **generation_options)[:1])
     else:
@@ -220,9 +218,16 @@ def explain_image(
         class_names=recorded_class_names(processor.feature_extractor),
         grid_shape=processor.feature_extractor.grid_shape,
     )
-    if confidences is not None and len(confidences) == len(explained[0].words):
-        explained[0].confidences = confidences
+    if confidence is not None:
+        add_confidences(explained[0], confidence)
     return explained[0]
+
+
+def add_confidences(explained: ExplainedImage, caption: CaptionConfidence) -> None:
+    """Gives the words of an explained caption their confidences, where these are calibrated."""
+    confidences = [word.confidence for word in caption.words if word.confidence is not None]
+    if len(confidences) == len(explained.words):
+        explained.confidences = confidences
 
 
 def unique_names(paths: Sequence[Path]) -> list[str]:
