@@ -52,6 +52,7 @@ bench: setup
 	$(BIN)/python benchmarks/relevance.py
 	$(BIN)/python benchmarks/runtimes.py
 	$(BIN)/python benchmarks/help_time.py
+	$(BIN)/python benchmarks/bulk.py
 
 dist: setup
 	rm -rf build dist

@@ -301,13 +301,15 @@ class TestRows:
         assert rows[1]["caption"] is rows[1]["score"] is None
         assert rows == captioner(batch)
 
-    @pytest.mark.parametrize("num_threads", [0, 3])
+    @pytest.mark.parametrize(("num_threads", "overlap"), [(0, False), (3, False), (3, True)])
     @pytest.mark.parametrize("batch_size", [1, 4, 100])
-    def test_rows_come_in_order_whatever_is_broken(self, model, num_threads, batch_size):
+    def test_rows_come_in_order_whatever_is_broken(self, model, num_threads, overlap, batch_size):
         captioner = ImageCaptioner(config_of(model, num_threads=num_threads, batch_size=batch_size))
         broken = list(broken_files().values())
         images = [image_file(number) if number % 3 else broken[number % 10] for number in range(20)]
-        rows = captioner({"key": number, "image": image} for number, image in enumerate(images))
+        rows = list(
+            captioner.rows((ImageItem(str(n), None, image) for n, image in enumerate(images)), overlap=overlap)
+        )
         assert [row["key"] for row in rows] == [str(number) for number in range(20)]
         assert [row["error"] is not None for row in rows] == [number % 3 == 0 for number in range(20)]
         assert [row["caption"] is None for row in rows] == [number % 3 == 0 for number in range(20)]
@@ -358,6 +360,23 @@ class TestRows:
         captioner.pipeline.model.generation_config.max_length = 1000
         with pytest.raises(ValueError, match=r"max_position_embeddings|positions|longest|tokens"):
             process_shards(captioner, InputConfig((str(images),)), str(tmp_path / "out"))
+
+    @pytest.mark.parametrize("problem", ["CUDA error: unspecified launch failure", "no memory"])
+    def test_a_device_that_fails_writes_no_rows_about_images(self, model, tmp_path, monkeypatch, problem):
+        """From the 21st of 60 images on everything fails."""
+        captioner = ImageCaptioner(config_of(model, batch_size=4))
+        generate, number = captioner.pipeline.model.generate, itertools.count()
+
+        def failing(**inputs):
+            if next(number) >= 5:
+                raise RuntimeError(problem)
+            return generate(**inputs)
+
+        monkeypatch.setattr(captioner.pipeline.model, "generate", failing)
+        make_tars(tmp_path / "tars", 60, 60, broken=False)
+        with pytest.raises(RuntimeError, match=f"{problem}; this shard is not written, and the same command resumes"):
+            process_shards(captioner, InputConfig((str(tmp_path / "tars"),)), str(tmp_path / "out"))
+        assert not list((tmp_path / "out" / "data").glob("*.parquet"))
 
 
 class TestShards:

@@ -37,7 +37,7 @@ from ..stage_times import StageTimes
 from ..vision.image_batches import NUM_THREADS, one_ahead
 from .outputs import caption_schema
 from .readers import ImageItem
-from .rows import Row, error_row, load_item
+from .rows import FailureWatch, Row, error_row, load_item
 
 CAPTIONING = "captioning"
 
@@ -202,18 +202,22 @@ class ImageCaptioner:
         items = (ImageItem(str(each["key"]), each.get("source"), each["image"]) for each in images)
         return list(self.rows(items))
 
-    def rows(self, items: Iterable[ImageItem], times: StageTimes | None = None) -> Iterator[Row]:
+    def rows(
+        self, items: Iterable[ImageItem], times: StageTimes | None = None, overlap: bool | None = None
+    ) -> Iterator[Row]:
         """Captions images as they come, reading and decoding ahead in threads.
 
         Args:
             items: images.
             times: gets the times of the stages.
+            overlap: whether the feature networks work on the next batch while one is captioned; by default on GPUs.
 
         Raises:
-            Exception: what is no image's fault: the first batch cannot be captioned at all, or `items` raises.
+            Exception: what is no image's fault: the first batch cannot be captioned at all, the device fails, or
+                `items` raises.
         """
         times = times or StageTimes()
-        pipeline, errors = self.pipeline, ErrorsByPosition()
+        pipeline, errors, watch = self.pipeline, ErrorsByPosition(), FailureWatch()
         keep = pipeline.model.config.use_segmentation
         heads: dict[int, ImageItem] = {}  # of images without a row, without their contents
 
@@ -224,12 +228,15 @@ class ImageCaptioner:
                 yield CaptionItem(position, None, position, read)
 
         def rows_until(stop: int, captions: Mapping[int, Row]) -> Iterator[Row]:
-            for position in sorted(each for each in heads if each < stop):
-                yield self._row(heads.pop(position), captions.get(position), errors.errors.pop(position, None))
+            # A copy: with `overlap` another thread adds to it. Positions are in order.
+            for position in [each for each in tuple(heads) if each < stop]:
+                error = errors.errors.pop(position, None)
+                watch.look(error)
+                yield self._row(heads.pop(position), captions.get(position), error)
 
         threads = NUM_THREADS if self.config.num_threads is None else self.config.num_threads
         batches = prepared_batches(pipeline, numbered(), self.config.batch_size, errors, times, threads)
-        if pipeline.device.type == "cuda":
+        if overlap or (overlap is None and pipeline.device.type == "cuda"):
             batches = one_ahead(batches)
         with contextlib.closing(batches):
             for prepared in batches:

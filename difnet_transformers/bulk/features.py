@@ -41,7 +41,7 @@ from ..vision.image_batches import (
 from ..vision.networks import open_grid_backbone, open_segmenter
 from .outputs import feature_schema
 from .readers import ImageItem
-from .rows import Row, error_row, load_item
+from .rows import FailureWatch, Row, error_row, load_item
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class FeatureMaker:
             items: images.
             times: gets the times of the stages.
         """
-        config, times = self.config, times or StageTimes()
+        config, times, watch = self.config, times or StageTimes(), FailureWatch()
         backbone, segmenter = self.networks
         threads = NUM_THREADS if config.num_threads is None else config.num_threads
 
@@ -194,12 +194,14 @@ class FeatureMaker:
                     batch.append(pair)
                 num_read = sum(not isinstance(each, Exception) for _, each in batch)
                 if pair is None or num_read == config.batch_size or sum(map(num_bytes, batch)) > MAX_BYTES_AHEAD:
-                    yield from self._rows_of(batch, times)
+                    yield from self._rows_of(batch, times, watch)
                     batch = []
                 if pair is None:
                     break
 
-    def _rows_of(self, batch: list[tuple[ImageItem, LoadedImage | Exception]], times: StageTimes) -> Iterator[Row]:
+    def _rows_of(
+        self, batch: list[tuple[ImageItem, LoadedImage | Exception]], times: StageTimes, watch: FailureWatch
+    ) -> Iterator[Row]:
         backbone, segmenter = self.networks
         images = [each for _, each in batch if isinstance(each, LoadedImage)]
         grids: Iterator[np.ndarray | Exception] = iter(())
@@ -222,6 +224,8 @@ class FeatureMaker:
                     with times.stage("segmentation"):
                         shares = np.asarray(segmenter(each.image), dtype=np.float32)  # (classes, rows, columns)
                     row["segmentation_features"] = encode_segmentation(to_stored(shares, self.config.dtype))
+                watch.look(None)
             except Exception as error:
+                watch.look(describe(error))
                 row = error_row(item, describe(error))
             yield row

@@ -14,6 +14,9 @@ from ..stage_times import StageTimes
 from ..vision.image_batches import LoadedImage, load_image
 from .readers import ImageItem, content_of
 
+UNFORESEEN = "(--debug shows where)"
+ALIKE_FAILURES = 16
+
 Row: TypeAlias = dict[str, Any]
 """A row of the output by the names of its columns; those that do not apply are `None` or missing."""
 
@@ -69,7 +72,39 @@ def load_item(
     return load_image(image, backbone, keep)._replace(remark=None)  # of one image in a million nobody reads it
 
 
+class DeviceFailed(RuntimeError):
+    """What goes wrong is not the images' fault, so that their rows must not say so."""
+
+
+class FailureWatch:
+    """Ends a run whose networks fail, whatever the image: a GPU that is lost, a memory that is full.
+
+    Errors that nobody foresaw end with `UNFORESEEN`, see `describe`.
+    """
+
+    def __init__(self) -> None:
+        self.last = ""
+        self.number = 0
+
+    def look(self, error: str | None) -> None:
+        """Looks at the error of the next image, `None` for none.
+
+        Raises:
+            DeviceFailed: it is one of the device, or `ALIKE_FAILURES` images in a row fail in the same unforeseen way.
+        """
+        if error is None or not error.endswith(UNFORESEEN):
+            self.last, self.number = "", 0
+            return
+        self.number = self.number + 1 if error == self.last else 1
+        self.last = error
+        if "CUDA error" in error or self.number == ALIKE_FAILURES:
+            raise DeviceFailed(
+                f"{error.removesuffix(UNFORESEEN).strip()}; this shard is not written, and the same command resumes"
+            )
+
+
 def error_row(item: ImageItem, reason: str) -> Row:
     """The row of an image that fails; `reason` need not repeat its key."""
     said = " ".join(reason.split())
+    said = said.removesuffix(UNFORESEEN).strip()
     return {"key": item.key, "source": item.source, "error": said.removeprefix(f"{item.key}: ") or said}
