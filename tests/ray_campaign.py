@@ -101,7 +101,10 @@ def run_with_killed_driver(model: Path, images: Path, output: Path, workers: int
     running = psutil.Process(driver.pid).children(recursive=True)
     driver.send_signal(signal.SIGKILL)
     driver.communicate()
-    assert not psutil.wait_procs(running, timeout=60)[1], "Ray has left processes behind"
+    limit = time.monotonic() + 60
+    while any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in running):
+        assert time.monotonic() < limit, "Ray has left processes behind"
+        time.sleep(0.1)
     return finish(start(model, images, output, workers))
 
 

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -249,6 +249,7 @@ def save_checkpoint(
     also_as: Sequence[str] = (),
     trained_weights: dict[str, torch.Tensor] | None = None,
     stream: dict[str, Any] | None = None,
+    writes: bool | None = None,
 ) -> None:
     """Writes `last`, and the same checkpoint under the names `also_as`; every process calls it.
 
@@ -257,13 +258,14 @@ def save_checkpoint(
         output: the run's folder.
         progress: where the run stands.
         options: of the run, with which those of a resumed run are compared.
-        data: fingerprints of its splits, likewise; needed in the main process.
+        data: fingerprints of its splits, likewise; needed in processes that write.
         model: whose parameters the optimizer has.
         optimizer: of the stage that is under way.
         write_model: makes a folder for `from_pretrained`.
         also_as: further names, such as "best".
         trained_weights: by name, where those of `model` are an average.
         stream: where this process stands in the data that it streams, if it does.
+        writes: whether this process writes; by default the main one does.
 
     Raises:
         OSError: the folder cannot be written, for example because the disk is full; the checkpoints of before are
@@ -271,7 +273,7 @@ def save_checkpoint(
     """
     states, streams = gather_object([random_states()]), gather_object([stream])
     problem = None
-    if accelerator.is_main_process:
+    if accelerator.is_main_process if writes is None else writes:
         unfinished = output / "last.unfinished"
         try:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -302,9 +304,9 @@ def save_checkpoint(
             shutil.rmtree(unfinished, ignore_errors=True)
             reason = describe(error) if isinstance(error, OSError) else printable(str(error), 300)
             problem = f"{printable(output / 'last', 300)} could not be saved: {reason}"
-    (problem,) = broadcast_object_list([problem])
-    if problem is not None:
-        raise OSError(problem)
+    problems = [each for each in gather_object([problem]) if each is not None]
+    if problems:
+        raise OSError(problems[0])
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
