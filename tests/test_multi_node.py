@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from difnet_transformers.training.checkpoint import read_checkpoint
 from difnet_transformers.training.nodes import share_newest_run
 
 SECONDS = 150
+ONE_EPOCH = {"stage": "xe", "xe_epochs": 1}
 
 
 @pytest.fixture(scope="module")
@@ -34,27 +36,41 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory) -> Path:
+    """A run that nobody stopped."""
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    assert run(*arguments(data, output, "--resume", "auto", **ONE_EPOCH)) == 0
+    return output
+
+
+def stop_after_first_checkpoint(output: Path) -> None:
+    while not (output / "last").exists():
+        time.sleep(0.001)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 class TestOneCommand:
     """`--resume auto`: what a launcher starts again is what it started first."""
-
-    @pytest.fixture(scope="class")
-    def whole(self, data, tmp_path_factory) -> Path:
-        output = tmp_path_factory.mktemp("runs") / "whole"
-        assert run(*arguments(data, output, "--resume", "auto", stage="xe", xe_epochs=1)) == 0
-        return output
 
     def test_it_begins_where_there_is_no_checkpoint(self, whole):
         assert read_checkpoint(whole / "last").progress.stage == "done"
 
     @pytest.mark.parametrize("left", ["last", "last.previous"])
     def test_it_resumes_where_there_is_one(self, left, whole, data, tmp_path):
-        words = arguments(data, tmp_path / "run", "--resume", "auto", stage="xe", xe_epochs=1, save_every=1)
-        assert run(*words, "--max-steps", "1") == 0
-        (tmp_path / "run" / "last").rename(tmp_path / "run" / left)  # as a kill between two renames leaves it
+        output = tmp_path / "run"
+        words = arguments(data, output, "--resume", "auto", **ONE_EPOCH, save_every=1)
+        stop = threading.Thread(target=stop_after_first_checkpoint, args=(output,))
+        stop.start()
+        assert run(*words) == 130
+        stop.join()
+        assert read_checkpoint(output / "last").progress.step < len(read_log(whole, "train"))
+        (output / "last").rename(output / left)  # as a kill between two renames leaves it
         assert run(*words) == 0
-        assert [line["step"] for line in read_log(tmp_path / "run", "validation")][0] == 1
+        assert same_weights(output / "last", whole / "last")
+        assert len(read_log(output, "train")) == len(read_log(whole, "train"))
 
-    def test_another_folders_checkpoint_is_not_meant(self, data, tmp_path, capsys):
+    def test_a_folder_that_is_named_must_be_there(self, data, tmp_path, capsys):
         assert run(*arguments(data, tmp_path / "run", "--resume", "last", stage="xe")) == 2
         assert "no such checkpoint" in capsys.readouterr().err
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -107,7 +108,7 @@ class CaptionFeatures:
     """
 
     def __init__(self, config: CaptioningConfig) -> None:
-        self.captioner = _FeatureCaptioner(config)
+        self.captioner = _FeatureCaptioner(replace(config, grid_backbone=None, segmentation_model=None))
         _ = self.captioner.pipeline
 
     def __call__(self, features: pa.Table) -> pa.Table:

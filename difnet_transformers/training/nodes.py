@@ -1,7 +1,7 @@
 """Checkpoints of a run whose machines each write to a disk of their own.
 
-After a kill, machines may have different checkpoints, a new machine has none, and a launcher may number them in another
-order: before a run resumes, all get the newest. The original (mrwu-mac/DIFNet, CVPR 2022) trains on one machine.
+After a kill, machines may have different checkpoints, a new machine has none, and a launcher may number them in
+another order: before a run resumes, all get the newest. The original (mrwu-mac/DIFNet, CVPR 2022) trains on one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BYTES_AT_ONCE = 2**26
 
 
 def share_newest_run(accelerator: Accelerator, output: Path, writes: bool) -> None:
-    """Gives every machine the checkpoints and the log of the machine that has trained furthest; every process calls it.
+    """Gives every machine the checkpoints and the log of the one that has trained furthest; every process calls it.
 
     Args:
         accelerator: of the run.
