@@ -13,6 +13,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from accelerate import Accelerator
@@ -135,29 +136,22 @@ class Agent:
         self.log = open(folder / "agent.log", "ab")  # noqa: SIM115
         self.process = subprocess.Popen(
             [*program, str(SCRIPT), *words],
-            cwd=folder, env=environment, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True,
+            cwd=folder, env=environment, stdout=self.log, stderr=subprocess.STDOUT,
         )  # fmt: skip
         self.folder = folder
 
     def kill(self) -> None:
         """As a machine that loses its power: the agent and its processes."""
-        os.killpg(self.process.pid, signal.SIGKILL)
-        for child in children_of(self.process.pid):
-            os.kill(child, signal.SIGKILL)
+        agent = psutil.Process(self.process.pid)
+        agent.suspend()
+        for process in [agent, *agent.children(recursive=True)]:
+            process.kill()
         self.process.wait()
 
     def finish(self) -> None:
         code = self.process.wait(SECONDS)
         self.log.close()
         assert code == 0, (self.folder / "agent.log").read_text()[-4000:]
-
-
-def children_of(pid: int) -> list[int]:
-    """Processes of an agent, which torchrun gives sessions of their own."""
-    try:
-        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:
-        return []
 
 
 @pytest.mark.slow
