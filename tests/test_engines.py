@@ -100,7 +100,7 @@ def run_example(name: str, *words: object) -> None:
         "--grid-backbone",
         "bulk_campaign:make_backbone",
     ]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr[-4000:]
 
 

@@ -79,13 +79,13 @@ class TestOneCommand:
 # Machines of their own disks
 
 
-def fake_run(folder: Path, step: int) -> None:
+def fake_run(folder: Path, step: int, seed: int = 0) -> None:
     """The files that say how far a run is."""
     state = folder / "last" / "training_state"
     state.mkdir(parents=True)
     progress = {"stage": "xe", "epoch": 1, "step": step, "batch": step}
     (state / "progress.json").write_text(
-        json.dumps({"progress": progress, "options": {}, "num_processes": 3, "gradient_scaler": None})
+        json.dumps({"progress": progress, "options": {"seed": seed}, "num_processes": 3, "gradient_scaler": None})
     )
     (state / "SHA256SUMS").write_text(f"{step:064d}  training_state/progress.json\n")
     (folder / "last" / "empty").write_bytes(b"")
@@ -99,7 +99,11 @@ def share_in_process(rank: int, port: int, folder: Path) -> None:
     os.environ |= {"LOCAL_RANK": "0"}
     reset_accelerator()
     accelerator = Accelerator(cpu=True)
-    share_newest_run(accelerator, folder / str(rank), writes=True)
+    try:
+        share_newest_run(accelerator, folder / str(rank), writes=True)
+    except ValueError as error:
+        (folder / "error").write_text(str(error))
+        raise SystemExit(2) from None
     torch.distributed.destroy_process_group()
 
 
@@ -114,6 +118,15 @@ def test_machines_get_the_newest_checkpoint(tmp_path):
     for rank in "02":
         found = {path.relative_to(tmp_path / rank): path.read_bytes() for path in files_below(tmp_path / rank)}
         assert found == expected
+
+
+def test_another_run_on_a_machines_disk_is_not_overwritten(tmp_path):
+    for rank, (step, seed) in enumerate([(3, 0), (6, 1), (3, 0)]):
+        fake_run(tmp_path / str(rank), step, seed)
+    with pytest.raises(torch.multiprocessing.ProcessExitedException):
+        torch.multiprocessing.start_processes(share_in_process, (free_port(), tmp_path), nprocs=3, start_method="fork")
+    assert "holds different runs on different machines: empty it" in (tmp_path / "error").read_text()
+    assert [(tmp_path / rank / "log.jsonl").read_text() for rank in "012"] == ["3\n", "6\n", "3\n"]
 
 
 def files_below(folder: Path) -> list[Path]:

@@ -6,15 +6,18 @@ another order: before a run resumes, all get the newest. The original (mrwu-mac/
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
+from ..files import printable
 from .checkpoint import CHECKPOINTS, CHECKSUMS, STAGES, read_checkpoint, recover, replace_folder
-from .processes import all_or_none
+from .processes import all_or_none, raise_for_all
 
 LOG = "log.jsonl"
 BYTES_AT_ONCE = 2**26
@@ -29,14 +32,22 @@ def share_newest_run(accelerator: Accelerator, output: Path, writes: bool) -> No
         writes: whether this process writes its machine's files.
 
     Raises:
-        ValueError: a checkpoint is damaged.
+        ValueError: a checkpoint is damaged, or machines have checkpoints of different runs.
         OSError: a folder cannot be written.
     """
     if writes:
         recover(output, CHECKPOINTS)
     state = all_or_none(accelerator, lambda: state_of(output) if writes else None)
     states = gather_object([state])
-    newest = max((each for each in states if each is not None), default=None, key=lambda each: each[0])
+    newest = max((each for each in states if each is not None), default=None, key=lambda each: each.reached)
+    if len({each.run for each in states if each is not None}) > 1:
+        raise_for_all(
+            accelerator,
+            ValueError(
+                f"{printable(output, 300)} holds different runs on different machines: empty it where another one is, "
+                "or give another --output"
+            ),
+        )
     behind = writes and state != newest
     if newest is None or not any(gather_object([behind])):
         return
@@ -54,14 +65,24 @@ def share_newest_run(accelerator: Accelerator, output: Path, writes: bool) -> No
             replace_folder(unfinished, output / name)
 
 
-def state_of(output: Path) -> tuple[tuple[int, int, int], str] | None:
-    """How far the checkpoint `last` is, and its checksums; `None` where there is none."""
+class RunState(NamedTuple):
+    """Which run a machine has, how far it is, and the checksums of its files."""
+
+    run: str
+    reached: tuple[int, int, int]
+    checksums: str
+
+
+def state_of(output: Path) -> RunState | None:
+    """The state of the checkpoint `last`; `None` where there is none."""
     last = output / "last"
     if not last.exists():
         return None
-    progress = read_checkpoint(last).progress
+    checkpoint = read_checkpoint(last)
+    progress = checkpoint.progress
+    run = json.dumps([checkpoint.data, *(checkpoint.options.get(name) for name in ("seed", "stage", "model"))])
     reached = (progress.total_epochs, STAGES.index(progress.stage), progress.step)
-    return reached, (last / CHECKSUMS).read_text(encoding="utf-8")
+    return RunState(run, reached, (last / CHECKSUMS).read_text(encoding="utf-8"))
 
 
 def receive(accelerator: Accelerator, path: Path, copy: Path | None, source: int) -> None:
