@@ -68,7 +68,7 @@ class Forecast:
     @property
     def images_per_second(self) -> float:
         """Of all processes together."""
-        own = self.num_processes / self.seconds_of_image
+        own = min(self.num_processes, self.shards) / self.seconds_of_image
         return own if self.bandwidth is None else min(own, self.bandwidth / max(1.0, self.bytes_in))
 
     @property
