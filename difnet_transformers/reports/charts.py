@@ -1,7 +1,8 @@
 """Line charts of training runs and of relevance, as SVG and as PNG, drawn by matplotlib.
 
 In place of the single curve that `lrp_total.py` of the original draws (mrwu-mac/DIFNet, CVPR 2022). Charts need no
-display, and equal numbers give equal bytes: no dates, no random ids.
+display, and equal numbers give equal bytes: no dates, no random ids. The file of a chart carries its numbers, from
+which it can be drawn again (`charts_of_file`).
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 from ..command_line import requires
 from ..files import printable
@@ -24,9 +26,11 @@ with requires("reports"):
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+    from PIL import Image
 
 MAX_POINTS_WITH_MARKERS = 40
 DOTS_PER_INCH = 160  # of PNG files
+DUBLIN_CORE = "http://purl.org/dc/elements/1.1/"
 
 STYLE: Any = {
     # The bundled font decides the layout, so that it is the same on every machine; viewers without it take the others.
@@ -105,7 +109,8 @@ def to_svg(chart: Chart, size: tuple[float, float] = (4.6, 2.8)) -> str:
         size: width and height in inches, which set how large the text is beside the lines.
     """
     file = io.StringIO()
-    metadata = {"Title": printable(chart.title), "Creator": None, "Date": None, "Format": None, "Type": None}
+    metadata = {"Title": printable(chart.title), "Description": _data_of([chart])}
+    metadata |= {"Creator": None, "Date": None, "Format": None, "Type": None}
     with _style():
         _figure([chart], size).savefig(file, format="svg", metadata=metadata)
     return "".join(line.rstrip() + "\n" for line in file.getvalue().splitlines())
@@ -120,8 +125,55 @@ def to_png(charts: Sequence[Chart], size: tuple[float, float] = (5.2, 3.4)) -> b
     """
     file = io.BytesIO()
     with _style():
-        _figure(charts, size).savefig(file, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
+        metadata = {"Software": None, "Description": _data_of(charts)}
+        _figure(charts, size).savefig(file, format="png", dpi=DOTS_PER_INCH, metadata=metadata)
     return file.getvalue()
+
+
+def charts_of_file(path: Path) -> list[Chart]:
+    """The charts of a file that `to_svg` or `to_png` made, from left to right; of any other file none.
+
+    Args:
+        path: a file ending in .svg or .png.
+
+    Raises:
+        ValueError: it is no SVG or PNG file.
+    """
+    try:
+        if path.suffix == ".svg":
+            data = ElementTree.parse(path).getroot().findtext(f".//{{{DUBLIN_CORE}}}description")
+        else:
+            with Image.open(path) as image:
+                data = image.info.get("Description")
+        charts = [] if data is None else json.loads(data)["charts"]
+    except (ElementTree.ParseError, OSError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{printable(path, 300)} is no image, or its chart cannot be read: {error}") from error
+    return [
+        Chart(
+            **{
+                **chart,
+                "lines": [Line(**line) for line in chart["lines"]],
+                "marker": None if chart["marker"] is None else tuple(chart["marker"]),
+            }
+        )
+        for chart in charts
+    ]
+
+
+def _data_of(charts: Sequence[Chart]) -> str:
+    """What `charts_of_file` reads: lines without points are left out, as in the drawing."""
+    plain = [
+        replace(
+            chart,
+            lines=[
+                replace(line, x=[float(x) for x in line.x], y=[float(y) for y in line.y])
+                for line in chart.lines
+                if len(line.x)
+            ],
+        )
+        for chart in charts
+    ]
+    return json.dumps({"charts": [asdict(chart) for chart in plain]})
 
 
 @contextmanager
