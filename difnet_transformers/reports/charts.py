@@ -218,6 +218,7 @@ def _figure(charts: Sequence[Chart], size: tuple[float, float]) -> Figure:
         axes.set_ylabel("\n".join(textwrap.wrap(chart.y_label, MAX_Y_LABEL)))
         axes.grid(axis="y")
         axes.tick_params(length=0)
+        axes.tick_params(axis="x", pad=6)  # away from the lowest number of the other axis
         are_positions = all(float(x).is_integer() for line in lines for x in line.x)
         if chart.is_log:
             axes.set_xscale("log")
@@ -238,6 +239,8 @@ def _figure(charts: Sequence[Chart], size: tuple[float, float]) -> Figure:
             # The points at the ends may lie on the edge of the axes.
             color = line.color or LINE_COLORS[number % len(LINE_COLORS)]
             drawn += axes.plot(line.x, line.y, color=color, marker=marker, clip_on=False)
+        if all(y >= 0 for line in lines for y in line.y):
+            axes.set_ylim(bottom=max(0, axes.get_ylim()[0]))
         if chart.marker is not None:
             place, text = chart.marker
             axes.axvline(place, color=GRAY, linewidth=0.8, linestyle=(0, (4, 3)))

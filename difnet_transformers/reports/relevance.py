@@ -367,19 +367,19 @@ def flow_panels(explained: ExplainedImage, columns: int = 6) -> Image.Image:
 
     Args:
         explained: the explanation.
-        columns: words in a row.
+        columns: words in a row, at most.
     """
-    margin, side, word_height, line_height = 14, 124, 26, 18
+    margin, side, word_height, line_height = 14, 124, 24, 21
     flows = [flow for flow in ("grid", "segmentation") if flow in explained.flows]
     image, panel = resized_image(explained, 2 * side + line_height), resized_image(explained, side)
     font, small = ImageFont.load_default(size=16), ImageFont.load_default(size=12)
-    columns = max(1, min(columns, len(explained.words)))
+    rows = max(1, -(-len(explained.words) // columns))
+    columns = max(1, -(-len(explained.words) // rows))
     left = image.width + 3 * margin
     width = left + columns * (side + margin)
     title = textwrap.wrap(" ".join(explained.words), width // 9) or [""]
     top = 2 * margin + 22 * len(title)
     row_height = word_height + len(flows) * (line_height + panel.height) + line_height + margin
-    rows = -(-len(explained.words) // columns)
     bottom = max(top + rows * row_height, top + word_height + line_height + image.height + margin)
     sheet = Image.new("RGB", (width, bottom), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
@@ -394,7 +394,7 @@ def flow_panels(explained: ExplainedImage, columns: int = 6) -> Image.Image:
         y += word_height
         for flow in flows:
             if word % columns == 0:
-                draw.text((x, y + 1), FLOW_NAMES[flow], TEXT_LIGHT, small)
+                draw.text((x, y + 4), FLOW_NAMES[flow], TEXT_LIGHT, small)
             sheet.paste(heat_map(explained.flows[flow][word], explained.grid_shape, panel), (x, y + line_height))
             y += line_height + panel.height
         for name, _ in explained.strongest_classes(word, 1):
