@@ -170,11 +170,11 @@ def gallery_page() -> str:
         for image in images:
             if image not in charts:
                 lines += [f"![{image.caption}]({image.file})", "", below(image), ""]
-        for left, *right in (charts[start : start + 2] for start in range(0, len(charts), 2)):
-            pair = [left, *right]
-            lines += ["|" + " |" * len(pair), "|" + " --- |" * len(pair)]
-            lines.append("| " + " | ".join(f"![{image.caption}]({image.file})" for image in pair) + " |")
-            lines += ["| " + " | ".join(map(below, pair)) + " |", ""]
+        lines += ["| | |", "| --- | --- |"] if charts else []
+        for pair in (charts[start : start + 2] for start in range(0, len(charts), 2)):
+            for cells in ([f"![{image.caption}]({image.file})" for image in pair], list(map(below, pair))):
+                lines.append("| " + " | ".join([*cells, ""][:2]) + " |")
+        lines += [""] if charts else []
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from difnet_transformers.reports.charts import charts_of_file
 
 ROOT = Path(__file__).parent.parent
 specification = importlib.util.spec_from_file_location("gallery", ROOT / "benchmarks" / "gallery.py")
-gallery = importlib.util.module_from_spec(specification)
+gallery = sys.modules["gallery"] = importlib.util.module_from_spec(specification)
 specification.loader.exec_module(gallery)
 IMAGES = [image for images in gallery.SECTIONS.values() for image in images]
 each_image = pytest.mark.parametrize("image", IMAGES, ids=lambda image: image.file)
