@@ -117,7 +117,7 @@ def to_svg(chart: Chart, size: tuple[float, float] = (4.6, 2.8)) -> str:
             higher.
     """
     file = io.StringIO()
-    metadata = {"Title": printable(chart.title), "Description": _data_of([chart])}
+    metadata: dict[str, str | None] = {"Title": printable(chart.title), "Description": _data_of([chart])}
     metadata |= {"Creator": None, "Date": None, "Format": None, "Type": None}
     with _style():
         _figure([chart], size).savefig(file, format="svg", metadata=metadata)
