@@ -150,7 +150,7 @@ def test_compare_models_runs(run_notebook, stand_ins: Path):
 
 
 def test_fine_tune_runs(run_notebook, stand_ins: Path):
-    outputs = run_notebook(NOTEBOOKS[2], stand_ins, {"install", "slow"})
+    outputs = run_notebook(NOTEBOOKS[2], stand_ins, {"install", "slow"}, {"max_steps=20": "max_steps=2"})
     assert "captions of 40 images" in text_of(outputs)
     assert (stand_ins / "mine" / "fine_tuned" / "model.safetensors").is_file()
     assert sum("image/svg+xml" in output for output in outputs) == 3
