@@ -257,9 +257,7 @@ def generate_with_confidences(
         found, known = model.generate_with_token_table(**arguments)
     elif knows_log_probs:
         features = encode_images(model, features)
-        arguments = {name: value for name, value in arguments.items() if name not in FEATURES}
-        # `generate` repeats the encoder's output for each beam in the object that it is given.
-        arguments |= {**features, "encoder_outputs": BaseModelOutput(features["encoder_outputs"][0])}
+        arguments = {name: value for name, value in arguments.items() if name not in FEATURES} | features
         output = model.generate(**arguments, return_dict_in_generate=True)
         found, known = output.sequences, (output.sequences_log_probs,)
     else:

@@ -211,7 +211,7 @@ class TestCalibration:
         calibration = make_calibration()
         word = WordConfidence("w7", log_prob=math.log(0.5), entropy=0.9, support=0.6)
         rate = (1 + 2 * 0.8) / (9 + 2)
-        read = np.array([math.log(0.5), math.log(0.5), 0.9, 0.6, math.log(rate)])
+        read = np.array([math.log(0.5), math.log(0.5), 0.9, 0.6, math.log(rate / (1 - rate))])
         logit = ((read - calibration.mean) / calibration.scale) @ np.array(calibration.coefficients) + 1.2
         assert calibration.word_confidences([word]) == pytest.approx([1 / (1 + math.exp(-logit))])
 

@@ -18,10 +18,10 @@ from ..progress import progress_bar
 from ..stage_times import StageTimes
 from ..vision.image_batches import NUM_THREADS
 from .inputs import InputConfig, InputShard, file_system, is_local
-from .outputs import OutputFolder, RowWriter
+from .outputs import WRITING, OutputFolder, RowWriter
 from .readers import ImageItem, read_shard
 from .rows import RowMaker
-from .run import WRITING, process_shard, readable, unique
+from .run import process_shard, readable, unique
 
 SAMPLED_SHARDS = 4
 WARM_UP = 2  # batches before the measured ones, in which libraries choose their kernels
@@ -68,7 +68,7 @@ class Forecast:
     @property
     def images_per_second(self) -> float:
         """Of all processes together."""
-        own = self.num_processes / self.seconds_of_image
+        own = min(self.num_processes, self.shards) / self.seconds_of_image
         return own if self.bandwidth is None else min(own, self.bandwidth / max(1.0, self.bytes_in))
 
     @property
@@ -167,19 +167,17 @@ def forecast(maker: RowMaker, inputs: InputConfig, shards: Sequence[InputShard],
                 writer.write(row)
         path = Path(work, "sample")
         times = StageTimes()
-        with RowWriter(path, maker.schema, "parquet") as writer:
+        with RowWriter(path, maker.schema, "parquet", times) as writer:
             for shard in sampled:
                 if measured >= sample:
                     break
                 items = counted(unique(readable(read_shard(shard, inputs), shard), []))
                 for row in maker.rows(islice(items, per_shard), times):
-                    with times.stage(WRITING):
-                        writer.write(row)
+                    writer.write(row)
                     errors += row["error"] is not None
                     measured += 1
                     bar.update()
-            with times.stage(WRITING):
-                writer.flush()
+            writer.flush()
             total = times.total
         bytes_out = path.stat().st_size / max(1, measured)
     stages = {name: each / max(1, measured) for name, each in times.seconds.items()}

@@ -24,13 +24,15 @@ from filelock import FileLock, Timeout
 
 from ..command_line import requires
 from ..files import atomic_output, make_folder, printable
+from ..stage_times import StageTimes
 from .inputs import file_system, is_local
 
 with requires("data"):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-FORMATS = ("parquet", "jsonl")
+WRITING = "writing"
+"""Name of the stage of outputs."""
 ROWS_PER_GROUP = 4096
 FEW_FILES = 8  # which are asked for one by one, not by a listing
 ROWS_WITH_FEATURES = 64  # in memory at once, of 0.2 MB each
@@ -83,10 +85,12 @@ class RowWriter:
         path: of the file.
         schema: of the rows.
         format: "parquet" or "jsonl".
+        times: gets the time of `WRITING`.
     """
 
-    def __init__(self, path: Path, schema: pa.Schema, format: str) -> None:
+    def __init__(self, path: Path, schema: pa.Schema, format: str, times: StageTimes | None = None) -> None:
         self.schema = schema
+        self.times = times or StageTimes()
         self.rows: list[Mapping[str, Any]] = []
         self.group_size = ROWS_WITH_FEATURES if "grid_features" in schema.names else ROWS_PER_GROUP
         self.parquet = pq.ParquetWriter(path, schema, compression="zstd") if format == "parquet" else None
@@ -107,14 +111,13 @@ class RowWriter:
 
     def flush(self) -> None:
         """Writes the rows that wait for their group to be full."""
-        if not self.rows:
-            return
-        if self.parquet is not None:
-            self.parquet.write_table(table_of(self.rows, self.schema))
-        elif self.text is not None:
-            for row in self.rows:
-                kept = {name: value for name, value in row.items() if value is not None}
-                self.text.write(json.dumps(kept, ensure_ascii=False) + "\n")
+        with self.times.stage(WRITING):
+            if self.parquet is not None and self.rows:
+                self.parquet.write_table(table_of(self.rows, self.schema))
+            elif self.text is not None:
+                for row in self.rows:
+                    kept = {name: value for name, value in row.items() if value is not None}
+                    self.text.write(json.dumps(kept, ensure_ascii=False) + "\n")
         self.rows = []
 
 

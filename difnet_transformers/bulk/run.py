@@ -25,7 +25,7 @@ from ..files import printable, sha256_of
 from ..progress import progress_bar
 from ..stage_times import StageTimes
 from .inputs import InputConfig, InputShard, hash_of, plan_shards
-from .outputs import OutputFolder, RowWriter, data_name, manifest_name
+from .outputs import WRITING, OutputFolder, RowWriter, data_name, manifest_name
 from .readers import ImageItem, read_shard
 from .rows import RowMaker
 
@@ -34,7 +34,6 @@ with requires("data"):
     import pyarrow.parquet as pq
 
 RUN, SUMMARY = "run.json", "summary.json"
-WRITING = "writing"
 ATTEMPTS = 3  # at a shard whose input cannot be read for now
 SECONDS_BETWEEN_ATTEMPTS = 2.0
 SECONDS_BETWEEN_LOOKS = 1.0  # at shards that other processes are working on
@@ -118,7 +117,7 @@ def process_shard(
     counts = {"images": 0, "errors": 0}
     examples: list[dict[str, str]] = []
     with output.writing(name) as path:
-        with RowWriter(path, maker.schema, format) as writer:
+        with RowWriter(path, maker.schema, format, times) as writer:
             items = unique(readable(read_shard(shard, inputs), shard), duplicates)
             for row in maker.rows(items, times):
                 counts["images"] += 1
@@ -126,11 +125,8 @@ def process_shard(
                     counts["errors"] += 1
                     if len(examples) < NUM_LISTED:
                         examples.append({"key": row["key"], "error": row["error"]})
-                with times.stage(WRITING):
-                    writer.write(row)
+                writer.write(row)
                 update()
-            with times.stage(WRITING):
-                writer.flush()
         with times.stage(WRITING):
             size, digest = path.stat().st_size, sha256_of(path)
     manifest = {
