@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,10 +16,9 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from ..files import printable
 from .checkpoint import CHECKPOINTS, CHECKSUMS, STAGES, read_checkpoint, recover, replace_folder
-from .processes import all_or_none, raise_for_all
+from .processes import all_or_none, copy_from_process, raise_for_all
 
 LOG = "log.jsonl"
-BYTES_AT_ONCE = 2**26
 
 
 def share_newest_run(accelerator: Accelerator, output: Path, writes: bool) -> None:
@@ -58,7 +56,7 @@ def share_newest_run(accelerator: Accelerator, output: Path, writes: bool) -> No
         unfinished = output / f"{name}.unfinished"
         if behind:
             shutil.rmtree(unfinished, ignore_errors=True)
-        receive(accelerator, output / name, unfinished if behind else None, source)
+        copy_from_process(accelerator, output / name, unfinished if behind else None, source)
         if behind and name == LOG:
             unfinished.replace(output / name)
         elif behind:
@@ -83,36 +81,3 @@ def state_of(output: Path) -> RunState | None:
     run = json.dumps([checkpoint.data, *(checkpoint.options.get(name) for name in ("seed", "stage", "model"))])
     reached = (progress.total_epochs, STAGES.index(progress.stage), progress.step)
     return RunState(run, reached, (last / CHECKSUMS).read_text(encoding="utf-8"))
-
-
-def receive(accelerator: Accelerator, path: Path, copy: Path | None, source: int) -> None:
-    """A file or folder from another process; every process calls it.
-
-    Args:
-        accelerator: of the run.
-        path: in process `source`.
-        copy: where it goes; `None` in processes that need it not.
-        source: number of the process that has it.
-    """
-    pieces = pieces_of(path) if accelerator.process_index == source else None
-    while True:
-        piece = next(pieces, None) if pieces is not None else None
-        (piece,) = broadcast_object_list([piece], from_process=source)
-        if piece is None:
-            return
-        if copy is not None:
-            name, content = piece
-            target = copy / name if name else copy
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with target.open("ab") as file:
-                file.write(content)
-
-
-def pieces_of(path: Path) -> Iterator[tuple[str, bytes]]:
-    """The files of a folder, or a file, in pieces with their relative paths."""
-    for file in [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file()):
-        name = file.relative_to(path).as_posix() if file != path else ""
-        with file.open("rb") as handle:
-            yield name, handle.read(BYTES_AT_ONCE)  # an empty file too
-            while content := handle.read(BYTES_AT_ONCE):
-                yield name, content

@@ -242,7 +242,7 @@ class DifnetTrainer:
         for images in (self.train_images, self.validation_images):
             check_data(self.config, images, args.dataset, args.max_new_tokens)
         self.fingerprints = None
-        if self.writes:
+        if self.accelerator.is_main_process:
             train, validation = self.train_images, self.validation_images
             self.fingerprints = {
                 "train": train.fingerprint() if isinstance(train, StreamedImages) else split_fingerprint(train),
@@ -603,7 +603,7 @@ class DifnetTrainer:
                 also_as,
                 trained_weights,
                 self.position_in_stream(),
-                self.writes,
+                self.args.save_on_each_node,
             )
 
     def position_in_stream(self) -> dict[str, Any] | None:
