@@ -100,7 +100,8 @@ def run_example(name: str, *words: object) -> None:
         "--grid-backbone",
         "bulk_campaign:make_backbone",
     ]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=100)
+    variables = {**environment(), "PYSPARK_PYTHON": sys.executable}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
@@ -120,7 +121,7 @@ class TestExamples:
         files = sorted(output.glob("*.jsonl.gz"))
         assert len(files) == 2
         found = [json.loads(line) for file in files for line in gzip.decompress(file.read_bytes()).splitlines()]
-        assert {Path(row["id"]).name: row["text"] for row in found} == expected
+        assert {Path(row["id"]).name: row.get("text", "") for row in found} == expected
 
     def test_spark(self, model, images, expected, tmp_path):
         pytest.importorskip("pyspark")
