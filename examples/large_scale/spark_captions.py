@@ -3,9 +3,9 @@
     pip install ".[images,data]" "pyspark[sql]"   # Java 17 or later
     python examples/large_scale/spark_captions.py images/ --model my_captioner --output captions
 
-On a cluster the executors need these packages, in the Python that PYSPARK_PYTHON names, and the model;
-`spark-submit` takes this file as it is. With GPUs, give
-each task one (`spark.task.resource.gpu.amount=1`). A task that fails is Spark's to start again.
+On a cluster the executors need these packages, in the Python that PYSPARK_PYTHON names, and the model; `spark-submit`
+takes this file as it is. With GPUs, give each task one (`spark.task.resource.gpu.amount=1`). A task that fails is
+Spark's to start again.
 """
 
 import argparse
