@@ -76,6 +76,14 @@ def workers_of(driver: subprocess.Popen) -> list[psutil.Process]:
     return found
 
 
+def is_alive(process: psutil.Process) -> bool:
+    """Whether it runs; what is left of it until its parent asks for it does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
 def finish(driver: subprocess.Popen) -> str:
     """Waits for a driver's end; returns what it printed."""
     said, _ = driver.communicate(timeout=SECONDS)
@@ -102,7 +110,7 @@ def run_with_killed_driver(model: Path, images: Path, output: Path, workers: int
     driver.send_signal(signal.SIGKILL)
     driver.communicate()
     limit = time.monotonic() + 60
-    while any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in running):
+    while any(map(is_alive, running)):
         assert time.monotonic() < limit, "Ray has left processes behind"
         time.sleep(0.1)
     return finish(start(model, images, output, workers))
