@@ -64,13 +64,14 @@ def test_a_benchmark_writes_a_table(name, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_study_of_the_demo_and_the_relevance_of_its_model(tmp_path):
+def test_the_study_of_the_demo_and_the_relevance_and_confidences_of_its_model(tmp_path):
     run_benchmark(
         *("demo_study.py", "--quick", "--seeds", 3, "--output", tmp_path / "runs", "--table", tmp_path / "table.md")
     )
     assert "two flows above the baseline, after SCST: in" in (tmp_path / "table.md").read_text()
     found = run_benchmark("relevance_on_objects.py", "--demo", tmp_path / "runs" / "seed_3", "--split", "validation")
     assert "words that name a drawn object, in captions of 4 validation scenes" in found
+    assert "| difnet calibrate |" in run_benchmark("calibration.py", "--demos", tmp_path / "runs" / "seed_3")
 
 
 @pytest.mark.slow
