@@ -201,7 +201,7 @@ def extract_to(output: Path, images: Path, *words: str) -> dict[str, Any]:
     return json.loads((output / "manifest.json").read_text())
 
 
-@pytest.mark.parametrize("runtime", ["onnx", "openvino"])
+@pytest.mark.parametrize("runtime", [pytest.param("onnx", marks=pytest.mark.slow), "openvino"])
 def test_features_of_another_runtime_say_so(
     runtime: str, dinov2: str, segformer: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
