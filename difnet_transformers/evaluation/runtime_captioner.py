@@ -213,7 +213,12 @@ def exported_checkpoint(name: str | os.PathLike, choice: Choice) -> tuple[Runtim
         "feature_extractor": processor.feature_extractor.to_dict(),
         "vocabulary": processor.tokenizer.get_vocab(),
     }
-    options = {"format": choice.runtime, "precision": choice.precision, "name": name, "overwrite": True}
+    options: dict[str, Any] = {
+        "format": choice.runtime,
+        "precision": choice.precision,
+        "name": name,
+        "overwrite": True,
+    }
     captioner = load_or_export(
         STAGE,
         name,

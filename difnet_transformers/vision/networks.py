@@ -293,7 +293,12 @@ def exported_backbone(backbone: GridBackbone, name: str | None, choice: Choice) 
         key |= {"config": asdict(backbone.config), "processor": settings_of(processor)}
     else:
         key["config"] = backbone.config.to_dict()
-    options = {"format": choice.runtime, "precision": choice.precision, "name": name, "overwrite": True}
+    options: dict[str, Any] = {
+        "format": choice.runtime,
+        "precision": choice.precision,
+        "name": name,
+        "overwrite": True,
+    }
     return load_or_export(
         BACKBONE_STAGE,
         name,
@@ -318,8 +323,16 @@ def exported_segmenter(segmenter: Segmenter, name: str | None, choice: Choice) -
         "kind": [type(segmenter).__name__, segmenter.kind],
         "image_size": segmenter.image_size,
     }
-    options = {"format": choice.runtime, "precision": choice.precision, "name": name, "overwrite": True}
-    is_detector = isinstance(segmenter, SegmentationModel) and segmenter.kind == "boxes"
+    options: dict[str, Any] = {
+        "format": choice.runtime,
+        "precision": choice.precision,
+        "name": name,
+        "overwrite": True,
+    }
+    own_classes = threshold = None
+    if isinstance(segmenter, SegmentationModel):
+        own_classes = segmenter.class_names
+        threshold = segmenter.score_threshold if segmenter.kind == "boxes" else None
     exported = load_or_export(
         SEGMENTATION_STAGE,
         name,
@@ -330,8 +343,8 @@ def exported_segmenter(segmenter: Segmenter, name: str | None, choice: Choice) -
         partial(
             load_exported_segmenter,
             grid_size=segmenter.grid_size,
-            class_names=segmenter.class_names if isinstance(segmenter, SegmentationModel) else None,
-            score_threshold=segmenter.score_threshold if is_detector else None,
+            class_names=own_classes,
+            score_threshold=threshold,
         ),
     )
     # The commit that the features record is known of what came from the Hub alone.
