@@ -43,7 +43,7 @@ from modeling_difnet.feature_networks_difnet import (
         ("auto", "auto", "cpu", True, False, [], ("torch", "bf16")),
         ("auto", "auto", "cuda:0", True, True, [], ("torch", "bf16")),
         ("auto", None, "cuda:0", True, True, [], ("torch", "fp32")),
-        ("auto", "auto", "cpu", False, True, ["openvino"], ("onnx", "fp32")),
+        ("auto", "auto", "cpu", False, True, ["openvino"], ("torch", "fp32")),
         ("auto", "auto", "cpu", True, True, ["openvino"], ("torch", "bf16")),
         ("auto", None, "cpu", True, True, ["openvino", "onnxruntime"], ("torch", "fp32")),
         ("auto", None, "cpu", True, True, ["onnxscript"], ("torch", "fp32")),
