@@ -23,6 +23,7 @@ from ..vision.images import THUMBNAIL_SIDE, thumbnail
 from . import confidence
 from .colors import BACKGROUND, TEXT, TEXT_LIGHT
 from .relevance import (
+    FLOW_NAMES,
     FLOWS,
     NEGATIVE_COLOR,
     OPACITY,
@@ -198,8 +199,7 @@ def relevance_page(
         title: of the page.
         warnings: shown above everything else.
     """
-    names = {"both": "both flows", "grid": "grid features", "segmentation": "segmentation"}
-    flows = {flow: names[flow] for flow in FLOWS if all(flow in each.flows for each in explained)}
+    flows = {flow: FLOW_NAMES[flow] for flow in FLOWS if all(flow in each.flows for each in explained)}
     return render(
         "relevance.html.j2",
         title=title,
