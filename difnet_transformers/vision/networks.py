@@ -219,7 +219,7 @@ def open_networks(
     if not use_segmentation:
         return backbone, segmenter
     said = getattr(extractor, "segmentation_model", None) or {}
-    classes = {"class_names": recorded_class_names(extractor), "runtime": runtime}
+    classes: dict[str, Any] = {"class_names": recorded_class_names(extractor), "runtime": runtime}
     if segmentation_model is not None or untrained:
         segmenter = open_segmenter(segmentation_model, device, untrained, seed, size, **classes, **shares)
     elif is_loadable(said):
