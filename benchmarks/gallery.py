@@ -46,6 +46,10 @@ OVERFITTING = (
     "--grid-backbone efficientnet_lite:make"
 )
 REWARDS = "python benchmarks/rewards.py --cpu --charts charts"
+CONFIDENCE = (
+    "python benchmarks/calibration.py --demos demo_output --checkpoints demo_output/run/best "
+    "--photographs flickr8k/packed --models runs/flickr8k/best --charts docs/curves"
+)
 FAITHFULNESS = (
     "difnet explain --dataset demo_output/packed --split test --num-images 80 --model demo_output/run/best "
     "--image-folder demo_output/corpus/val2014 --faithfulness --output why"
@@ -69,6 +73,13 @@ SECTIONS = {
             "paper's figure, for the demo's model",
             FAITHFULNESS.replace("--num-images 80 ", "").replace("--faithfulness ", ""),
         ),
+    ],
+    "Confidence": [
+        DocsImage(
+            "curves/risk_coverage.svg", "Captions with a wrong word among those kept, the surest first", CONFIDENCE
+        ),
+        DocsImage("curves/calibration.svg", "How often words are right, by their confidence", CONFIDENCE),
+        DocsImage("curves/risk_coverage_photographs.svg", "CIDEr-D of the captions that are kept", CONFIDENCE),
     ],
     "Healthy training": [
         DocsImage("curves/loss.svg", "Cross-entropy loss of the demo's training", DEMO),
