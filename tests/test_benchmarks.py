@@ -22,7 +22,7 @@ SHORT = {
     "help_time.py": ["--repeats", 1],
     "images.py": [
         *("--repeats", 1, "--images", 2, "--device", "cpu"),
-        *("--shortest-side", 64, "--segmentation-side", 64, "--runtimes", "torch", "--models", "segformer-b0"),
+        *("--shortest-side", 64, "--segmentation-side", 64, "--runtimes", "torch", "auto", "--models", "segformer-b0"),
     ],
     "metrics.py": ["--number", 2000, "--images", 50],
     "relevance.py": ["--batch-sizes", 1, "--positions", 2, "--repeats", 1, "--device", "cpu"],

@@ -22,6 +22,7 @@ from ..options import (
     option_name,
     parse_options,
     precision_option,
+    runtime_option,
     save_options,
     segmentation_size_option,
     sides_of,
@@ -66,7 +67,7 @@ Images that cannot be used are left out and listed at the end, and in manifest.j
 --strict, for mistakes, and if nothing could be done."""
 
 SEGMENTATION_SOURCES = ("segmentation_model", "panoptic_annotations", "instance_annotations", "label_maps")
-GRID_BACKBONE = ("grid_backbone", "layer", "image_size", "grid_size", "precision", "batch_size")
+GRID_BACKBONE = ("grid_backbone", "layer", "image_size", "grid_size", "precision", "runtime", "batch_size")
 SEGMENTATION = (*SEGMENTATION_SOURCES, "segmentation_size", "score_threshold")
 SOURCES = (*GRID_BACKBONE, *SEGMENTATION, "label_order", "coco_json")
 
@@ -82,6 +83,7 @@ class ExtractOptions:
     image_size: str | None = image_size_option()
     grid_size: str | None = grid_size_option()
     precision: str | None = precision_option()
+    runtime: str | None = runtime_option()
     batch_size: int | None = field(
         default=None,
         metavar="N",
