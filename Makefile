@@ -53,6 +53,7 @@ bench: setup
 	$(BIN)/python benchmarks/relevance.py
 	$(BIN)/python benchmarks/runtimes.py
 	$(BIN)/python benchmarks/help_time.py
+	$(BIN)/python benchmarks/bulk.py
 
 gallery: setup
 	$(BIN)/python benchmarks/gallery.py

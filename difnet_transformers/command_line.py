@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -88,6 +89,17 @@ def run_command(
             traceback.print_exc()
         _print_line(f"{program}: error: {describe(error)}")
         return 2
+
+
+def resume_text(program: str, argv: Sequence[str] | None) -> str:
+    """What an interrupted program says of finished shards: the command that resumes.
+
+    Args:
+        program: its name.
+        argv: words of the command line; `None` for those of the process.
+    """
+    words = ["python", *sys.argv] if argv is None else [*program.split(), *argv]
+    return f"finished shards are kept; the same command resumes: {shlex.join(words)}"
 
 
 def quiet_transformers() -> None:

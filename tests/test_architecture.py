@@ -18,7 +18,7 @@ LEVELS = [
     {"export"},
     {"vision", "training"},
     {"evaluation"},
-    {"reports"},
+    {"reports", "bulk"},
     {"demo", "workflows"},
     {"cli"},
     {"convert_checkpoint", "dataset_difnet", "pipeline_difnet", "segmentation_difnet"},

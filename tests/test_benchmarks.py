@@ -16,6 +16,7 @@ from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTok
 
 REPOSITORY = Path(__file__).parent.parent
 SHORT = {
+    "bulk.py": ["--images", 120, "--images-per-tar", 40, "--repeats", 1, "--sample", 64],
     "compare.py": ["--images", 100, "--resamples", 500],
     "data.py": ["--images", 210, "--rounds", 1],
     "generation.py": ["--batch-sizes", 1, "--repeats", 1, "--device", "cpu"],
@@ -43,6 +44,7 @@ def run_benchmark(name: str, *options: object, exit_codes: tuple[int, ...] = (0,
 @pytest.mark.parametrize(
     "name",
     [
+        pytest.param("bulk.py", marks=pytest.mark.slow),
         "compare.py",
         pytest.param("data.py", marks=pytest.mark.slow),
         "generation.py",

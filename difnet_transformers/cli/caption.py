@@ -9,12 +9,14 @@ from pathlib import Path
 
 from simple_parsing import field
 
-from ..command_line import LeftOut, quiet_transformers, run_command
+from ..bulk.options import MANY, ManyImagesOptions
+from ..command_line import LeftOut, quiet_transformers, resume_text, run_command
 from ..options import (
     check_at_least,
     debug_option,
     image_size_option,
     layer_option,
+    option_name,
     parse_options,
     precision_option,
     runtime_option,
@@ -47,16 +49,36 @@ checkpoint that difnet calibrate was run for, also the probability that a word i
 Captions are printed, one line for each image. An image, or an image's features, that cannot be used get one line, and
 the others are captioned: the exit code is 0, with --strict 2. It is 2 also for mistakes, and if nothing could be
 captioned. What was captioned before an error or an interruption is printed and written all the same. Image ids come
-from COCO's file names; other images are numbered in order."""
+from COCO's file names; other images are numbered in order.
+
+Many images, in folders, tars of WebDataset, Parquet files, lists of paths or URLs, or a dataset of the Hub:
+
+  difnet caption "s3://bucket/images/*.tar" --model mine --output captions --plan
+  difnet caption "s3://bucket/images/*.tar" --model mine --output captions
+
+OUTPUT gets a Parquet file for each shard of the inputs, with a row for each image: key, source, caption, score, and
+the error of an image that cannot be captioned. --plan measures a sample and says what the whole will take. The program
+can be killed at any time: the same command resumes after the last finished shard. Several processes share the shards:
+torchrun, accelerate launch and array jobs of SLURM say which part is whose, or --shard does (docs/large_scale.md)."""
+
+OUTPUTS_OF_FEW = ("json", "contact_sheet", "explain", "features")
+NETWORKS_AND_CAPTIONS = (
+    *("grid_backbone", "layer", "precision", "force", "segmentation_model", "segmentation_size", "untrained", "seed"),
+    *("device", "runtime", "num_captions", "num_beams", "batch_size", "original_beam_search", "confidence"),
+    *("save_features", "num_threads", "allow_private_hosts"),
+)
 
 
-@dataclass
-class CaptionOptions:
+@dataclass(kw_only=True)
+class CaptionOptions(ManyImagesOptions):
     """Options of `difnet caption`."""
 
     model: str = field(metavar="NAME", help="folder or repository of the captioner, or what difnet export wrote")
     images: list[str] = field(
-        default_factory=list, positional=True, metavar="IMAGE", help="images, or folders of them"
+        default_factory=list,
+        positional=True,
+        metavar="IMAGE",
+        help="images, or folders of them; with --output also tars, Parquet files, lists, datasets",
     )
     grid_backbone: str | None = field(default=None, metavar="NAME", help="folder, repository or function")
     layer: int | None = layer_option()
@@ -94,10 +116,26 @@ class CaptionOptions:
         help="check without weights: a feature network that is not named is a small random one; captions mean nothing",
     )
     seed: int = field(default=0, metavar="N", help="of --untrained")
+    output: str | None = field(
+        default=None, group=MANY, metavar="FOLDER", help="path, or URL of what fsspec writes: a file for each shard"
+    )
+    format: str = field(default="parquet", group=MANY, choices=["parquet", "jsonl"], help="of --output")
+    save_features: str | None = field(
+        default=None, group=MANY, choices=["float16", "float32"], help="write the features too, 0.2 MB an image"
+    )
     strict: bool = strict_option()
     debug: bool = debug_option()
 
     def __post_init__(self) -> None:
+        self.check_many(needs="--output" if self.output is None else None)
+        if self.output is None and self.save_features:
+            raise ValueError("--save-features belongs to --output")
+        if self.output is not None:
+            given = [option_name(name) for name in OUTPUTS_OF_FEW if getattr(self, name)]
+            if given:
+                raise ValueError(f"{given[0]} and --output do not go together")
+            if self.format == "jsonl" and self.save_features:
+                raise ValueError("--save-features needs --format parquet")
         if bool(self.images) == bool(self.features):
             raise ValueError("give images, or --features")
         if not self.features and (self.segmentation or self.ids):
@@ -175,7 +213,34 @@ def main(argv: Sequence[str] | None = None, prog: str = "caption.py") -> int:
         )
         return left_out.report(len(results), options.strict)
 
-    return run_command(prog, command, options.debug)
+    def many() -> int:
+        from ..bulk.captioning import CaptioningConfig, ImageCaptioner
+        from ..bulk.command import print_plan, process_many
+
+        assert options.output is not None
+        quiet_transformers()
+        config = CaptioningConfig(
+            options.model,
+            image_size=None if options.image_size is None else sides_of(options.image_size),
+            **{name: getattr(options, name) for name in NETWORKS_AND_CAPTIONS},
+        )
+        inputs = options.inputs(options.images)
+        maker = ImageCaptioner(config)
+        if options.plan:
+            return print_plan(maker, inputs, sample=options.sample, price_per_hour=options.price_per_hour)
+        return process_many(
+            maker,
+            inputs,
+            options.output,
+            format=options.format,
+            shard=options.shard,
+            retry_errors=options.retry_errors,
+            strict=options.strict,
+        )
+
+    if options.output is None:
+        return run_command(prog, command, options.debug)
+    return run_command(prog, many, options.debug, resume=resume_text(prog, argv))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from simple_parsing import field
 
-from ..command_line import run_command
+from ..bulk.options import MANY, ManyImagesOptions
+from ..command_line import quiet_transformers, resume_text, run_command
 from ..options import (
     check_at_least,
     debug_option,
@@ -69,15 +70,34 @@ Images that cannot be used are left out and listed at the end, and in manifest.j
 SEGMENTATION_SOURCES = ("segmentation_model", "panoptic_annotations", "instance_annotations", "label_maps")
 GRID_BACKBONE = ("grid_backbone", "layer", "image_size", "grid_size", "precision", "runtime", "batch_size")
 SEGMENTATION = (*SEGMENTATION_SOURCES, "segmentation_size", "score_threshold")
+OF_THE_ORIGINAL = (*SEGMENTATION_SOURCES[1:], "coco_json", "packed")
 SOURCES = (*GRID_BACKBONE, *SEGMENTATION, "label_order", "coco_json")
 
 
-@dataclass
-class ExtractOptions:
+NETWORKS_OF_SHARDS = (
+    *("grid_backbone", "layer", "precision", "runtime", "segmentation_model", "segmentation_size", "score_threshold"),
+    *("untrained", "seed", "dtype", "device", "num_threads", "allow_private_hosts"),
+)
+
+
+@dataclass(kw_only=True)
+class ExtractOptions(ManyImagesOptions):
     """The options of `difnet extract`."""
 
-    images: list[str] = field(positional=True, metavar="IMAGE", help="images, or folders of them")
-    output: Path = field(metavar="FOLDER", help="folder to make")
+    images: list[str] = field(
+        positional=True,
+        metavar="IMAGE",
+        help="images, or folders of them; with --format parquet also tars, Parquet files, lists, datasets",
+    )
+    output: str = field(metavar="FOLDER", help="folder to make; with --format parquet also a URL")
+    format: str = field(
+        default="original",
+        choices=["original", "parquet"],
+        help="the original's files (default), or Parquet, a file for each shard",
+    )
+    dtype: str = field(
+        default="float16", group=MANY, choices=["float16", "float32"], help="of --format parquet: type of the values"
+    )
     grid_backbone: str | None = field(default=None, metavar="NAME", help="folder, repository or function")
     layer: int | None = layer_option()
     image_size: str | None = image_size_option()
@@ -131,6 +151,11 @@ class ExtractOptions:
             raise ValueError(f"{' and '.join(given)} are two sources of segmentation: give one")
         check_at_least(self, 1, "batch_size")
         check_at_least(self, 32, "segmentation_size")
+        self.check_many(needs="--format parquet" if self.format == "original" else None)
+        if self.format == "parquet":
+            given = [name for name in OF_THE_ORIGINAL if getattr(self, name) is not None]
+            if given:
+                raise ValueError(f"{option_name(given[0])} and --format parquet do not go together")
         if self.score_threshold is not None and not 0 <= self.score_threshold <= 1:
             raise ValueError(f"--score-threshold must be from 0 to 1, not {self.score_threshold}")
         if (self.packed is None) != (self.captions is None):
@@ -138,7 +163,7 @@ class ExtractOptions:
 
     def command(self) -> str:
         """The command line that makes the same features, for the manifest."""
-        words = ["python", "scripts/extract_features.py", *self.images, "--output", self.output.name]
+        words = ["python", "scripts/extract_features.py", *self.images, "--output", Path(self.output).name]
         for name in (*GRID_BACKBONE, *SEGMENTATION, "coco_json"):
             value = getattr(self, name)
             if value is not None:
@@ -149,7 +174,7 @@ class ExtractOptions:
 
     def save(self, path: Path) -> None:
         """Writes a recipe of the run. As in `command`, the output has no folder: it may be moved."""
-        save_options(dataclasses.replace(self, output=Path(self.output.name)), path)
+        save_options(dataclasses.replace(self, output=Path(self.output).name), path)
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "extract_features.py") -> int:
@@ -162,10 +187,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "extract_features.py") -
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
+        output = Path(options.output)
         try:
             manifest = extract_features(
                 options.images,
-                options.output,
+                output,
                 **{name: getattr(options, name) for name in SOURCES if name not in ("image_size", "grid_size")},
                 grid_size=grid_size_of(options.grid_size),
                 image_size=None if options.image_size is None else sides_of(options.image_size),
@@ -180,11 +206,37 @@ def main(argv: Sequence[str] | None = None, prog: str = "extract_features.py") -
         if manifest is None:  # not the main process
             return 0
         if options.packed is not None and options.captions is not None:
-            pack_features(options.output, options.packed, options.captions, options.skip_missing)
-        num_left_out = print_summary(manifest, options.output)
+            pack_features(output, options.packed, options.captions, options.skip_missing)
+        num_left_out = print_summary(manifest, output)
         return 2 if num_left_out and options.strict else 0
 
-    return run_command(prog, run, options.debug, resume="the same command resumes from here")
+    def many() -> int:
+        from ..bulk.command import print_plan, process_many
+        from ..bulk.features import FeatureConfig, FeatureMaker
+
+        quiet_transformers()
+        config = FeatureConfig(
+            grid_size=grid_size_of(options.grid_size),
+            image_size=None if options.image_size is None else sides_of(options.image_size),
+            batch_size=options.batch_size or 8,
+            **{name: getattr(options, name) for name in NETWORKS_OF_SHARDS},
+        )
+        maker = FeatureMaker(config)
+        inputs = options.inputs(options.images)
+        if options.plan:
+            return print_plan(maker, inputs, sample=options.sample, price_per_hour=options.price_per_hour)
+        return process_many(
+            maker,
+            inputs,
+            options.output,
+            shard=options.shard,
+            retry_errors=options.retry_errors,
+            strict=options.strict,
+        )
+
+    if options.format == "original":
+        return run_command(prog, run, options.debug, resume="the same command resumes from here")
+    return run_command(prog, many, options.debug, resume=resume_text(prog, argv))
 
 
 if __name__ == "__main__":

@@ -88,9 +88,13 @@ def shard_size(text: str) -> int:
 class PackOptions:
     """The options of `difnet pack`."""
 
-    features: list[str] = field(metavar="FILE", help="one or several HDF5 files")
+    features: list[str] = field(
+        metavar="FILE", help="one or several HDF5 files, or the output of difnet extract --format parquet"
+    )
     segmentation: list[str] | None = field(
-        default=None, metavar="PATH", help="folder of .npy files or HDF5 file, or several; none: baseline"
+        default=None,
+        metavar="PATH",
+        help="folder of .npy files or HDF5 file, or several, or the same output as --features; none: baseline",
     )
     annotations: str = field(metavar="PATH", help="folder, or dataset_coco.json")
     output: Path = field(metavar="FOLDER", help="the packed folder")
@@ -157,14 +161,17 @@ def main(argv: Sequence[str] | None = None, prog: str = "pack_coco.py") -> int:
     options = parse_options(PackOptions, argv, prog=prog, description=DESCRIPTION)
 
     def run() -> int:
+        from ..data.feature_tables import expand_folders
         from ..data.pack import pack_dataset
         from ..data.packing_plan import PackingConfig
         from ..data.provenance import fitted_lines
         from ..data.verify import verify_dataset
 
         config = PackingConfig(
-            features=tuple(options.features),
-            segmentation=None if options.segmentation is None else one_or_several(options.segmentation),
+            features=tuple(expand_folders(options.features)),
+            segmentation=None
+            if options.segmentation is None
+            else one_or_several(expand_folders(options.segmentation)),
             annotations=options.annotations,
             dtype=options.dtype,
             grid_size=grid_size_of(options.grid_size) or 7,

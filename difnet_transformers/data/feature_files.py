@@ -1,4 +1,4 @@
-"""Feature files: grid features in HDF5, segmentation features in HDF5 or as a folder of `.npy` files.
+"""Feature files: grid features in HDF5, segmentation features in HDF5 or as a folder of `.npy` files; both in Parquet.
 
 Grid features as the original has them (`coco_grid_feats2.hdf5`), as RSTNet and DLCT have them, or as unpooled maps.
 Nothing outside the file or folder that is given is ever opened.
@@ -28,8 +28,21 @@ from .normalization import LARGEST_ID, show
 if TYPE_CHECKING:
     import h5py
 
+    from .feature_tables import FeatureTable
+
 SEGMENTATIONS = "segmentations"  # folder of segmentation features in the output of `difnet extract`
 ARRAY_SIZE_LIMIT = 2**30  # bytes of one image's array; an unpooled map of a large image takes 30 MB
+
+
+def is_table(path: str | os.PathLike) -> bool:
+    """Whether a file of features is one that `difnet extract --format parquet` writes, by its name."""
+    return os.fspath(path).lower().endswith(".parquet")
+
+
+def _open_table(path: str) -> FeatureTable:
+    from .feature_tables import FeatureTable  # needs pyarrow
+
+    return FeatureTable(path)
 
 
 class GridFiles:
@@ -44,6 +57,7 @@ class GridFiles:
 
     def __init__(self, paths: tuple[str, ...]):
         self.paths = paths
+        self._tables = {path: _open_table(path) for path in paths if is_table(path)}
         self._files: dict[str, h5py.File] = {}
         self._keys: dict[str, dict[int, str]] = {}
 
@@ -55,7 +69,7 @@ class GridFiles:
         """
         file_of: dict[int, str] = {}
         for path in self.paths:
-            ids = list(self._keys_of(path))
+            ids = list(self._tables[path].rows() if path in self._tables else self._keys_of(path))
             twice = [image_id for image_id in ids if image_id in file_of]
             if twice:
                 others = sorted({file_of[image_id] for image_id in twice})
@@ -103,7 +117,8 @@ class GridFiles:
         found: list[dict[str, Any]] = []
         for path in self.paths:
             try:
-                said = json.loads(self._file(path).attrs["grid_backbone"])
+                table = self._tables.get(path)
+                said = table.record("grid_backbone") if table else json.loads(self._file(path).attrs["grid_backbone"])
             except (KeyError, TypeError, ValueError):
                 return None
             if not isinstance(said, dict):
@@ -121,6 +136,8 @@ class GridFiles:
             BrokenImage: they are no array of numbers that lies in this file.
             DataError: the file cannot be read at all.
         """
+        if path in self._tables:
+            return self._tables[path].read_grid(image_id)
         file = self._file(path)
         # Listing all keys of a file takes a second; it is done only where the plain names are not there.
         plain = (f"{image_id}_grids", f"{image_id}_features") if path not in self._keys else ()
@@ -137,6 +154,7 @@ class SegmentationFiles:
 
     def __init__(self, path: str):
         self.path = path
+        self._table = _open_table(path) if is_table(path) else None
         self._file: h5py.File | None = None
 
     def index(self) -> dict[int, str]:
@@ -146,6 +164,8 @@ class SegmentationFiles:
             DataError: an image is there twice, or there is nothing of the kind.
         """
         found: dict[int, str] = {}
+        if self._table is not None:
+            return {image_id: str(image_id) for image_id in self._table.rows()}
         if os.path.isdir(self.path):
             names = (
                 Path(folder, name).relative_to(self.path).as_posix()
@@ -178,6 +198,8 @@ class SegmentationFiles:
         Raises:
             DataError: the folder holds several extractions.
         """
+        if self._table is not None:
+            return records_in({"segmentation_model": self._table.record("segmentation_model")}).segmentation_model
         if not os.path.isdir(self.path):
             attributes = self._hdf5().attrs
             # A damaged attribute shows in whatever part of h5py it reaches first.
@@ -220,6 +242,8 @@ class SegmentationFiles:
         Raises:
             BrokenImage: it is no array of numbers that lies in this folder or file.
         """
+        if self._table is not None:
+            return self._table.read_segmentation(int(name)), ""
         if not os.path.isdir(self.path):
             return _read_hdf5(self._hdf5(), self.path, name), ""
         path = os.path.join(self.path, name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -30,6 +30,7 @@ from ..stage_times import StageTimes
 from ..vision.image_batches import (
     DECODING,
     MAX_BYTES_AHEAD,
+    NUM_THREADS,
     LoadedImage,
     grid_features_of,
     load_image,
@@ -343,34 +344,48 @@ Prepared: TypeAlias = list[tuple[CaptionItem, Mapping[str, torch.Tensor]]]
 
 def prepared_batches(
     captioner: DifnetImageCaptioningPipeline,
-    items: Sequence[CaptionItem],
+    items: Iterable[CaptionItem],
     batch_size: int,
     left_out: LeftOut,
     times: StageTimes,
+    num_threads: int = NUM_THREADS,
 ) -> Generator[Prepared, None, None]:
-    """The captioner's inputs for `batch_size` items at a time; see `caption_items`."""
+    """The captioner's inputs for `batch_size` items at a time; see `caption_items`.
 
-    def read(item: CaptionItem) -> Loaded:
-        with times.stage(DECODING, beside=True):
-            return item.read()
+    Args:
+        captioner, items, batch_size, left_out, times: see there.
+        num_threads: that read items beside the networks; 0 for none.
+    """
+
+    def read(item: CaptionItem) -> tuple[CaptionItem, Loaded | Exception]:
+        with times.stage(DECODING, beside=True) if num_threads else contextlib.nullcontext():
+            try:
+                return item, item.read()
+            except Exception as error:
+                return item, error
 
     def num_bytes(each: Loaded | Exception) -> int:
         return each.num_bytes if isinstance(each, LoadedImage) else 0
 
     loaded: list[tuple[CaptionItem, Loaded | Exception]] = []
     prepared: Prepared = []
-    with contextlib.closing(prefetch(read, items, num_bytes)) as ahead:
-        for number, item in enumerate(items, start=1):
+    with contextlib.closing(prefetch(read, items, lambda pair: num_bytes(pair[1]), num_threads)) as ahead:
+        while True:
             with times.stage(DECODING):  # as far as the threads are not ahead
-                loaded.append((item, next(ahead)))
+                pair = next(ahead, None)
+            assert not isinstance(pair, Exception)
+            if pair is not None:
+                loaded.append(pair)
             num_read = sum(not isinstance(each, Exception) for _, each in loaded)
-            is_full = number == len(items) or len(prepared) + num_read == batch_size
+            is_full = pair is None or len(prepared) + num_read == batch_size
             if is_full or num_read == 0 or sum(num_bytes(each) for _, each in loaded) > MAX_BYTES_AHEAD:
                 prepared += prepare_batch(captioner, loaded, left_out, times)
                 loaded = []
             if prepared and is_full:
                 yield prepared
                 prepared = []
+            if pair is None:
+                break
 
 
 def prepare_batch(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
@@ -79,7 +79,7 @@ def load_image(
 
 def prefetch(
     function: Callable[[Item], Result],
-    items: Sequence[Item],
+    items: Iterable[Item],
     num_bytes: Callable[[Any], int] = lambda result: 0,
     num_threads: int = NUM_THREADS,
 ) -> Generator[Result | Exception, None, None]:
@@ -87,16 +87,26 @@ def prefetch(
 
     Args:
         function: runs in threads; may raise anything.
-        items: its arguments.
+        items: its arguments, which are taken in the consumer's thread when their turn comes.
         num_bytes: of a result. While about `MAX_BYTES_AHEAD` wait, nothing further is begun.
-        num_threads: that run beside the consumer's.
+        num_threads: that run beside the consumer's; 0 for none.
 
     Yields:
         What `function` returned for an item, or the exception that it raised.
     """
+    if num_threads == 0:
+        for item in items:
+            try:
+                result: Result | Exception = function(item)
+            except Exception as problem:
+                result = problem
+            yield result
+        return
     executor = ThreadPoolExecutor(num_threads, thread_name_prefix="prefetch")
     waiting: deque[Future[Result]] = deque()
-    position = 0
+    remaining = iter(items)
+    is_exhausted = False
+    num_ahead = max(NUM_AHEAD, 2 * num_threads + 2)
     expected = MAX_BYTES_AHEAD / num_threads  # of a result that is not there yet: as much as the one before
 
     def bytes_of(future: Future[Result]) -> float:
@@ -105,12 +115,18 @@ def prefetch(
         return 0 if future.exception() is not None else num_bytes(future.result())
 
     try:
-        while position < len(items) or waiting:
-            while position < len(items) and len(waiting) < NUM_AHEAD:
+        while waiting or not is_exhausted:
+            while not is_exhausted and len(waiting) < num_ahead:
                 if waiting and sum(map(bytes_of, waiting)) > MAX_BYTES_AHEAD:
                     break
-                waiting.append(executor.submit(function, items[position]))
-                position += 1
+                try:
+                    item = next(remaining)
+                except StopIteration:
+                    is_exhausted = True
+                    break
+                waiting.append(executor.submit(function, item))
+            if not waiting:
+                break
             future = waiting.popleft()
             error = future.exception()  # waits
             if error is None:

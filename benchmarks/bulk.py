@@ -1,0 +1,203 @@
+"""Captions of many images: two processes against one, what shards, keys and Parquet cost, and forecasts.
+
+    python benchmarks/bulk.py [--images 4000] [--images-per-tar 500]
+
+Small JPEG images in tars of WebDataset and tiny random networks, so that everything but the networks shows. Each
+process is pinned to a core and has one thread. The overhead of shards, keys and Parquet is the time of all without the
+reading of the tars and without that of the same captioner on the files in memory, whose rows are dropped. The last
+table computes what 10^6 and 10^8 images take on 1, 8 and 64 devices from seconds of each stage: those of docs/speed.md
+for networks of full size on a CPU, and with `--speedup` for devices that are so many times as fast. The tables go to
+the terminal and to benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import cProfile
+import io
+import multiprocessing
+import os
+import pstats
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from common import (
+    ROOT,
+    add_output_option,
+    header,
+    load_module,
+    make_parser,
+    markdown_table,
+    results_path,
+    write_report,
+)
+
+from difnet_transformers.bulk.captioning import ImageCaptioner
+from difnet_transformers.bulk.command import duration_text
+from difnet_transformers.bulk.forecast import Forecast, forecast
+from difnet_transformers.bulk.inputs import InputConfig, plan_shards
+from difnet_transformers.bulk.readers import read_shard
+from difnet_transformers.bulk.run import process_shards
+
+campaign = load_module("bulk_campaign", ROOT / "tests" / "bulk_campaign.py")
+
+FORK = multiprocessing.get_context("fork")
+OPTIONS = {"batch_size": 64, "num_beams": 5}
+# docs/speed.md: seconds of an image on 2 cores of an AMD EPYC, bf16; a photograph of COCO has 160 kB.
+FULL_SIZE = {"grid backbone": 0.499, "segmentation": 1.77, "captioning": 0.08, "decoding": 0.0, "writing": 0.0}
+DECODING_BESIDE = 0.0125
+PHOTOGRAPH = 160e3
+
+
+def run(model: Path, images: Path, output: Path, num_processes: int) -> float:
+    """Seconds from the first shard to the last one, of processes that have their networks and a core each."""
+    barrier, queue = FORK.Barrier(num_processes), FORK.SimpleQueue()
+
+    def work(number: int) -> None:
+        os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[number]})
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        torch.set_num_threads(1)
+        captioner = ImageCaptioner(campaign.config_of(model, **OPTIONS))
+        captioner([{"key": 0, "image": campaign.image_file(0)}])
+        barrier.wait()
+        begun = time.time()
+        process_shards(captioner, InputConfig((str(images),)), str(output), process=(number, num_processes))
+        queue.put((begun, time.time()))
+
+    workers = [FORK.Process(target=work, args=(number,)) for number in range(num_processes)]
+    for worker in workers:
+        worker.start()
+    times = [queue.get() for _ in workers]
+    for worker in workers:
+        worker.join()
+    return max(end for _, end in times) - min(begun for begun, _ in times)
+
+
+def overhead(model: Path, images: Path, folder: Path, repeats: int) -> tuple[dict[str, float], str]:
+    """Seconds of the captioner alone, of reading the tars alone, and of all; and a profile of all."""
+    captioner, inputs = ImageCaptioner(campaign.config_of(model, **OPTIONS)), InputConfig((str(images),))
+    seconds: dict[str, list[float]] = {"captioner": [], "tars": [], "all": []}
+    for number in range(repeats + 1):  # the first is a warm-up
+        times = [time.perf_counter()]
+        items = [item for shard in plan_shards(inputs) for item in read_shard(shard, inputs)]
+        times.append(time.perf_counter())
+        for _ in captioner.rows(iter(items)):
+            pass
+        times.append(time.perf_counter())
+        process_shards(captioner, inputs, str(folder / f"overhead{number}"))
+        times.append(time.perf_counter())
+        for name, start, end in zip(("tars", "captioner", "all"), times, times[1:], strict=False):
+            seconds[name] += [end - start] if number else []
+    profile = cProfile.Profile()
+    profile.runcall(process_shards, captioner, inputs, str(folder / "profile"))
+    text = io.StringIO()
+    stats = pstats.Stats(profile, stream=text).strip_dirs()
+    stats.sort_stats("tottime").print_stats(15)
+    stats.sort_stats("cumtime").print_stats(
+        "run.py|readers.py|outputs.py|captioning.py|rows.py|files.py|tarfile.py", 30
+    )
+    # The fastest runs: a difference of medians is mostly what else the machine did.
+    return {name: min(each) for name, each in seconds.items()}, text.getvalue()
+
+
+def scaled_rows(speedup: float, bandwidth: float, price: float) -> list[list[str]]:
+    one = Forecast(
+        10**6, 1000, FULL_SIZE, {"decoding": DECODING_BESIDE}, bytes_in=PHOTOGRAPH, bytes_out=60, seconds_to_start=30
+    )
+    rows = []
+    for factor in (1.0, speedup):
+        for images in (10**6, 10**8):
+            for processes in (1, 8, 64):
+                found = one.scaled(processes, images, images // 1000, bandwidth, factor)
+                hours = found.total_seconds / 3600
+                rows.append(
+                    [
+                        "2 CPU cores" if factor == 1 else f"{factor:g} times as fast",
+                        f"10^{len(str(images)) - 1}",
+                        f"{processes}",
+                        duration_text(found.total_seconds) if hours < 1000 else f"{hours / 24:,.0f} days",
+                        f"{found.images_per_second:,.1f}",
+                        f"{hours * processes * price:,.0f}",
+                        found.bottleneck,
+                    ]
+                )
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--images", type=int, default=4000)
+    parser.add_argument("--images-per-tar", type=int, default=500)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--sample", type=int, default=512, help="images of the forecast (default: 512)")
+    parser.add_argument("--speedup", type=float, default=60.0, help="of the last table's faster devices (default: 60)")
+    parser.add_argument("--bandwidth", type=float, default=1e9, help="bytes/s of the storage (default: 1e9)")
+    parser.add_argument("--price", type=float, default=1.0, help="of a device and hour (default: 1)")
+    add_output_option(parser)
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = campaign.save_captioner(folder / "model")
+        campaign.make_tars(folder / "tars", arguments.images, arguments.images_per_tar, broken=False)
+        numbers = (1, 2) if len(os.sched_getaffinity(0)) > 1 else (1,)
+        seconds: dict[int, list[float]] = {number: [] for number in numbers}
+        for repeat in range(arguments.repeats):
+            for number in numbers:
+                seconds[number].append(run(model, folder / "tars", folder / f"out{number}-{repeat}", number))
+        medians = {number: statistics.median(each) for number, each in seconds.items()}
+        speed_rows = [
+            [f"{number}", f"{each:.1f} s", f"{arguments.images / each:.0f}", f"{medians[1] / each:.2f}"]
+            for number, each in medians.items()
+        ]
+        speed = markdown_table(["processes, one core each", "time", "images/s", "times as fast"], speed_rows)
+
+        parts, profile = overhead(model, folder / "tars", folder, arguments.repeats)
+        more = parts["all"] - parts["captioner"] - parts["tars"]
+        cost = markdown_table(
+            ["", "ms an image", "of the captioner"],
+            [
+                [name, f"{1000 * each / arguments.images:.3f}", f"{each / parts['captioner']:.1%}"]
+                for name, each in {
+                    "captioner, files in memory": parts["captioner"],
+                    "reading the tars": parts["tars"],
+                    "shards, keys and Parquet": more,
+                    "all": parts["all"],
+                }.items()
+            ],
+        )
+        captioner, inputs = ImageCaptioner(campaign.config_of(model, **OPTIONS)), InputConfig((str(folder / "tars"),))
+        expected = forecast(captioner, inputs, plan_shards(inputs), arguments.sample)
+        begun = time.perf_counter()
+        process_shards(captioner, inputs, str(folder / "forecast"))
+        measured = time.perf_counter() - begun
+        said = expected.total_seconds - expected.seconds_to_start
+        rows = [["1", duration_text(said), duration_text(measured), f"{said / measured - 1:+.1%}"]]
+        if 2 in medians:
+            both = expected.scaled(2)
+            said = both.total_seconds - both.seconds_to_start
+            rows.append(["2", duration_text(said), duration_text(medians[2]), f"{said / medians[2] - 1:+.1%}"])
+        forecasts = markdown_table(["processes", "forecast", "measured", "difference"], rows)
+    scaled = markdown_table(
+        ["device", "images", "devices", "time", "images/s", "cost", "limited by"],
+        scaled_rows(arguments.speedup, arguments.bandwidth, arguments.price),
+    )
+    storage = f"{PHOTOGRAPH / 1e3:g} kB an image, {arguments.bandwidth / 1e9:g} GB/s of storage"
+    sections = {
+        f"{arguments.images:,} small images, tiny networks": speed,
+        "Overhead": cost,
+        f"Forecast from {arguments.sample} images": forecasts,
+        f"Model of full size: {storage}, {arguments.price:g} a device and hour": scaled,
+        "Profile": ["```text", *profile.strip().splitlines(), "```"],
+    }
+    lines = header("Captions of many images", "bulk.py", notes=[f"medians of {arguments.repeats} runs"])
+    for title, section in sections.items():
+        lines += [f"## {title}", "", *section, ""]
+    write_report(lines, arguments.output or results_path("bulk", "cpu"))
+
+
+if __name__ == "__main__":
+    main()

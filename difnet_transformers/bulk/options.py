@@ -1,0 +1,97 @@
+"""Options of commands that take many images: what they are, how they are cut into shards, and which part is whose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path  # noqa: F401  (simple_parsing looks up the annotations of subclasses here)
+from typing import TYPE_CHECKING
+
+from simple_parsing import field
+
+from ..options import check_at_least, option_name
+
+if TYPE_CHECKING:
+    from .inputs import InputConfig
+
+MANY = "many images"
+
+
+@dataclass(kw_only=True)
+class ManyImagesOptions:
+    """Options that `difnet caption` and `difnet extract` share; see `plan_shards` and `process_shards`."""
+
+    plan: bool = field(
+        default=False, group=MANY, help="work on a sample, say what all images will take, and write nothing"
+    )
+    sample: int = field(default=128, group=MANY, metavar="N", help="of --plan: images to measure")
+    price_per_hour: float | None = field(
+        default=None, group=MANY, metavar="X", help="of --plan: of one process's machine, for the cost"
+    )
+    shard: str | None = field(
+        default=None, group=MANY, metavar="I/N", help="this process's part, I from 0 (default: as its launcher says)"
+    )
+    images_per_shard: int = field(
+        default=1000, group=MANY, metavar="N", help="of folders, tables, lists and datasets; a tar is one shard"
+    )
+    input_kind: str = field(
+        default="auto",
+        group=MANY,
+        choices=["auto", "images", "tar", "parquet", "list", "dataset"],
+        help="what IMAGE names (default: by its name, and by what is there)",
+    )
+    image_column: str | None = field(
+        default=None,
+        group=MANY,
+        metavar="NAME",
+        help="of tables, the images or their paths or URLs; of tars, their suffix (default: the usual names)",
+    )
+    key_column: str | None = field(
+        default=None, group=MANY, metavar="NAME", help="of tables (default: key, id, image_id, or the row's number)"
+    )
+    split: str | None = field(default=None, group=MANY, metavar="NAME", help="of a dataset that has several")
+    dataset_config: str | None = field(default=None, group=MANY, metavar="NAME", help="of a dataset that has several")
+    streaming: bool = field(default=False, group=MANY, help="read a dataset from where it lies, one file a shard")
+    num_threads: int | None = field(
+        default=None,
+        group=MANY,
+        metavar="N",
+        help="that read and decode beside the networks; more for slow storage (default: half the cores, at most 4)",
+    )
+    retry_errors: bool = field(default=False, group=MANY, help="do shards that have errors again")
+    allow_private_hosts: bool = field(
+        default=False, group=MANY, help="let URLs of lists lead to this machine or a private network"
+    )
+
+    def check_many(self, needs: str | None) -> None:
+        """For `__post_init__`.
+
+        Args:
+            needs: the option without which there are no shards, where it is not given.
+
+        Raises:
+            ValueError: a number is too small, or an option belongs to another that is not given.
+        """
+        check_at_least(self, 1, "images_per_shard", "sample")
+        check_at_least(self, 0, "num_threads")
+        for entry in fields(ManyImagesOptions) if needs is not None else ():
+            if getattr(self, entry.name) != entry.default:
+                raise ValueError(f"{option_name(entry.name)} belongs to {needs}")
+
+    def inputs(self, places: list[str]) -> InputConfig:
+        """The images that are named.
+
+        Args:
+            places: files, folders, URLs and datasets.
+        """
+        from .inputs import InputConfig
+
+        return InputConfig(
+            tuple(places),
+            self.input_kind,
+            self.images_per_shard,
+            self.image_column,
+            self.key_column,
+            self.split,
+            self.dataset_config,
+            streaming=self.streaming,
+        )
