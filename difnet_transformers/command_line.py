@@ -37,10 +37,12 @@ EXTRA_OF = {
     "pycocoevalcap": "java",
     "scipy": "images",
     "shtab": "completion",
+    "sklearn": "calibration",
     "tensorboard": "train",
     "torchao": "quantization",
 }
-DISTRIBUTIONS = {"PIL": "pillow"}  # packages that are installed under another name than they are imported
+# Packages that are installed under another name than they are imported.
+DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}
 
 
 OWN_PACKAGES = ("caption_metrics", "difnet_transformers", "modeling_difnet")

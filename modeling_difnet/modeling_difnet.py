@@ -25,6 +25,7 @@ What differs from the original:
 The position table of a converted checkpoint is frozen noise: it is loaded, never recomputed.
 """
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -41,6 +42,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache_difnet import CACHE_NAME, count_leading_padding, padding_mask, resolve_cache
+from .calibration_difnet import save_calibration
 from .checks_difnet import check_features, check_kwargs, check_length, check_num_captions, check_tensors
 from .configuration_difnet import DifnetConfig
 from .dropout_difnet import Dropout, fast_dropout, relu_dropout
@@ -691,6 +693,18 @@ class DifnetForConditionalGeneration(DifnetPreTrainedModel, DifnetGenerationMixi
         return shift_tokens_right(labels, self.config.pad_token_id, self.config.decoder_start_token_id)
 
     sequence_log_probs = sequence_log_probs
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        **kwargs,
+    ) -> None:
+        """As that of Transformers; the checkpoint's `calibration.json` goes along while the weights are the same."""
+        if is_main_process:
+            save_calibration(self, save_directory, state_dict)  # before the folder is pushed
+        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
 
 
 DifnetModel.register_for_auto_class("AutoModel")
