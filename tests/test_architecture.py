@@ -19,6 +19,7 @@ LEVELS = [
     {"evaluation"},
     {"reports"},
     {"demo", "workflows"},
+    {"app"},
     {"cli"},
     {"convert_checkpoint", "dataset_difnet", "pipeline_difnet", "segmentation_difnet"},
     {"scripts", "examples", "benchmarks"},

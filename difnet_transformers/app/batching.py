@@ -29,9 +29,9 @@ class Job:
 class Batcher:
     """Gives a function the items that wait, as batches, in a thread of its own.
 
-    The first job of the queue decides what runs next; with it go the next ones with the same key. A job that comes alone
-    never waits for others. Where several clients send at once, those that have just got their answers will send again:
-    after a batch of several, and while requests are being read, the next batch may wait `batch_wait` seconds to fill.
+    The first job of the queue decides what runs next; with it go the next ones with the same key. A job that comes
+    alone never waits for others. Where several clients send at once, those that have just got their answers will send
+    again: after a batch of several, and while requests are being read, the next batch may wait `batch_wait` seconds.
 
     Args:
         run: gets a key and items, and returns a result or an exception for each.

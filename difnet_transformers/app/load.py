@@ -1,0 +1,29 @@
+"""The captioners of a server, loaded once, their feature networks shared where they are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..checkpoints import short_name
+from ..evaluation.image_captions import load_pipeline
+from .captioners import ServedCaptioner, share_networks
+
+
+def load_captioners(models: Sequence[str], *, force: bool = False, **options: Any) -> list[ServedCaptioner]:
+    """Captioners under short names.
+
+    Args:
+        models: folders or repositories.
+        force: whether other networks and features than a captioner was trained with are taken.
+        options: further ones of `load_pipeline`, for each captioner that has a use for them.
+
+    Raises:
+        ValueError: one cannot be loaded, or networks do not fit it.
+    """
+    names = [short_name(model) for model in models]
+    if len(set(names)) < len(names):
+        names = list(models)
+    pipelines = [load_pipeline(model, force=force, **options) for model in models]
+    share_networks(pipelines)
+    return [ServedCaptioner(name, each, force) for name, each in zip(names, pipelines, strict=True)]
