@@ -40,14 +40,16 @@ SCROLL = "() => window.innerWidth < 768 && document.querySelector('#results').sc
 FONTS = ["system-ui", "Segoe UI", "Roboto", "Helvetica", "Arial", "sans-serif"]
 
 
-class Uploads(gr.File):
-    """Files as they were uploaded. Nothing looks into them before `read_input` does."""
+def uploads(**options: Any) -> gr.File:
+    """An element for files. Nothing looks into them before `read_input` does."""
 
-    def preprocess(self, payload: Any) -> list[str]:
-        if payload is None:
-            return []
+    def paths_of(payload: Any) -> list[str]:
         files = getattr(payload, "root", payload)
-        return [file.path for file in (files if isinstance(files, list) else [files])]
+        return [file.path for file in (files if isinstance(files, list) else [files]) if file is not None]
+
+    element = gr.File(file_count="multiple", **options)
+    element.preprocess = paths_of  # type: ignore[method-assign]  # a subclass would have Gradio write a .pyi beside us
+    return element
 
 
 def make_page_application(service: CaptionService, warnings: Sequence[str] = ()) -> FastAPI:
@@ -96,9 +98,8 @@ def make_page(service: CaptionService, examples: Sequence[Example], warnings: Se
             gr.HTML(message_html(warning), elem_classes="difnet")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                files = Uploads(
+                files = uploads(
                     label="An image, or features" if takes_images else "Features (.npz, .npy, HDF5)",
-                    file_count="multiple",
                     file_types=[*(["image"] if takes_images else []), *SUFFIXES],
                     height=150,
                     elem_id="files",
@@ -290,7 +291,7 @@ def _task(given: CaptionInput, prompt: str, decoding: DecodingOptions) -> Captio
 def _add_endpoint(service: CaptionService, captioners: Sequence[ServedCaptioner]) -> None:
     """`client.predict(files=[handle_file("image.jpg")], api_name="/caption")` gives the JSON of a result."""
     names = [each.name for each in captioners]
-    files = Uploads(visible=False, file_count="multiple", label="files")
+    files = uploads(visible=False, label="files")
     model = gr.Dropdown(names, value=names[0], visible=False, label="model")
     prompt = gr.Textbox("", visible=False, label="prompt")
     search = gr.Dropdown(list(SEARCHES), value="beam", visible=False, label="search")
