@@ -136,9 +136,7 @@ def main() -> int:
         for row in rows
     ]
     to_caption, to_page = (statistics.median(each) for each in zip(*starts, strict=True))
-    notes = [
-        f"{options.requests} requests a run, {options.repeats} runs of each row in turn; server and clients share cores"
-    ]
+    notes = [f"{options.requests} requests a run, {options.repeats} runs of each row in turn; all on the same cores"]
     lines = [
         *header("A server of captions", "app.py", matmul=matmul, notes=notes),
         *markdown_table(["clients", "captions/s", "times", "ms a request, median", "seconds a run"], table),

@@ -172,6 +172,13 @@ class ServedCaptioner:
             return False
         return True
 
+    @property
+    def usual_length(self) -> int:
+        """The checkpoint's longest caption, in tokens."""
+        settings = self.captioner.model.generation_config
+        usual = settings.max_new_tokens or (settings.max_length or self.longest_caption) - 1
+        return max(1, min(usual, self.longest_caption - 1))
+
     def load_networks(self) -> None:
         """Loads the networks that the captioner needs for images, unless they are there.
 

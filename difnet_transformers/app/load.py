@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..checkpoints import short_name
+from ..checkpoints import checkpoint_folder, read_config, short_name
 from ..evaluation.image_captions import load_pipeline
 from .captioners import ServedCaptioner, share_networks
 
@@ -24,6 +24,14 @@ def load_captioners(models: Sequence[str], *, force: bool = False, **options: An
     names = [short_name(model) for model in models]
     if len(set(names)) < len(names):
         names = list(models)
-    pipelines = [load_pipeline(model, force=force, **options) for model in models]
+    pipelines = [load_pipeline(model, force=force, **_own_options(model, options, len(models))) for model in models]
     share_networks(pipelines)
     return [ServedCaptioner(name, each, force) for name, each in zip(names, pipelines, strict=True)]
+
+
+def _own_options(model: str, options: dict[str, Any], num_models: int) -> dict[str, Any]:
+    """Without a segmentation model for a captioner with one flow beside others that need it."""
+    if num_models == 1 or options.get("segmentation_model") is None:
+        return options
+    has_segmentation = read_config(checkpoint_folder(model)).use_segmentation
+    return options if has_segmentation else {**options, "segmentation_model": None}

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -117,7 +118,7 @@ def make_page(service: CaptionService, examples: Sequence[Example], warnings: Se
                         1, MOST_BEAMS, captioners[0].default_beams, step=1, label="Beams, or samples"
                     )
                     max_new_tokens = gr.Slider(
-                        1, longest - 1, min(20, longest - 1), step=1, label="Longest caption, in words"
+                        1, longest - 1, captioners[0].usual_length, step=1, label="Longest caption, in words"
                     )
                     temperature = gr.Slider(0.1, 2, 1, step=0.1, label="Temperature of samples")
                 with gr.Row():
@@ -167,10 +168,6 @@ def make_page(service: CaptionService, examples: Sequence[Example], warnings: Se
             "concurrency_id": "captions",
             "show_progress_on": results,
         }
-        scroll = {
-            "fn": None,
-            "js": SCROLL,
-        }
         began = gr.on(
             [caption_button.click, prompt.submit], caption, [files, example, *options], trigger_mode="once", **settings
         )
@@ -190,7 +187,7 @@ def make_page(service: CaptionService, examples: Sequence[Example], warnings: Se
                 )
             )
         for event in events:
-            event.then(**scroll)
+            event.then(None, js=SCROLL)
         stop_button.click(None, None, None, cancels=events, api_visibility="private")
         _add_endpoint(service, captioners)
     return page
@@ -296,9 +293,7 @@ def _add_endpoint(service: CaptionService, captioners: Sequence[ServedCaptioner]
     prompt = gr.Textbox("", visible=False, label="prompt")
     search = gr.Dropdown(list(SEARCHES), value="beam", visible=False, label="search")
     num_beams = gr.Number(captioners[0].default_beams, visible=False, precision=0, label="num_beams")
-    max_new_tokens = gr.Number(
-        min(20, captioners[0].longest_caption - 1), visible=False, precision=0, label="max_new_tokens"
-    )
+    max_new_tokens = gr.Number(captioners[0].usual_length, visible=False, precision=0, label="max_new_tokens")
     temperature = gr.Number(1, visible=False, label="temperature")
     with_relevance = gr.Checkbox(False, visible=False, label="with_relevance")
     found = gr.JSON(visible=False)
@@ -330,7 +325,7 @@ def _add_endpoint(service: CaptionService, captioners: Sequence[ServedCaptioner]
                 future = service.submit(model, partial(_read_files, service, files), make_task)
                 try:
                     return result_json(future.result(service.timeout))
-                except TimeoutError:
+                except FutureTimeoutError:
                     raise RequestError(f"no caption within {service.timeout:g} seconds", 504) from None
                 finally:
                     future.cancel()
