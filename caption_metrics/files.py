@@ -240,11 +240,14 @@ def find_images(folders: Sequence[Path], images: Sequence[str], file_names: Mapp
 
 
 def read_confidence(path: Path) -> dict[str, float]:
-    """Confidence by image id, of the rows of a results file that have a number as "confidence". Raises UserError."""
+    """Confidence by image id, of the rows of a results file that have a number as "confidence". Raises UserError.
+
+    "mean_log_prob" stands in where a row has no "confidence".
+    """
     data = _read(path)
     found = {}
     for row in data if isinstance(data, list) else ():
-        value = row.get("confidence") if isinstance(row, dict) else None
+        value = row.get("confidence", row.get("mean_log_prob")) if isinstance(row, dict) else None
         if isinstance(value, int | float) and not isinstance(value, bool) and "image_id" in row:
             found[image_key(row["image_id"])] = float(value)
     return found

@@ -194,8 +194,8 @@ def weights_fingerprint(state_dict: Mapping[str, torch.Tensor]) -> str:
 def calibration_of(model: Any, state_dict: Mapping[str, torch.Tensor] | None = None) -> Calibration | None:
     """The calibration of the checkpoint that a model was loaded from; `None` where there is none.
 
-    It is left out, with a warning, where the weights are others by now, as after fine-tuning. An exported or quantised
-    model, whose weights cannot be compared, is taken to be that of its folder.
+    It is left out, with a warning, where the weights are others by now, as after fine-tuning. The weights of an
+    exported or quantised model, or in float16, cannot be compared: they are taken to be those of its folder.
 
     Args:
         model: any captioner; an ensemble has no calibration.
@@ -212,6 +212,7 @@ def calibration_of(model: Any, state_dict: Mapping[str, torch.Tensor] | None = N
     except OSError:  # the folder is gone
         return None
     has_own_weights = hasattr(model, "lm_head") and not getattr(model, "is_quantized", False)
+    has_own_weights = has_own_weights and model.dtype != torch.float16  # which rounds otherwise than bfloat16
     if calibration is None or calibration.weights_sha256 is None or not has_own_weights:
         return calibration
     if calibration.weights_sha256 != weights_fingerprint(model.state_dict() if state_dict is None else state_dict):
@@ -239,7 +240,8 @@ def save_calibration(
         logger.warning_once(str(error))
         calibration = None
     if calibration is None:
-        path.unlink(missing_ok=True)
+        if path.exists():
+            path.unlink()
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{CALIBRATION_NAME}.{os.getpid()}.unfinished")

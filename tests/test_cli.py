@@ -175,6 +175,7 @@ WITHOUT_EXTRAS = {
     "extract": ("none.jpg --untrained --output out", "images"),
     "train": ("--dataset none --output out", "train"),
     "evaluate": ("--model none --dataset none --output out", "train"),
+    "calibrate": ("none none", "calibration"),
     "compare": ("none.json --references none.json --output out", "images"),
     "caption": ("none.jpg --model none --untrained", "images"),
     "app": ("--model none --port 0", "app"),

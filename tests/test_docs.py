@@ -76,6 +76,8 @@ def short(words: list[str]) -> list[str]:
         return [*arguments, *([] if "--cpu" in arguments else ["--cpu"]), "--", *training, *SMALL_STEPS]
     if command == "evaluate":
         return [*words, "--cpu", "--max-new-tokens", "6"]
+    if command == "calibrate":
+        return [*words, "--split", "train", "--device", "cpu"]
     if command == "compare":
         return [*words, "--cpu", "--max-new-tokens", "6"]
     if command in ("caption", "extract"):

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from datasets import load_from_disk
 from PIL import Image
+from test_confidence_difnet import make_calibration
 from test_images import BROKEN, noise, save_captioner, thirty_images
 from tiny_packed import GRID_FEATURE_SIZE, NUM_CLASSES, SIZES, write_packed
 
@@ -30,6 +32,7 @@ from difnet_transformers.reports.relevance import (
     unique_names,
 )
 from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration, RelevanceOutput
+from modeling_difnet.calibration_difnet import CALIBRATION_NAME
 from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer
 
 SPEAKING = {"suppress_tokens": [0, 1, 2], "min_new_tokens": 4, "max_new_tokens": 5, "num_beams": 2}
@@ -363,6 +366,18 @@ def test_caption_explains_one_image(model, tmp_path, capsys):
     noise(2).save(tmp_path / "b.png")
     assert caption.main([str(tmp_path), *base[1:], "--explain", str(tmp_path / "why.html")]) == 2
     assert "--explain takes one image" in capsys.readouterr().err
+
+
+def test_the_page_of_a_calibrated_captioner_has_confidences(model, tmp_path, capsys):
+    calibrated = tmp_path / "calibrated"
+    shutil.copytree(model, calibrated)
+    (calibrated / CALIBRATION_NAME).write_text(make_calibration(num_beams=2).to_json())
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
+    words = [tmp_path / "red.png", "--model", calibrated, "--untrained"]
+    assert run(*words, "--output", tmp_path / "why") == 0
+    assert '"confidences":[0.' in (tmp_path / "why" / "index.html").read_text()
+    assert run(*words, "--output", tmp_path / "other", "--num-beams", "3") == 0
+    assert '"confidences":null' in (tmp_path / "other" / "index.html").read_text()
 
 
 def test_names_of_outputs_are_printed_on_one_line(model, tmp_path, capsys):

@@ -38,10 +38,22 @@ CLASSES = {
 MODEL_FILES = {
     *("cache_difnet.py", "checks_difnet.py", "dropout_difnet.py", "generation_difnet.py", "loss_difnet.py"),
     *("decoding_step_difnet.py", "linear_difnet.py", "modeling_difnet.py", "outputs_difnet.py"),
-    *("beam_search_difnet.py", "static_search_difnet.py", "token_log_probs_difnet.py"),
+    *(
+        "calibration_difnet.py",
+        "confidence_difnet.py",
+        "beam_search_difnet.py",
+        "static_search_difnet.py",
+        "token_log_probs_difnet.py",
+    ),
 }
 PIPELINE_FILES = {
-    *("fast_segmentation_difnet.py", "grid_backbone_difnet.py", "images_difnet.py", "pipeline_difnet.py"),
+    *(
+        "fast_segmentation_difnet.py",
+        "feature_networks_difnet.py",
+        "grid_backbone_difnet.py",
+        "images_difnet.py",
+        "pipeline_difnet.py",
+    ),
     *("segmentation_difnet.py", "segmentation_models_difnet.py", "vision_backbone_difnet.py", "weights_difnet.py"),
 }
 CODE_FILES = {"configuration_difnet.py", "processing_difnet.py", *MODEL_FILES, *PIPELINE_FILES}
@@ -185,6 +197,9 @@ def user_of_the_pipeline(folder: str, image: str) -> None:
     features = {"grid_features": torch.rand(49, 2048), "segmentation_features": torch.rand(133, 7, 7)}
     captions = captioner([features, image], batch_size=2)
     assert all(each["generated_text"] for answer in captions for each in answer)
+    (sure,) = captioner(features, return_confidence=True)
+    assert sure["generated_text"] == captions[0][0]["generated_text"]
+    assert 0 < sure["agreement"] <= 1
 
     captioner.save_pretrained("saved again")
     again = pipeline("image-captioning", model="saved again", trust_remote_code=True)

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from modeling_difnet.confidence_difnet import CaptionConfidence
+from modeling_difnet.confidence_difnet import CaptionConfidence, WordConfidence
 
+from ..reports.confidence import ShownWord, shown_words
 from ..reports.pages import jpeg_url, relevance_values, render_part
 from ..reports.relevance import FLOWS
 from ..vision.images import thumbnail
@@ -74,37 +75,25 @@ def _card(result: CaptionResult, given: CaptionInput, named: bool) -> dict[str, 
 
 
 def _figure(result: CaptionResult, given: CaptionInput, best: CaptionConfidence | None) -> dict[str, Any]:
+    """For relevance_figure.html.j2, also of a caption that cannot be explained."""
     if result.explained is not None:
-        flows = [flow for flow in FLOWS if flow in result.explained.flows]
-        values = relevance_values(result.explained, flows)
-        values["name"] = given.name
+        values = relevance_values(result.explained, [flow for flow in FLOWS if flow in result.explained.flows])
     else:
-        image = given.image
-        values = {
-            "name": given.name,
-            "words": result.captions[0].split() if best is None else [each.word for each in best.words],
-            "url": "" if image is None else jpeg_url(thumbnail(image, MAX_IMAGE_SIDE)),
-            "rows": 0,
-            "columns": 0,
-            "data": None,
-            "notes": None,
-            "shares": None,
-        }
+        words = result.captions[0].split() if best is None else [each.word for each in best.words]
+        image = None if given.image is None else jpeg_url(thumbnail(given.image, MAX_IMAGE_SIDE))
+        values = {"words": words, "url": image, "rows": 0, "columns": 0, "data": None, "notes": None}
+        values["shown"] = [ShownWord(word, "sure", "") for word in words]
+    values["name"] = given.name
     if best is not None:
         # Words of a prompt have no confidence: they were given.
         of_prompt = len(values["words"]) - len(best.words)
-        words: list[Any] = [None] * of_prompt + list(best.words)
-        values["notes"] = ["given" if each is None else _note(each) for each in words]
-        values["shares"] = [1.0 if each is None else _share(each) for each in words]
+        values["shown"] = [ShownWord(word, "sure", "given") for word in values["words"][:of_prompt]]
+        values["shown"] += shown_words(best.as_dict())
+        values["notes"] = ["given"] * of_prompt + [_note(each) for each in best.words]
     return values
 
 
-def _share(word: Any) -> float:
-    """What the underline of a word shows: that it is right or, without a calibration, its probability."""
-    return math.exp(word.log_prob) if word.confidence is None else word.confidence
-
-
-def _note(word: Any) -> str:
+def _note(word: WordConfidence) -> str:
     return _number(word.log_prob) if word.confidence is None else f"{word.confidence:.0%}"
 
 

@@ -41,6 +41,9 @@ or features that were made before, by difnet extract or by others:
 
   difnet caption --features grid_features.hdf5 --segmentation segmentations --model ./difnet
 
+--confidence adds log-probabilities, margin to the runner-up and agreement of the beams, by caption and by word; of a
+checkpoint that difnet calibrate was run for, also the probability that a word is right.
+
 Captions are printed, one line for each image. An image, or an image's features, that cannot be used get one line, and
 the others are captioned: the exit code is 0, with --strict 2. It is 2 also for mistakes, and if nothing could be
 captioned. What was captioned before an error or an interruption is printed and written all the same. Image ids come
@@ -69,6 +72,9 @@ class CaptionOptions:
     contact_sheet: Path | None = field(default=None, metavar="FILE", help="write images and captions: .html or .png")
     explain: Path | None = field(
         default=None, metavar="FILE", help="of one image: write where its words come from: .html or .png"
+    )
+    confidence: bool = field(
+        default=False, help="say how sure the captioner is of captions and words: --json, --contact-sheet and printed"
     )
     num_captions: int = field(default=1, metavar="N", help="captions of each image")
     num_beams: int | None = field(default=None, metavar="N", help="default: the checkpoint's; at least --num-captions")
@@ -158,6 +164,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "caption.py") -> int:
             ),
             left_out=left_out,
             batch_size=options.batch_size,
+            with_confidence=options.confidence,
             warnings=warnings,
         )
         return left_out.report(len(results), options.strict)

@@ -24,6 +24,9 @@ Writes OUTPUT/captions_SPLIT_results.json, [{"image_id": 42, "caption": "a dog r
 OUTPUT/scores_SPLIT.json: BLEU-1 to 4, ROUGE-L, CIDEr-D, how the captions were made, images per second. Both appear
 complete or not at all; OUTPUT/recipe_SPLIT.yaml repeats the run. Scores of single images: difnet metrics --per-image.
 
+--confidence adds "score", "mean_log_prob", "margin" and "agreement" to the rows of the results and, of a checkpoint
+that difnet calibrate was run for, "confidence" and "expected_cider_d". difnet compare and --report read them.
+
 --page writes a page of examples that are not picked: images at equally spaced ranks of their CIDEr-D, from the best
 to the worst, equal ones by image id. It holds the images, in a small form: mind their licences before passing it on.
 
@@ -57,6 +60,11 @@ class EvaluationOptions:
     output: Path = field(metavar="FOLDER", help="where the files go")
     split: str = field(default="test", metavar="NAME", help="of the dataset")
 
+    confidence: bool = field(
+        default=False,
+        help="say how sure the model is of each caption: in the rows of the results, and in --report",
+        group="captions",
+    )
     decoding: str = field(
         default="original",
         choices=["original", "transformers"],
@@ -195,6 +203,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate_captions.py") 
             batch_size=options.batch_size,
             dtype=options.dtype,
             runtime=options.runtime,
+            with_confidence=options.confidence,
             with_meteor=options.meteor,
             with_spice=options.spice,
             extra=extra,

@@ -22,6 +22,7 @@ COMMANDS = {
     "extract": "grid and segmentation features of images",
     "train": "train or fine-tune: cross-entropy, then self-critical training",
     "evaluate": "caption a split with one checkpoint or an ensemble, and score the captions",
+    "calibrate": "fit how sure a captioner may be of its words, on a split with known truth",
     "compare": "compare captioners: intervals, tests, wins and losses, as one page",
     "caption": "caption images",
     "app": "serve captioners: a page for people, and the APIs of Hugging Face and OpenAI",

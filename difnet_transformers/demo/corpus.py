@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -14,7 +15,7 @@ from .captions import make_captions
 from .drawings import SIDE
 from .features import grid_features, segmentation_features
 from .rendering import draw_scene
-from .scenes import Scene
+from .scenes import OBJECT_KINDS, Scene
 
 # COCO's folders of 2014, with Karpathy's splits of their images.
 SPLITS_OF_FOLDER = {"train2014": ("train",), "val2014": ("restval", "validation", "test")}
@@ -51,6 +52,22 @@ def write_corpus(folder: Path, scenes: Sequence[Scene]) -> None:
     for split, name in ID_FILES.items():
         ids = [index for scene in scenes if scene.split == split for index in _annotation_ids(scene)]
         np.save(folder / "annotations" / f"coco_{name}_ids.npy", np.array(ids, dtype=np.int64))
+
+
+def word_truth(scenes: Sequence[Scene]) -> dict[str, Any]:
+    """Which nouns and colors are right of each scene, in the form of `WordTruth` (evaluation/calibration.py)."""
+    nouns = {name: _words_of(kind.nouns) for name, kind in OBJECT_KINDS.items()}
+    colors = {color for kind in OBJECT_KINDS.values() for color in kind.colors}
+    true = {}
+    for scene in scenes:
+        things = [scene.subject, *([scene.companion] if scene.companion else [])]
+        right = {word for thing in things for word in nouns[thing.kind]} | {thing.color for thing in things}
+        true[str(scene.image_id)] = sorted(right)
+    return {"judged": sorted(colors.union(*nouns.values())), "true": true}
+
+
+def _words_of(nouns: Sequence[tuple[str, str]]) -> set[str]:
+    return {word for pair in nouns for noun in pair for word in noun.split()}
 
 
 def _annotation_ids(scene: Scene) -> list[int]:

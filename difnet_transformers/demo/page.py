@@ -15,11 +15,14 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 from caption_metrics import score_captions
+from modeling_difnet.calibration_difnet import calibration_of
+from modeling_difnet.confidence_difnet import generate_with_confidences
 
 from ..data import PackedImages
 from ..files import atomic_write
 from ..model_card import METRICS
 from ..reports.charts import to_svg, training_charts
+from ..reports.confidence import is_calibrated
 from ..reports.pages import SheetImage, Table, png_sheet, relevance_page, render
 from ..reports.relevance import ExplainedImage, explain_captions, panels, png_file
 from .drawings import SIDE
@@ -50,6 +53,7 @@ class CaptionedScene(NamedTuple):
         cider_d: CIDEr-D of `caption`.
         xe_caption: after cross-entropy training alone.
         references: the reference captions.
+        confidence: how sure the model is of `caption`, see `CaptionConfidence.as_dict`.
     """
 
     image_id: int
@@ -59,6 +63,7 @@ class CaptionedScene(NamedTuple):
     cider_d: float
     xe_caption: str
     references: list[str]
+    confidence: dict[str, Any] | None
 
 
 def write_page(
@@ -91,11 +96,13 @@ def write_page(
     """
     test = load_from_disk(str(packed))["test"]
     by_id = {scene.image_id: scene for scene in scenes}
-    shown = captioned_scenes(test, by_id, captions, results["best_xe"]["captions"])
+    model, processor = AutoModel.from_pretrained(checkpoint), AutoProcessor.from_pretrained(checkpoint)
+    confidences = caption_confidences(model, processor, test, captions)
+    shown = captioned_scenes(test, by_id, captions, results["best_xe"]["captions"], confidences)
     charts = training_charts(log_file)
     for name, chart in charts.items():
         atomic_write(output / "curves" / f"{name}.svg", to_svg(chart))
-    explained = explain_scenes(checkpoint, test, by_id, captions)
+    explained = explain_scenes(model, processor, test, by_id, captions)
     if explained:
         atomic_write(output / "why.html", relevance_page(explained))
         atomic_write(output / "why.png", png_file(panels(explained[-1], columns=5)))
@@ -117,6 +124,7 @@ def write_page(
         charts=[(charts[name].title, to_svg(charts[name])) for name in ("loss", "cider", "reward")],
         explained=explained,
         scenes=shown,
+        calibrated=is_calibrated(confidences.values()) if confidences else None,
         limits=SYNTHETIC,
         commands=commands,
     )
@@ -137,7 +145,11 @@ def score_table(scores: Mapping[str, Mapping[str, float]]) -> Table:
 
 
 def captioned_scenes(
-    test: Dataset, by_id: Mapping[int, Scene], captions: Mapping[int, str], xe_captions: Mapping[int, str]
+    test: Dataset,
+    by_id: Mapping[int, Scene],
+    captions: Mapping[int, str],
+    xe_captions: Mapping[int, str],
+    confidences: Mapping[int, dict[str, Any]],
 ) -> list[CaptionedScene]:
     """The first test scenes with what was said about them. CIDEr-D is computed over all of them."""
     ids, references = test["image_id"][:], test["captions"][:]
@@ -151,13 +163,30 @@ def captioned_scenes(
             cider_d=scores["per_image"]["cider_d"][row],
             xe_caption=xe_captions[image_id],
             references=references[row],
+            confidence=confidences.get(image_id),
         )
         for row, image_id in enumerate(ids[:NUM_SHOWN])
     ]
 
 
+def caption_confidences(
+    model: Any, processor: Any, test: Dataset, captions: Mapping[int, str]
+) -> dict[int, dict[str, Any]]:
+    """How sure the model is of the captions of the first test scenes, by image id."""
+    ids = test["image_id"][:NUM_SHOWN]
+    inputs = processor(**PackedImages(test, torch.float32).read(range(len(ids))), return_tensors="pt")
+    words_of = processor.tokenizer.convert_ids_to_tokens(list(range(model.config.vocab_size)))
+    sequences, found = generate_with_confidences(model, words_of, inputs, {}, calibration_of(model))
+    said = processor.batch_decode(sequences[:, 0], skip_special_tokens=True)
+    return {
+        image_id: of_image[0].as_dict()
+        for image_id, caption, of_image in zip(ids, said, found, strict=True)
+        if caption == captions[image_id]  # another batch size may round otherwise
+    }
+
+
 def explain_scenes(
-    checkpoint: Path, test: Dataset, by_id: Mapping[int, Scene], captions: Mapping[int, str]
+    model: Any, processor: Any, test: Dataset, by_id: Mapping[int, Scene], captions: Mapping[int, str]
 ) -> list[ExplainedImage]:
     """Relevance of every word of a few captions: the first scene of each subject whose caption names both objects."""
     rows: list[int] = []
@@ -170,7 +199,6 @@ def explain_scenes(
             subjects.add(scene.subject.kind)
     if not rows:
         return []
-    model, processor = AutoModel.from_pretrained(checkpoint), AutoProcessor.from_pretrained(checkpoint)
     ids = [test[row]["image_id"] for row in rows]
     sequences = processor.tokenizer([captions[index] for index in ids], padding=True, return_tensors="pt")
     explained, _ = explain_captions(

@@ -1,4 +1,4 @@
-"""The demo: draw a small corpus, pack, train with XE and SCST, evaluate, load, caption, explain, show.
+"""The demo: draw a small corpus, pack, train with XE and SCST, evaluate, calibrate, load, caption, explain, show.
 
 Takes a few minutes on two cores and needs no GPU, no network and no download. The steps are `difnet` commands, run and
 printed as a user would type them. What the corpus is and is not: `scenes.py` and `features.py`.
@@ -6,6 +6,7 @@ printed as a user would type them. What the corpus is and is not: `scenes.py` an
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shlex
@@ -17,7 +18,7 @@ from typing import Any
 from ..child_process import run_difnet, run_shown
 from ..files import atomic_write, printable, read_json
 from ..presets import SMALL_NETWORK
-from .corpus import write_corpus
+from .corpus import word_truth, write_corpus
 from .page import write_page
 from .scenes import SPLIT_SIZES, Scene, make_scenes
 
@@ -107,6 +108,16 @@ class Demo:
             results[checkpoint] = {"scores": scores, "captions": {row["image_id"]: row["caption"] for row in captions}}
         return results
 
+    def calibrate(self, scenes: Sequence[Scene], run: str = "run") -> None:
+        """Fits how sure the trained model may be of its words: which objects and colors a scene has is known."""
+        if importlib.util.find_spec("sklearn") is None:
+            print("  left out, the package scikit-learn is missing", flush=True)
+            return
+        words = self.output / "words.json"
+        atomic_write(words, json.dumps(word_truth(scenes)) + "\n")
+        arguments = [self.output / run / "best", self.packed, "--words", words, "--test-split", "test"]
+        self._difnet("calibrate", [*arguments, "--json", self.output / f"{run}_scores" / "calibration.json"])
+
     def caption(self) -> dict[int, str]:
         """Captions of the test scenes, by `generate` in a fresh process."""
         file = self.output / "captions.json"
@@ -180,9 +191,11 @@ def run_demo(output: Path, seed: int = 0) -> None:
     demo.train()
     print("4. Evaluated on scenes with combinations that training never saw", flush=True)
     results = demo.evaluate()
-    print("5. Loaded in a fresh process, unseen scenes captioned with generate", flush=True)
+    print("5. Calibrated: how sure it may be of its words, on scenes whose objects and colors are known", flush=True)
+    demo.calibrate(scenes)
+    print("6. Loaded in a fresh process, unseen scenes captioned with generate", flush=True)
     captions = demo.caption()
-    print("6. The page", flush=True)
+    print("7. The page", flush=True)
     minutes = (time.monotonic() - started) / 60
     took = f" in {minutes:.1f} minutes on {os.cpu_count()} CPU cores" if is_new else ""
     page = demo.write_page(scenes, results, captions, took)

@@ -19,6 +19,8 @@ from datasets import Dataset
 
 from caption_metrics import ExtraMetrics, JavaMissing, check_java
 from modeling_difnet import DifnetEnsemble, DifnetForConditionalGeneration
+from modeling_difnet.calibration_difnet import Calibration, calibration_of
+from modeling_difnet.confidence_difnet import CaptionConfidence
 from processing_difnet import DifnetProcessor
 
 from ..allocation import keep_freed_memory
@@ -57,6 +59,7 @@ def evaluate_split(
     batch_size: int = 50,
     dtype: str = "float32",
     runtime: str | None = None,
+    with_confidence: bool = False,
     with_meteor: bool = False,
     with_spice: bool = False,
     extra: ExtraInputs | None = None,
@@ -84,6 +87,7 @@ def evaluate_split(
         batch_size: images of one process at a time.
         dtype: of weights and features: "float32", "bfloat16" or "float16".
         runtime: of a single model, see `load_exported`.
+        with_confidence: whether the rows of the results say how sure the model is of a caption.
         with_meteor: whether METEOR is computed too.
         with_spice: whether SPICE and SPIDEr are computed too.
         extra: inputs of further metrics.
@@ -100,7 +104,7 @@ def evaluate_split(
     """
     dataset_name = dataset_name or hub_name(dataset) or dataset.resolve().name
 
-    def load() -> tuple[Dataset, Captioner, DifnetProcessor, ExtraMetrics]:
+    def load() -> tuple[Dataset, Captioner, DifnetProcessor, ExtraMetrics, Calibration | None]:
         try:
             check_java(with_meteor, with_spice)
         except JavaMissing as error:
@@ -111,6 +115,8 @@ def evaluate_split(
         exported = load_exported_model(models, runtime, decoding, dtype)
         model: Any
         model, processor = exported or load_ensemble(models, getattr(torch, dtype))
+        # Before the weights are put in the dataset's order of classes, which the calibration does not know.
+        calibration = calibration_of(model) if with_confidence else None
         records = records_of_dataset(dataset)
         members: Any = model.members if isinstance(model, DifnetEnsemble) else [model]
         for name, member in zip(models, members, strict=True):
@@ -120,10 +126,10 @@ def evaluate_split(
         if extra is not None and accelerator.is_main_process:
             rows = images.select_columns(["image_id", "file_name"]).with_format(None).to_list()
             metrics = extra.load({str(row["image_id"]): row["file_name"] for row in rows}, str(accelerator.device))
-        return images, model, processor, metrics
+        return images, model, processor, metrics, calibration
 
     keep_freed_memory()
-    images, model, processor, metrics = all_or_none(accelerator, load)
+    images, model, processor, metrics, calibration = all_or_none(accelerator, load)
     with ExitStack() as held:
 
         def lock_output() -> None:
@@ -134,6 +140,9 @@ def evaluate_split(
         all_or_none(accelerator, lock_output)
         generation = {"num_beams": num_beams, "max_new_tokens": max_new_tokens}
         left_out = LeftOut()
+        if with_confidence and accelerator.is_main_process and calibration is None:
+            reason = "an ensemble has none" if isinstance(model, DifnetEnsemble) else "difnet calibrate fits one"
+            print(f"confidences: log-probabilities, margin and agreement alone, without a calibration ({reason})")
         start = time.perf_counter()
         captioned = caption_split(
             model.to(accelerator.device),
@@ -146,6 +155,8 @@ def evaluate_split(
             generation_options=generation,
             description=split,
             left_out=left_out,
+            with_confidence=with_confidence,
+            calibration=calibration,
         )
         report = {
             "model": list(models),
@@ -267,7 +278,8 @@ def write_results(
     """
     captions_file = output / f"captions_{report['split']}_results.json"
     scores_file = output / f"scores_{report['split']}.json"
-    _write_json(captions_file, [{"image_id": image.image_id, "caption": image.caption} for image in captioned])
+    _write_json(captions_file, [results_row(image) for image in captioned])
+    report = report | confidence_report([image.confidence for image in captioned if image.confidence is not None])
     scores = score_split(captioned, with_meteor, with_spice)
     if metrics is not None:
         found = metrics.score(
@@ -287,6 +299,26 @@ def write_results(
     print(f"{len(captioned):,} images in {seconds:.1f} s, {rate:.1f} images/s")
     print(f"captions in {printable(captions_file, 300)}, scores in {printable(scores_file, 300)}")
     return scores
+
+
+def results_row(image: CaptionedImage) -> dict[str, Any]:
+    """The row of an image in COCO's results format, with the numbers of its confidence but for those of its words."""
+    row: dict[str, Any] = {"image_id": image.image_id, "caption": image.caption}
+    if image.confidence is not None:
+        row |= {name: value for name, value in image.confidence.as_dict().items() if name != "words"}
+    return row
+
+
+def confidence_report(confidences: Sequence[CaptionConfidence]) -> dict[str, Any]:
+    """Means of a split: log-probability by token, agreement of the beams and, of a calibrated model, confidence."""
+    if not confidences:
+        return {}
+    means = {}
+    for name in ("mean_log_prob", "agreement", "confidence", "expected_cider_d"):
+        values = [getattr(each, name) for each in confidences if getattr(each, name) is not None]
+        if values:
+            means[name] = sum(values) / len(values)
+    return {"mean_confidence": means}
 
 
 def _write_json(path: Path, content: Any) -> None:

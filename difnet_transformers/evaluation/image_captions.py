@@ -56,11 +56,15 @@ Loaded: TypeAlias = LoadedImage | Mapping[str, Any]
 
 
 class ImageCaptions(NamedTuple):
-    """An image with its captions, the best first. `path` is `None` for features."""
+    """An image with its captions, the best first. `path` is `None` for features.
+
+    `confidences` has, where they were asked for, the numbers of `CaptionConfidence.as_dict` for each caption.
+    """
 
     image_id: int
     path: Path | None
     captions: list[str]
+    confidences: list[dict[str, Any]] | None = None
 
     @property
     def name(self) -> str:
@@ -297,7 +301,7 @@ def caption_items(
         captioner: the pipeline.
         items: from `image_items` or `feature_items`.
         batch_size: of items.
-        options: of `generate`, from `decoding_options`.
+        options: of `generate`, from `decoding_options`; and `return_confidence`, see the pipeline.
         left_out: gets the items that fail.
         times: gets the times of the stages.
         overlap: whether the feature networks work on the next batch while one is captioned; by default on GPUs. A
@@ -438,7 +442,7 @@ def caption_batch(
     names = sorted({name for _, inputs in prepared for name in inputs})
     try:
         batch = {name: torch.cat([inputs[name] for _, inputs in prepared]) for name in names}
-        sequences = captioner.forward(batch, **options)["sequences"]
+        found = captioner.forward(batch, **options)
     except Exception as error:
         if len(prepared) == 1:
             return [], [(prepared[0][0], error)]
@@ -446,8 +450,10 @@ def caption_batch(
         return [each for results, _ in alone for each in results], [each for _, bad in alone for each in bad]
     results = []
     for index, (item, _) in enumerate(prepared):
-        answer = captioner.postprocess({"sequences": sequences[index : index + 1]})
-        results.append(ImageCaptions(item.image_id, item.path, [each["generated_text"] for each in answer]))
+        answer = captioner.postprocess({name: values[index : index + 1] for name, values in found.items()})
+        captions = [each.pop("generated_text") for each in answer]
+        confidences = answer if options.get("return_confidence") else None
+        results.append(ImageCaptions(item.image_id, item.path, captions, confidences))
     return results, []
 
 
@@ -455,11 +461,17 @@ def caption_batch(
 
 
 def coco_results(results: Sequence[ImageCaptions]) -> str:
-    """COCO's results format, a list of `{"image_id", "caption"}`, with the image's path where there is one."""
+    """COCO's results format, a list of `{"image_id", "caption"}`, with the image's path where there is one.
+
+    Several captions of an image are listed as "captions". Confidences stand in the row, those of several captions, in
+    their order, as "confidences".
+    """
     entries = [
         {"image_id": result.image_id, "caption": result.captions[0]}
         | ({} if result.path is None else {"file_name": str(result.path)})
+        | (result.confidences[0] if result.confidences else {})
         | ({} if len(result.captions) == 1 else {"captions": result.captions})
+        | ({"confidences": result.confidences} if result.confidences and len(result.captions) > 1 else {})
         for result in results
     ]
     return json.dumps(entries, indent=1, ensure_ascii=False) + "\n"

@@ -7,11 +7,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import GenerationConfig
 
 from modeling_difnet import DifnetForConditionalGeneration, DifnetPreTrainedModel, original_beam_search
+from modeling_difnet.confidence_difnet import TokenTable
 from processing_difnet import DifnetProcessor
 
 from ..checkpoints import load_captioner, load_processor, read_config
@@ -45,6 +47,7 @@ class RuntimeCaptioner(DifnetPreTrainedModel):
     def __init__(self, folder: str | os.PathLike, runtime_model: DifnetRuntimeModel) -> None:
         super().__init__(read_config(folder))
         self.runtime_model = runtime_model
+        self.name_or_path = os.fspath(folder)  # where `calibration.json` lies
         self.generation_config = GenerationConfig.from_pretrained(folder)
         # Transformers asks the first parameter for type and device.
         self.placeholder = nn.Parameter(torch.empty(0), requires_grad=False)
@@ -100,6 +103,27 @@ class RuntimeCaptioner(DifnetPreTrainedModel):
         )
         return found if isinstance(found, BeamSearchOutput) else torch.from_numpy(found)
 
+    def generate_with_token_table(self, **arguments: Any) -> tuple[torch.Tensor, TokenTable]:
+        """Captions as `generate` gives them, and what its search knows of their tokens behind the prompt.
+
+        Args:
+            arguments: of `generate`.
+
+        Returns:
+            Ids `(captions, L)`, and log-probabilities and entropies `(captions, L - prompt)`.
+        """
+        found = self.generate(**arguments, return_dict_in_generate=True, output_scores=True)
+        assert isinstance(found, BeamSearchOutput)
+        assert found.scores is not None
+        assert found.beam_indices is not None
+        entropies = np.zeros_like(found.sequences_log_probs)
+        for step, rows in enumerate(found.beam_indices.T):
+            is_token = rows >= 0
+            log_probs = found.scores[step][rows[is_token]]  # (tokens, V)
+            entropies[is_token, step] = -(np.exp(log_probs) * log_probs).sum(-1)
+        table = TokenTable(torch.from_numpy(found.sequences_log_probs.copy()), torch.from_numpy(entropies))
+        return torch.from_numpy(found.sequences), table
+
 
 def load_exported(
     name: str | os.PathLike, runtime: str | None = None
@@ -135,4 +159,6 @@ def load_exported(
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
         folder = Path(work, "exported")
         export_captioner(model, processor, folder, format=runtime, name=name)
-        return RuntimeCaptioner.from_folder(folder), processor
+        captioner = RuntimeCaptioner.from_folder(folder)
+    captioner.name_or_path = model.name_or_path  # which remains
+    return captioner, processor

@@ -22,6 +22,7 @@ import torch
 from transformers import GenerationConfig
 
 from modeling_difnet import DifnetForConditionalGeneration
+from modeling_difnet.calibration_difnet import save_calibration
 from modeling_difnet.pipeline_difnet import hash_of_parameters
 from processing_difnet import DifnetProcessor
 
@@ -97,6 +98,7 @@ def export_captioner(
                 else:
                     write_openvino(path, unfinished / file, precision)
         write_settings(model, processor, unfinished)
+        save_calibration(model, unfinished)
         if save_recipe is not None:
             save_recipe(unfinished / "recipe.yaml")
         source = {

@@ -16,6 +16,7 @@ from ..evaluation.image_captions import CaptionItem, ImageCaptions, caption_item
 from ..files import atomic_write, printable
 from ..progress import progress_bar
 from ..stage_times import StageTimes
+from .confidence import confidence_note
 
 with requires("images"):
     from .relevance import explain_image, panels, png_file
@@ -58,6 +59,7 @@ def caption_images(
     generation_options: Mapping[str, Any],
     left_out: LeftOut,
     batch_size: int = 8,
+    with_confidence: bool = False,
     warnings: Sequence[str] = (),
 ) -> list[ImageCaptions]:
     """Captions items, prints the captions and writes the outputs, also after an error or an interruption.
@@ -70,6 +72,7 @@ def caption_images(
         generation_options: of `generate`.
         left_out: gets the items that fail.
         batch_size: items that are captioned together.
+        with_confidence: whether outputs say how sure the captioner is.
         warnings: for the head of pages.
 
     Raises:
@@ -77,9 +80,10 @@ def caption_images(
     """
     results: list[ImageCaptions] = []
     times = StageTimes()
+    options = {**generation_options, **({"return_confidence": True} if with_confidence else {})}
     try:
         with progress_bar(total=len(items), unit=" images", desc="captioning", disable=len(items) == 1) as bar:
-            for result in caption_items(captioner, items, batch_size, generation_options, left_out, times):
+            for result in caption_items(captioner, items, batch_size, options, left_out, times):
                 results.append(result)
                 bar.update()
     except BaseException:
@@ -108,7 +112,10 @@ def write_captions(
     if outputs.contact_sheet is not None:
         write_contact_sheet(results, outputs.contact_sheet, model_name, warnings)
     for result in results:
-        print(*(f"{result.name}: {caption}" for caption in result.captions), sep="\n")
+        notes = [f" ({confidence_note(each).split(';')[0]})" for each in result.confidences or ()]
+        notes += [""] * (len(result.captions) - len(notes))
+        lines = zip(result.captions, notes, strict=True)
+        print(*(f"{result.name}: {caption}{note}" for caption, note in lines), sep="\n")
     if outputs.json is not None:
         print(f"{len(results)} captions in {printable(outputs.json, 300)}")
     if outputs.contact_sheet is not None:
@@ -122,7 +129,12 @@ def write_contact_sheet(
     from .pages import SheetImage, html_sheet, png_sheet
 
     images = [
-        SheetImage(result.path, result.captions, printable(result.path.name, 300))
+        SheetImage(
+            result.path,
+            result.captions,
+            printable(result.path.name, 300),
+            confidence=result.confidences[0] if result.confidences else None,
+        )
         for result in results
         if result.path is not None
     ]

@@ -97,7 +97,9 @@ def write_examples(
         ValueError: a file cannot be read.
     """
     report = read_json(results / f"scores_{split}.json")
-    captions = {row["image_id"]: row["caption"] for row in read_json(results / f"captions_{split}_results.json")}
+    results_rows = read_json(results / f"captions_{split}_results.json")
+    captions = {row["image_id"]: row["caption"] for row in results_rows}
+    notes = {row["image_id"]: f", confidence {row['confidence']:.0%}" for row in results_rows if "confidence" in row}
     rows = load_packed_split(dataset, split).select_columns(["image_id", "file_name", "captions"]).to_list()
     examples = choose_examples(captions, {row["image_id"]: row["captions"] for row in rows}, number)
     path_of = match_images(find_images(map(str, images)), {row["image_id"]: row["file_name"] for row in rows}).paths
@@ -106,7 +108,8 @@ def write_examples(
         SheetImage(
             path_of.get(example.image_id, ""),
             [example.caption],
-            f"rank {example.rank:,} of {total}, CIDEr-D {example.cider_d:.2f}, image {example.image_id}",
+            f"rank {example.rank:,} of {total}, CIDEr-D {example.cider_d:.2f}{notes.get(example.image_id, '')}, "
+            f"image {example.image_id}",
             example.references,
         )
         for example in examples

@@ -19,6 +19,8 @@ import torch
 from tqdm import tqdm
 
 from modeling_difnet import DifnetForConditionalGeneration, RelevanceOutput, faithfulness, relevance
+from modeling_difnet.calibration_difnet import Calibration, calibration_of
+from modeling_difnet.confidence_difnet import CaptionConfidence, generate_with_confidences
 from modeling_difnet.images_difnet import open_image
 from modeling_difnet.pipeline_difnet import DifnetImageCaptioningPipeline, recorded_class_names
 from modeling_difnet.relevance_difnet import check_captions
@@ -41,6 +43,7 @@ with requires("images"):
     from .relevance import (
         Curve,
         ExplainedImage,
+        add_confidences,
         caption_to_sequence,
         explain_captions,
         explain_image,
@@ -128,11 +131,13 @@ class CaptionedFeatures(NamedTuple):
     ids: list[int]
     features: dict[str, torch.Tensor]
     sequences: torch.LongTensor
+    confidences: Sequence[CaptionConfidence] | None = None  # of a calibrated model
 
     def rows(self, rows: Sequence[int]) -> CaptionedFeatures:
         features = {name: tensor[rows] for name, tensor in self.features.items()}
         sequences = cast(torch.LongTensor, self.sequences[rows])
-        return CaptionedFeatures([self.ids[row] for row in rows], features, sequences)
+        confidences = None if self.confidences is None else [self.confidences[row] for row in rows]
+        return CaptionedFeatures([self.ids[row] for row in rows], features, sequences, confidences)
 
 
 def explain_split(
@@ -194,6 +199,7 @@ def explain_split(
     try:
         for number, name in enumerate(models):
             model, processor = load_captioner(name, torch.float32)
+            calibration = calibration_of(model)  # of the weights before their classes are put in another order
             match_features(model, name, records, dataset, force)
             class_names = recorded_classes(records.segmentation_model, model.config.num_segmentation_classes)
             explanation = _SplitExplanation(
@@ -210,7 +216,9 @@ def explain_split(
             batches = ReferenceBatches(images, batch_size, dtype=model.dtype)
             try:
                 for batch in progress_bar(batches, unit=" batches", desc=f"explaining {split}"):
-                    captioned = caption_batch(explanation.model, batch, generation_options, left_out)
+                    captioned = caption_batch(
+                        explanation.model, batch, generation_options, left_out, processor.tokenizer, calibration
+                    )
                     if captioned.ids:
                         explain_or_leave_out(captioned, explanation.add, left_out)
             finally:
@@ -236,6 +244,8 @@ def caption_batch(
     batch: dict[str, Any],
     generation_options: Mapping[str, Any],
     left_out: LeftOut,
+    tokenizer: DifnetTokenizer,
+    calibration: Calibration | None = None,
 ) -> CaptionedFeatures:
     """Captions a batch of `ReferenceBatches`. Images whose caption is empty, or holds `<pad>`, are left out."""
     ids = batch.pop("image_ids")
@@ -243,7 +253,13 @@ def caption_batch(
     if not model.config.use_segmentation:
         batch.pop("segmentation_features", None)
     features = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    captioned = CaptionedFeatures(ids, features, model.generate(**features, **generation_options))
+    if calibration is None:
+        captioned = CaptionedFeatures(ids, features, model.generate(**features, **generation_options))
+    else:
+        words_of = tokenizer.convert_ids_to_tokens(list(range(model.config.vocab_size)))
+        found, confidences = generate_with_confidences(model, words_of, features, generation_options, calibration)
+        sequences = cast(torch.LongTensor, found[:, 0])
+        captioned = CaptionedFeatures(ids, features, sequences, [each[0] for each in confidences])
     kept = []
     for row, image_id in enumerate(ids):
         try:
@@ -320,6 +336,8 @@ class _SplitExplanation:
                 class_names=self.class_names,
                 grid_shape=self.grid_shape,
             )
+            for each, confidence in zip(shown, first.confidences or (), strict=False):
+                add_confidences(each, confidence)
         removed = {}
         if self.with_faithfulness:
             removed = probabilities_without_cells(self.model, features, images.sequences, self.seed)

@@ -21,6 +21,7 @@ import numpy as np
 from ..command_line import requires
 from ..files import printable
 from ..vision.images import THUMBNAIL_SIDE, thumbnail
+from . import confidence
 from .colors import BACKGROUND, TEXT, TEXT_LIGHT
 from .relevance import (
     FLOWS,
@@ -68,6 +69,10 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
+        "confidence_note": confidence.confidence_note,
+        "legend": confidence.legend,
+        "legend_text": confidence.legend_text,
+        "shown_words": confidence.shown_words,
         "heat_map": _heat_map_of_word,
         "png_url": lambda image: _data_url(png_file(image), "image/png"),
         "svg_url": lambda svg: _data_url(svg.encode(), "image/svg+xml"),
@@ -100,12 +105,15 @@ class SheetImage:
         captions: one or more, the best first.
         name: below the captions.
         references: the reference captions; a PNG sheet leaves them out.
+        confidence: of the first caption, in the form of `CaptionConfidence.as_dict`; a PNG sheet shows that of the
+            caption alone.
     """
 
     image: str | os.PathLike | Image.Image
     captions: Sequence[str]
     name: str = ""
     references: Sequence[str] = ()
+    confidence: Mapping[str, Any] | None = None
 
 
 class Table(NamedTuple):
@@ -134,6 +142,8 @@ def html_sheet(
         table: shown above the images, such as scores.
         open_references: whether reference captions are shown without a click.
     """
+    sections = {heading: list(images) for heading, images in sections.items()}
+    confidences = [each.confidence for images in sections.values() for each in images if each.confidence]
     return render(
         "captions.html.j2",
         title=title,
@@ -142,6 +152,7 @@ def html_sheet(
         table=table,
         sections=sections,
         open_references=open_references,
+        calibrated=confidence.is_calibrated(confidences) if confidences else None,
     )
 
 
@@ -159,7 +170,7 @@ def png_sheet(
     columns, margin = min(columns, len(images)), 16
     font, small = ImageFont.load_default(16 if side >= 300 else 14), ImageFont.load_default(12)
     characters = side * 38 // 320 if side >= 300 else side // 7  # of a line
-    text_height = 84 if any(each.name for each in images) else 60
+    text_height = 84 if any(each.name or each.confidence for each in images) else 60
     width = columns * (side + margin) + margin
     lines = [line for text in header for line in textwrap.wrap(text, width // 9)]
     top = margin + 22 * len(lines) + (margin // 2 if lines else 0)
@@ -174,8 +185,10 @@ def png_sheet(
         sheet.paste(shown, (left + (side - shown.width) // 2, upper + (side - shown.height) // 2))
         caption = textwrap.wrap(each.captions[0], characters, max_lines=3, placeholder=" ..")
         draw.multiline_text((left, upper + side + 4), "\n".join(caption), TEXT, font, spacing=3)
-        if each.name:
-            draw.text((left, upper + side + 66), printable(each.name, 46), TEXT_LIGHT, small)
+        if each.name or each.confidence:
+            note = confidence.confidence_note(each.confidence).split(";")[0] if each.confidence else ""
+            name = ", ".join(filter(None, (note, printable(each.name, 46 - len(note)) if each.name else "")))
+            draw.text((left, upper + side + 66), name, TEXT_LIGHT, small)
     return png_file(sheet)
 
 
@@ -203,6 +216,7 @@ def relevance_page(
         flows=flows,
         methods=sorted({each.method for each in explained}),
         **HEAT_COLORS,
+        calibrated=all(each.confidences is not None for each in explained),
         explained=[relevance_values(each, flows) for each in explained],
     )
 
@@ -216,17 +230,23 @@ def relevance_values(explained: ExplainedImage, flows: Iterable[str], with_image
         with_image: whether the image comes along, as `url`.
     """
     rows, columns = explained.grid_shape
+    name = confidence.NAMES[explained.confidences is not None]
+    shares = explained.probabilities.tolist() if explained.confidences is None else explained.confidences
     return {
         "name": explained.name,
         "words": explained.words,
+        "shown": [
+            confidence.ShownWord(word, confidence.level_of(share), f"{name} {share:.0%}")
+            for word, share in zip(explained.words, shares, strict=True)
+        ],
         "url": jpeg_url(resized_image(explained, 640), quality=88) if with_image else None,
         "rows": rows,
         "columns": columns,
         "notes": None,
-        "shares": None,
         "data": {
             "words": explained.words,
             "probabilities": _rounded(explained.probabilities),
+            "confidences": explained.confidences and _rounded(np.array(explained.confidences)),
             "flows": {flow: _rounded(explained.flows[flow]) for flow in flows},
             "earlier": _rounded(explained.earlier_words),
             "classes": [explained.strongest_classes(word, 6) for word in range(len(explained.words))],

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from modeling_difnet import DifnetForConditionalGeneration, RelevanceOutput, relevance
+from modeling_difnet.confidence_difnet import CaptionConfidence, generate_with_confidences
 from modeling_difnet.images_difnet import open_image
 from modeling_difnet.pipeline_difnet import DifnetImageCaptioningPipeline, recorded_class_names
 from modeling_difnet.segmentation_difnet import CLASS_NAMES
@@ -54,6 +55,7 @@ class ExplainedImage:
         earlier_words (`(T, T)`): entry [t, j] is the relevance of word j for word t, j < t.
         method: of `relevance`.
         class_names: of the classes, in their order; by default COCO's where there are 133 of them.
+        confidences: of the words, as many; `None` without a calibration.
     """
 
     name: str
@@ -66,6 +68,7 @@ class ExplainedImage:
     earlier_words: np.ndarray
     method: str
     class_names: Sequence[str] | None = None
+    confidences: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         if self.class_names is None and self.classes is not None and self.classes.shape[1] == len(CLASS_NAMES):
@@ -181,6 +184,9 @@ def explain_image(
         method: of `relevance`.
         generation_options: of `generate`.
 
+    Returns:
+        The explanation; with confidences where the checkpoint is calibrated and the caption its own.
+
     Raises:
         ValueError: the image cannot be read, or the caption is empty or holds words that the model does not know.
     """
@@ -189,7 +195,13 @@ def explain_image(
     model = cast(DifnetForConditionalGeneration, captioner.model)
     processor = cast(DifnetProcessor, captioner.processor)
     inputs = processor(**captioner.features_of(image), return_tensors="pt").to(captioner.device)
-    if caption is None:
+    confidence = None
+    if caption is None and captioner.calibration is not None:
+        sequences, [[confidence, *_]] = generate_with_confidences(
+            model, captioner.words, inputs, generation_options, captioner.calibration
+        )
+        sequences = cast(torch.LongTensor, sequences[:, 0])
+    elif caption is None:
         sequences = cast(torch.LongTensor, model.generate(**inputs, **generation_options)[:1])
     else:
         sequences = cast(torch.LongTensor, caption_to_sequence(processor.tokenizer, caption).to(captioner.device))
@@ -206,7 +218,16 @@ def explain_image(
         class_names=recorded_class_names(processor.feature_extractor),
         grid_shape=processor.feature_extractor.grid_shape,
     )
+    if confidence is not None:
+        add_confidences(explained[0], confidence)
     return explained[0]
+
+
+def add_confidences(explained: ExplainedImage, caption: CaptionConfidence) -> None:
+    """Gives the words of an explained caption their confidences, where these are calibrated."""
+    confidences = [word.confidence for word in caption.words if word.confidence is not None]
+    if len(confidences) == len(explained.words):
+        explained.confidences = confidences
 
 
 def unique_names(paths: Sequence[Path]) -> list[str]:

@@ -188,3 +188,51 @@ class DifnetRuntimeModel:
         sequences = self.generate(**inputs, **options)
         assert isinstance(sequences, np.ndarray)
         return self.decoder.decode(sequences)
+
+    def caption_with_confidence(
+        self, grid_features: Any, segmentation_features: Any = None, num_beams: int | None = None, **options: Any
+    ) -> list[dict[str, Any]]:
+        """As `caption`, and how sure the captioner is of each caption.
+
+        Entropy, support, agreement and calibrated confidences are not given here: they are computed by torch, which
+        `difnet caption --confidence` and the pipeline (`RuntimeCaptioner`) use with an exported captioner, too.
+
+        Args:
+            grid_features, segmentation_features, options: as those of `caption`.
+            num_beams: by default those of generation_config.json.
+
+        Returns:
+            For each image `{"generated_text", "score", "mean_log_prob", "margin", "words"}`: the sum of the
+            log-probabilities of the words and `<eos>`, the same by token, how far that is above the second caption's
+            (none of one beam), and `{"word", "log_prob"}` for each word.
+
+        Raises:
+            ValueError: see `generate`.
+        """
+        inputs: dict[str, Any] = make_batch(grid_features, segmentation_features, self.preprocessing)
+        num_beams = self.generation_config.num_beams if num_beams is None else num_beams
+        num_kept = min(2, num_beams)
+        found = self.generate(
+            **inputs, num_beams=num_beams, num_return_sequences=num_kept, return_dict_in_generate=True, **options
+        )
+        assert isinstance(found, BeamSearchOutput)
+        scores = found.sequences_scores.astype(float).reshape(-1, num_kept)  # (B, 1 or 2)
+        best = found.sequences[::num_kept]  # (B, L)
+        log_probs = found.sequences_log_probs[::num_kept]  # (B, L - prompt)
+        eos = self.generation_config.eos_token_id
+        ends = [*(eos if isinstance(eos, list) else [] if eos is None else [eos])]
+        answers = []
+        for text, ids, of_tokens, of_beams in zip(
+            self.decoder.decode(best), best[:, -log_probs.shape[1] :], log_probs, scores, strict=True
+        ):
+            is_end = np.isin(ids, ends)
+            length = int(is_end.argmax()) + 1 if is_end.any() else len(ids)  # with `<eos>`
+            words = [
+                {"word": self.decoder.tokens[token], "log_prob": log_prob}
+                for token, log_prob in zip(ids[:length].tolist(), of_tokens[:length].tolist(), strict=True)
+                if token not in (*ends, self.config.pad_token_id)
+            ]
+            answer = {"generated_text": text, "score": of_beams[0], "mean_log_prob": of_beams[0] / length}
+            margin = {"margin": of_beams[0] - of_beams[1]} if num_kept > 1 else {}
+            answers.append({**answer, **margin, "words": words})
+        return answers

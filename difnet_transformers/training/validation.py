@@ -22,6 +22,8 @@ from modeling_difnet import (
     original_beam_search,
     sequence_log_probs,
 )
+from modeling_difnet.calibration_difnet import Calibration
+from modeling_difnet.confidence_difnet import CaptionConfidence, generate_with_confidences
 from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer
 
 from ..command_line import LeftOut, describe
@@ -35,11 +37,15 @@ GENERATION_OPTIONS = {"num_beams": 5, "max_new_tokens": 20}  # the original's ev
 
 
 class CaptionedImage(NamedTuple):
-    """An image of a split, the caption that a model gave it and its reference captions."""
+    """An image of a split, the caption that a model gave it and its reference captions.
+
+    `confidence` says how sure the model was, where that was asked for.
+    """
 
     image_id: int
     caption: str
     references: list[str]
+    confidence: CaptionConfidence | None = None
 
 
 @torch.no_grad()
@@ -74,6 +80,8 @@ def caption_split(
     generation_options: Mapping[str, Any] = GENERATION_OPTIONS,
     description: str = "captioning",
     left_out: LeftOut | None = None,
+    with_confidence: bool = False,
+    calibration: Calibration | None = None,
 ) -> list[CaptionedImage]:
     """Captions every image of a split exactly once, the work shared out over all processes.
 
@@ -89,6 +97,8 @@ def caption_split(
         generation_options: arguments of `generate`.
         description: what the progress bar says.
         left_out: gets the images that cannot be read, which then have no entry; without it they are an error.
+        with_confidence: whether the model also says how sure it is of each caption.
+        calibration: of the model, for its confidences.
 
     Returns:
         One entry an image, in the order of the dataset. A caption is the decoded words joined by blanks, immediately
@@ -106,7 +116,10 @@ def caption_split(
     )
     custom_generate: dict[str, Any] = {"custom_generate": original_beam_search} if original_decoding else {}
     processor = DifnetProcessor(DifnetFeatureExtractor(), tokenizer)
-    captions: list[tuple[int, str]] = []  # the row of the dataset, and its caption
+    options = {**generation_options, **custom_generate}
+    words_of = tokenizer.convert_ids_to_tokens(list(range(model.config.vocab_size))) if with_confidence else []
+    # The row of the dataset, its caption and how sure the model is of it.
+    captions: list[tuple[int, str, CaptionConfidence | None]] = []
     broken: list[tuple[int, str]] = []  # the row of the dataset, and what is wrong with it
     problem: Exception | None = None
     was_training = model.training
@@ -128,9 +141,14 @@ def caption_split(
                     name: tensor.to(accelerator.device, model.dtype if tensor.is_floating_point() else None)
                     for name, tensor in batch.items()
                 }
+                confidences: list[CaptionConfidence | None] = [None] * len(rows)
                 with accelerator.autocast():
-                    sequences = model.generate(**features, **generation_options, **custom_generate)
-                captions += zip(rows.tolist(), processor.post_process_captions(sequences), strict=True)
+                    if with_confidence:
+                        found, of_images = generate_with_confidences(model, words_of, features, options, calibration)
+                        sequences, confidences = found[:, 0], [each[0] for each in of_images]
+                    else:
+                        sequences = model.generate(**features, **options)
+                captions += zip(rows.tolist(), processor.post_process_captions(sequences), confidences, strict=True)
             # The other processes are about as far.
             bar.update(min((len(rows) + len(reasons)) * accelerator.num_processes, bar.total - bar.n))
     except Exception as error:
@@ -147,13 +165,13 @@ def caption_split(
             raise_for_all(accelerator, ValueError(reason if reason.startswith(f"{name}:") else f"{name}: {reason}"))
         elif accelerator.is_main_process:
             left_out.add(name, reason)
-    caption_of = dict(captions)
+    caption_of = {row: (caption, confidence) for row, caption, confidence in captions}
     assert len(captions) == len(caption_of) == len(dataset) - len(broken), (
         "an image was captioned twice, or not at all"
     )
     rows = dataset.select_columns(["image_id", "captions"]).with_format(None)
     return [
-        CaptionedImage(row["image_id"], caption_of[position], row["captions"])
+        CaptionedImage(row["image_id"], caption_of[position][0], row["captions"], caption_of[position][1])
         for position, row in enumerate(rows)
         if position in caption_of
     ]
