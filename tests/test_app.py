@@ -30,6 +30,7 @@ pytest.importorskip("starlette")
 from difnet_transformers.app.batching import Batcher
 from difnet_transformers.app.captioners import CaptionTask, DecodingOptions
 from difnet_transformers.app.inputs import CaptionInput, RequestError, decode_base64, read_input
+from difnet_transformers.app.load import captioner_names
 from difnet_transformers.app.server import running_server
 from difnet_transformers.app.startup import listen
 from difnet_transformers.cli import app
@@ -436,6 +437,19 @@ def test_captioners_share_equal_networks(service):
     assert len(given.computed) == 2  # grid features and a label map
 
 
+@pytest.mark.parametrize(
+    ("models", "names"),
+    [
+        (["runs/a/best", "runs/b/best"], ["a/best", "b/best"]),
+        (["x/a/run/best", "x/b/run/best"], ["a/run/best", "b/run/best"]),
+        (["me/difnet", "mine"], ["difnet", "mine"]),
+        (["mine", "mine"], ["mine 1", "mine 2"]),
+    ],
+)
+def test_names_are_short_and_differ(models, names):
+    assert captioner_names(models) == names
+
+
 # The command
 
 
@@ -484,7 +498,7 @@ def test_sigterm_finishes_what_runs_and_exits_with_0(process):
     assert "Traceback" not in started.stderr.read()
 
 
-@pytest.mark.parametrize(("warm_up", "number"), [(60, 120), pytest.param(400, 2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("warm_up", "number"), [(20, 40), pytest.param(400, 2000, marks=pytest.mark.slow)])
 def test_memory_is_flat(client, warm_up, number):
     contents = [npz_of(features()), file_of(noise()), hdf5_of({"1_features": np.zeros((9, 9))}), b"nothing"]
 

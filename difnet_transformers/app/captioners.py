@@ -223,7 +223,8 @@ class ServedCaptioner:
             return key
         self.load_networks()
         backbone = self.captioner.grid_backbone
-        if (place := ("loaded", id(backbone))) not in given.computed:
+        place = ("loaded", id(backbone))
+        if place not in given.computed and ("grid", id(backbone)) not in given.computed:
             # The segmentation of a captioner beside this one may need the image itself.
             given.computed[place] = load_image(cast(Any, given.image), backbone)
         return key

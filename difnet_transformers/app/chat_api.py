@@ -118,9 +118,8 @@ async def _read(service: CaptionService, request: Request) -> _Chat:
     content, prompt = _image_and_prompt(body.get("messages"), service.max_upload)
     num_captions, temperature = body.get("n", 1), body.get("temperature", 0)
     longest = body.get("max_completion_tokens", body.get("max_tokens"))
-    if type(longest) is int:
-        # Clients ask for hundreds of tokens. A captioner ends by itself, and its position table has an end.
-        longest = min(longest, captioner.longest_caption - len(prompt.split()) - 1)
+    if type(longest) is int and longest >= captioner.usual_length:
+        longest = None  # clients ask for hundreds by habit; captions end where the checkpoint's do
     is_sampled = isinstance(temperature, int | float) and temperature > 0
     decoding = DecodingOptions(
         search="sample" if is_sampled else "beam",

@@ -115,9 +115,12 @@ def decode_base64(text: str, limit: int) -> bytes:
     if len(text) * 3 // 4 > limit + 3:
         raise too_large(limit)
     try:
-        return base64.b64decode(text, validate=True)
+        content = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
         raise RequestError("the image is no base64") from None
+    if len(content) > limit:
+        raise too_large(limit)
+    return content
 
 
 def too_large(limit: int) -> RequestError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ..checkpoints import checkpoint_folder, read_config, short_name
@@ -21,12 +22,23 @@ def load_captioners(models: Sequence[str], *, force: bool = False, **options: An
     Raises:
         ValueError: one cannot be loaded, or networks do not fit it.
     """
-    names = [short_name(model) for model in models]
-    if len(set(names)) < len(names):
-        names = list(models)
+    names = captioner_names(models)
     pipelines = [load_pipeline(model, force=force, **_own_options(model, options, len(models))) for model in models]
     share_networks(pipelines)
     return [ServedCaptioner(name, each, force) for name, each in zip(names, pipelines, strict=True)]
+
+
+def captioner_names(models: Sequence[str]) -> list[str]:
+    """Short names: of a folder its last parts, as many as make them differ; a model that is given twice is numbered."""
+    names = [short_name(model) for model in models]
+    length = 1
+    while len(set(names)) < len(names) and length < max(len(Path(model).parts) for model in models):
+        length += 1
+        names = ["/".join(Path(model).parts[-length:]) for model in models]
+    return [
+        name if names.count(name) == 1 else f"{name} {names[:place].count(name) + 1}"
+        for place, name in enumerate(names)
+    ]
 
 
 def _own_options(model: str, options: dict[str, Any], num_models: int) -> dict[str, Any]:

@@ -122,11 +122,11 @@ def make_page(service: CaptionService, examples: Sequence[Example], warnings: Se
                     )
                     temperature = gr.Slider(0.1, 2, 1, step=0.1, label="Temperature of samples")
                 with gr.Row():
-                    caption_button = gr.Button("Caption", variant="primary", elem_id="caption")
-                    stop_button = gr.Button("Stop", variant="stop", elem_id="stop")
+                    caption_button = gr.Button("Caption", variant="primary", elem_id="caption", min_width=120, scale=2)
+                    stop_button = gr.Button("Stop", elem_id="stop", min_width=80, scale=1)
                 if shown:
                     gallery = gr.Gallery(
-                        [(each.image, each.name) for each in shown],
+                        [each.image for each in shown],
                         label="Examples, drawn by the demo",
                         columns=4,
                         height="auto",
