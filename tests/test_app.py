@@ -237,7 +237,7 @@ def test_urls_are_refused_and_never_fetched(client, visited):
         assert "URLs are not fetched" in answer.text
 
 
-@pytest.mark.parametrize("number", [40, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [24, pytest.param(200, marks=pytest.mark.slow)])
 def test_hostile_uploads_are_refused_in_one_line(client, number, capfd):
     statuses = []
     for name, content in hostile_uploads(number):

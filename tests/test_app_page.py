@@ -50,9 +50,9 @@ def browser() -> Iterator:
         opened.close()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def new_page(browser, url) -> Iterator:
-    """Opens the page as a new user, and looks at the end whether it asked other servers or failed."""
+    """Opens the page as a new user, and looks at the end whether one asked other servers or failed."""
     contexts, requests, errors = [], [], []
 
     def open_page(**options):
@@ -80,8 +80,29 @@ def image(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def captioned(new_page, image):
+    """A page whose user has sent an image, and does nothing but look."""
+    page = new_page(permissions=["clipboard-read", "clipboard-write"], accept_downloads=True)
+    upload(page, image)
+    page.locator(".result").first.wait_for()
+    return page
+
+
+@pytest.fixture(scope="module")
+def desk(new_page):
+    """A page whose user sends one thing after another."""
+    return new_page()
+
+
 def upload(page, *paths: Path) -> None:
-    page.locator("#files input[type=file]").set_input_files([str(path) for path in paths])
+    if page.locator("#files .file-preview").count():
+        page.get_by_role("button", name="Clear").first.click()
+    page.locator("#files input[type=file]").first.set_input_files([str(path) for path in paths])
+
+
+def write_prompt(page, text: str) -> None:
+    page.locator("#prompt textarea, #prompt input").first.fill(text)
 
 
 def lit_cells(card) -> int:
@@ -94,11 +115,8 @@ def painted_pixels(card) -> int:
     )
 
 
-def test_an_image_and_a_word_that_lights_up(new_page, image, service):
-    page = new_page()
-    upload(page, image)
-    cards = page.locator(".result")
-    cards.first.wait_for()
+def test_a_word_lights_up_its_cells_and_classes(captioned):
+    cards = captioned.locator(".result")
     assert cards.locator("h3").all_inner_texts() == ["first", "second"]
     card = cards.first
     words = card.locator(".words button")
@@ -109,120 +127,99 @@ def test_an_image_and_a_word_that_lights_up(new_page, image, service):
     assert "probability" in card.locator(".about").inner_text()
     assert painted_pixels(card) > 0  # the classes of the word
     assert lit_cells(cards.nth(1)) == 0
-    page.get_by_label("grid features").check()
+    captioned.get_by_label("grid features").check()
     words.nth(1).hover()
     assert painted_pixels(card) == 0
+    captioned.get_by_label("both flows").check()
 
 
-def test_by_keyboard(new_page, image):
-    page = new_page()
-    upload(page, image)
-    card = page.locator(".result").first
-    card.wait_for()
-    card.locator(".words button").first.focus()
+def test_words_by_keyboard(captioned):
+    card = captioned.locator(".result").nth(1)
+    words = card.locator(".words button")
+    words.first.focus()
     assert lit_cells(card) == 49
-    page.keyboard.press("Tab")
-    assert card.locator(".words button.lit").inner_text() == card.locator(".words button").nth(1).inner_text()
-    page.keyboard.press("Enter")
-    assert card.locator(".words button").nth(1).get_attribute("aria-pressed") == "true"
-    page.locator("#prompt textarea, #prompt input").first.focus()
+    captioned.keyboard.press("Tab")
+    assert card.locator(".words button.lit").inner_text() == words.nth(1).inner_text()
+    captioned.keyboard.press("Enter")
+    assert words.nth(1).get_attribute("aria-pressed") == "true"
+    captioned.locator("#caption").focus()
     assert lit_cells(card) == 49  # a word that was chosen stays
 
 
-def test_segmentation_beams_copy_and_download(new_page, image):
-    page = new_page(permissions=["clipboard-read", "clipboard-write"], accept_downloads=True)
-    upload(page, image)
-    card = page.locator(".result").first
-    card.wait_for()
-    assert card.locator(".beams tbody tr").count() == 3
-    caption = card.locator(".beams tbody th").first.inner_text()
+def test_the_segmentation_map_and_its_legend(captioned):
+    card = captioned.locator(".result").first
     card.get_by_label("Segmentation map").check()
     assert painted_pixels(card) > 0
     card.get_by_label("Segmentation map").uncheck()
+    assert painted_pixels(card) == 0
     card.locator(".legend button").first.hover()
     assert painted_pixels(card) > 0
+
+
+def test_beams_copy_and_download(captioned):
+    card = captioned.locator(".result").first
+    assert card.locator(".beams tbody tr").count() == 3
+    caption = card.locator(".beams tbody th").first.inner_text()
     card.get_by_role("button", name="Copy caption").click()
     card.get_by_role("button", name="Copied").wait_for()
-    assert page.evaluate("navigator.clipboard.readText()") == caption
-    with page.expect_download() as download:
+    assert captioned.evaluate("navigator.clipboard.readText()") == caption
+    with captioned.expect_download() as download:
         card.get_by_role("button", name="Download JSON").click()
     assert download.value.suggested_filename == "image.png.json"
     assert f'"caption": "{caption}"' in Path(download.value.path()).read_text()
-
-
-def test_a_prompt_and_decoding_options(new_page, image):
-    page = new_page()
-    upload(page, image)
-    page.locator(".result").first.wait_for()
-    page.locator("#prompt textarea, #prompt input").first.fill("the horse")
-    page.locator("#caption").click()
-    card = page.locator(".result", has=page.locator(".words small", has_text="given")).first
-    card.wait_for()
-    assert card.locator(".words button").first.inner_text().split() == ["the", "given"]
-    assert card.locator(".beams tbody th").first.inner_text().startswith("the horse ")
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("broken.png", b"no image at all", "broken.png: not an image that Pillow can read"),
-        ("large.png", b"\0" * 2**21, "1 MB|File size exceeds|413"),
+        ("large.png", b"\0" * 2**21, "exceed the maximum allowed size"),
         ("half.npz", npz_of({"segmentation_features": np.zeros((133, 7, 7))}), "grid_features are missing"),
     ],
+    ids=["broken", "large", "one flow"],
 )
-def test_a_file_that_cannot_be_read_gets_a_message(new_page, tmp_path, name, content, message):
-    page = new_page()
+def test_a_file_that_cannot_be_read_gets_a_message(desk, tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
-    upload(page, tmp_path / name)
-    page.get_by_text(re.compile(message)).first.wait_for()
-    assert page.get_by_text("Traceback").count() == 0
+    upload(desk, tmp_path / name)
+    desk.get_by_text(message).first.wait_for()
+    assert desk.get_by_text("Traceback").count() == 0
 
 
-def test_a_word_of_the_prompt_that_is_not_known(new_page, image):
-    page = new_page()
-    page.locator("#prompt textarea, #prompt input").first.fill("zebra")
-    upload(page, image)
-    page.locator("#results [role=alert]").wait_for()
-    assert "does not know the word 'zebra'" in page.locator("#results").inner_text()
+def test_a_prompt(desk, image):
+    write_prompt(desk, "zebra")
+    upload(desk, image)
+    desk.get_by_text("does not know the word 'zebra'").wait_for()
+    write_prompt(desk, "the horse")
+    desk.locator("#caption").click()
+    card = desk.locator(".result").first
+    card.wait_for()
+    assert card.locator(".words button").first.inner_text().split() == ["the", "given"]
+    assert card.locator(".beams tbody th").first.inner_text().startswith("the horse ")
 
 
-def test_two_users_at_once(new_page, image, tmp_path):
+def test_an_example(desk):
+    write_prompt(desk, "")
+    desk.locator("#examples button").nth(2).click()
+    desk.locator(".result figure small", has_text="scene ").first.wait_for()
+
+
+def test_a_second_user_on_a_telephone_in_the_dark(captioned, new_page, tmp_path):
+    """Two users at once; nothing is wider than the screen, and words are light on dark."""
+    page = new_page(viewport={"width": 390, "height": 800}, has_touch=True, is_mobile=True, color_scheme="dark")
     noise(5, 90, 200).save(tmp_path / "other.png")
-    users = [new_page(), new_page()]
-    for page, path in zip(users, (image, tmp_path / "other.png"), strict=True):
-        upload(page, path)
-    for page, shape in zip(users, (160 / 120, 90 / 200), strict=True):
-        shown = page.locator(".result img").first
+    upload(page, tmp_path / "other.png")
+    captioned.locator("#caption").click()
+    for user, shape in ((page, 90 / 200), (captioned, 160 / 120)):
+        shown = user.locator(".result img").first
         shown.wait_for()
         assert shown.evaluate("each => each.naturalWidth / each.naturalHeight") == pytest.approx(shape, abs=0.02)
-
-
-def test_an_example(new_page):
-    page = new_page()
-    page.locator("#examples button").nth(2).click()
-    page.locator(".result").first.wait_for()
-    assert page.locator(".result").first.locator("figure small").last.inner_text().startswith("scene ")
-
-
-def test_on_a_telephone_nothing_is_wider_than_the_screen(new_page, image):
-    page = new_page(viewport={"width": 390, "height": 800}, has_touch=True, is_mobile=True)
-    upload(page, image)
     card = page.locator(".result").first
-    card.wait_for()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     card.locator(".words button").nth(1).tap()
     assert lit_cells(card) == 49
-
-
-def test_dark_mode_has_light_words_on_dark(new_page, image):
-    page = new_page(color_scheme="dark")
-    upload(page, image)
-    word = page.locator(".result .words button").first
-    word.wait_for()
-    brightness = "sum(getComputedStyle(e)[p].match(/[0-9.]+/g).slice(0, 3).map(Number))"
-    look = f"(e, p) => {{ const sum = v => v.reduce((a, b) => a + b); return {brightness} }}"
-    assert word.evaluate(look, "color") > 500
-    assert page.locator(".result").first.evaluate(look, "backgroundColor") < 200
+    brightness = "(e, p) => getComputedStyle(e)[p].match(/[0-9.]+/g).slice(0, 3).reduce((a, b) => a + Number(b), 0)"
+    assert card.locator(".words button").first.evaluate(brightness, "color") > 500
+    assert card.evaluate(brightness, "backgroundColor") < 200
 
 
 # Gradio's API

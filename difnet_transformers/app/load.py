@@ -29,7 +29,7 @@ def load_captioners(models: Sequence[str], *, force: bool = False, **options: An
 
 
 def captioner_names(models: Sequence[str]) -> list[str]:
-    """Short names: of a folder its last parts, as many as make them differ; a model that is given twice is numbered."""
+    """Short names: of folders the last parts, as many as make them differ; equal ones are numbered."""
     names = [short_name(model) for model in models]
     length = 1
     while len(set(names)) < len(names) and length < max(len(Path(model).parts) for model in models):

@@ -153,7 +153,7 @@ def make_page(service: CaptionService, examples: Sequence[Example], warnings: Se
         example = gr.State(None)
         options = [chosen, prompt, search, num_beams, max_new_tokens, temperature]
 
-        def caption(
+        def show_captions(
             paths: list[str],
             index: int | None,
             *values: Any,
@@ -169,10 +169,14 @@ def make_page(service: CaptionService, examples: Sequence[Example], warnings: Se
             "show_progress_on": results,
         }
         began = gr.on(
-            [caption_button.click, prompt.submit], caption, [files, example, *options], trigger_mode="once", **settings
+            [caption_button.click, prompt.submit],
+            show_captions,
+            [files, example, *options],
+            trigger_mode="once",
+            **settings,
         )
         uploaded = files.upload(lambda: None, None, example, api_visibility="private", queue=False).then(
-            caption, [files, example, *options], **settings
+            show_captions, [files, example, *options], **settings
         )
         events = [began, uploaded]
         files.clear(lambda: None, None, example, api_visibility="private", queue=False)
@@ -183,7 +187,7 @@ def make_page(service: CaptionService, examples: Sequence[Example], warnings: Se
 
             events.append(
                 gallery.select(choose, None, [example, files], api_visibility="private", queue=False).then(
-                    caption, [files, example, *options], **settings
+                    show_captions, [files, example, *options], **settings
                 )
             )
         for event in events:
