@@ -34,6 +34,7 @@ from difnet_transformers.app.load import captioner_names
 from difnet_transformers.app.server import running_server
 from difnet_transformers.app.startup import listen
 from difnet_transformers.cli import app
+from modeling_difnet import original_beam_search
 
 ROOT = Path(__file__).parent.parent
 
@@ -63,7 +64,8 @@ def expected_captions(service, given: CaptionInput, number: int = 1) -> list[str
     """What the captioner says by itself."""
     captioner = service.default.captioner
     source = given.features if given.features is not None else given.image
-    return [each["generated_text"] for each in captioner(source, num_return_sequences=number)]
+    options = {"num_return_sequences": number, "custom_generate": original_beam_search}
+    return [each["generated_text"] for each in captioner(source, **options)]
 
 
 # Hugging Face's API

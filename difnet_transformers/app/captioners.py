@@ -45,7 +45,8 @@ class DecodingOptions:
     """How captions are searched for.
 
     Args:
-        search: a key of `SEARCHES`.
+        search: a key of `SEARCHES`; by default the original's, which is faster, unless the checkpoint's settings mean
+            something else.
         num_beams: hypotheses of a beam search, 1 for greedy decoding; by default the checkpoint's. Of sampling the
             number of captions.
         num_captions: of these, returned; the best first.
@@ -56,14 +57,14 @@ class DecodingOptions:
         RequestError: a value out of range.
     """
 
-    search: str = "beam"
+    search: str | None = None
     num_beams: int | None = None
     num_captions: int = 1
     max_new_tokens: int | None = None
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.search not in SEARCHES:
+        if self.search is not None and self.search not in SEARCHES:
             raise RequestError(f"search must be one of {', '.join(SEARCHES)}, not {printable(self.search)}")
         for name, highest in (("num_beams", MAX_BEAMS), ("num_captions", MAX_BEAMS), ("max_new_tokens", 10_000)):
             value = getattr(self, name)
@@ -74,21 +75,22 @@ class DecodingOptions:
         if type(self.temperature) not in (int, float) or not 0 < self.temperature <= MAX_TEMPERATURE:
             raise RequestError(f"temperature must be above 0 and at most {MAX_TEMPERATURE:g}")
 
-    def arguments(self, default_beams: int) -> dict[str, Any]:
+    def arguments(self, default_beams: int, default_search: str) -> dict[str, Any]:
         """Of `generate`.
 
         Args:
-            default_beams: of the checkpoint.
+            default_beams, default_search: of the checkpoint.
         """
+        search = self.search or default_search
         lengths = {} if self.max_new_tokens is None else {"max_new_tokens": self.max_new_tokens}
-        if self.search == "sample":
+        if search == "sample":
             sampling = {"do_sample": True, "num_beams": 1, "early_stopping": False, "temperature": self.temperature}
             return sampling | lengths | {"num_return_sequences": self.num_captions}
         num_beams = max(self.num_beams or default_beams, self.num_captions)
         options = lengths | {"num_beams": num_beams, "num_return_sequences": self.num_captions}
-        if num_beams == 1 and self.search == "beam":
+        if num_beams == 1 and search == "beam":
             options |= {"early_stopping": False}
-        return options | ({"custom_generate": original_beam_search} if self.search == "original" else {})
+        return options | ({"custom_generate": original_beam_search} if search == "original" else {})
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,15 @@ class ServedCaptioner:
         except RequestError:
             return False
         return True
+
+    @property
+    def usual_search(self) -> str:
+        """The search that captions are decoded by unless another is asked for, a key of `SEARCHES`."""
+        settings = self.captioner.model.generation_config
+        if settings.do_sample:
+            return "sample"
+        is_original = settings.length_penalty == 0 and settings.early_stopping == "never"
+        return "original" if is_original and settings.repetition_penalty in (None, 1.0) else "beam"
 
     @property
     def usual_length(self) -> int:
@@ -324,7 +335,7 @@ class ServedCaptioner:
         batch = {name: torch.cat([each[name] for each in inputs]) for name in inputs[0]}
         decoding, with_confidence = tasks[0].decoding, tasks[0].with_confidence
         outputs = self.captioner.forward(
-            batch, return_confidence=with_confidence, **decoding.arguments(self.default_beams)
+            batch, return_confidence=with_confidence, **decoding.arguments(self.default_beams, self.usual_search)
         )
         sequences = outputs["sequences"]  # (B, captions, L)
         prompt_length = batch["decoder_input_ids"].shape[1] if "decoder_input_ids" in batch else 1

@@ -122,7 +122,7 @@ async def _read(service: CaptionService, request: Request) -> _Chat:
         longest = None  # clients ask for hundreds by habit; captions end where the checkpoint's do
     is_sampled = isinstance(temperature, int | float) and temperature > 0
     decoding = DecodingOptions(
-        search="sample" if is_sampled else "beam",
+        search="sample" if is_sampled else None,
         num_beams=None
         if is_sampled or type(num_captions) is not int
         else _num_beams(captioner.default_beams, num_captions),

@@ -111,7 +111,7 @@ def _parameters(given: Any) -> dict[str, Any]:
 
 async def _reply(service: CaptionService, name: str | None, given: _Given) -> Response:
     values = given.parameters
-    search = values.get("search", "sample" if values.get("do_sample") else "beam")
+    search = values.get("search", "sample" if values.get("do_sample") else None)
     decoding = DecodingOptions(
         search=search,
         num_beams=None if search == "sample" else values.get("num_beams"),

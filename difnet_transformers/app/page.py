@@ -113,7 +113,11 @@ def make_page(service: CaptionService, examples: Sequence[Example], warnings: Se
                 )
                 prompt = gr.Textbox(label="The caption begins with", placeholder="a", elem_id="prompt", max_lines=1)
                 with gr.Accordion("Decoding", open=False):
-                    search = gr.Radio([(text, name) for name, text in SEARCHES.items()], value="beam", label="Search")
+                    search = gr.Radio(
+                        [(text, name) for name, text in SEARCHES.items()],
+                        value=captioners[0].usual_search,
+                        label="Search",
+                    )
                     num_beams = gr.Slider(
                         1, MOST_BEAMS, captioners[0].default_beams, step=1, label="Beams, or samples"
                     )
@@ -295,7 +299,7 @@ def _add_endpoint(service: CaptionService, captioners: Sequence[ServedCaptioner]
     files = uploads(visible=False, label="files")
     model = gr.Dropdown(names, value=names[0], visible=False, label="model")
     prompt = gr.Textbox("", visible=False, label="prompt")
-    search = gr.Dropdown(list(SEARCHES), value="beam", visible=False, label="search")
+    search = gr.Dropdown(list(SEARCHES), value=captioners[0].usual_search, visible=False, label="search")
     num_beams = gr.Number(captioners[0].default_beams, visible=False, precision=0, label="num_beams")
     max_new_tokens = gr.Number(captioners[0].usual_length, visible=False, precision=0, label="max_new_tokens")
     temperature = gr.Number(1, visible=False, label="temperature")
