@@ -4,13 +4,14 @@ CONSTRAINTS ?= constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-all test-versions lint format bench dist clean
+.PHONY: help setup demo test test-all test-versions lint format bench gallery dist clean
 help:
 	@echo "make demo      draw a little corpus, train on it, caption unseen scenes: demo_output/demo.html"
 	@echo "make test      lint and the tests (a few minutes on 2 cores)"
 	@echo "make test-all  the tests and the long campaigns"
 	@echo "make test-versions  a part of the tests on the oldest and the newest Transformers that setup.cfg allows"
 	@echo "make bench     the benchmarks; tables go to benchmarks/results/"
+	@echo "make gallery   draw the charts of the docs again and write docs/gallery.md"
 	@echo "make lint      ruff check, format check and mypy; make format applies what ruff can"
 	@echo "make dist      the wheel and the source distribution, checked, in dist/"
 
@@ -53,6 +54,9 @@ bench: setup
 	$(BIN)/python benchmarks/runtimes.py
 	$(BIN)/python benchmarks/app.py
 	$(BIN)/python benchmarks/help_time.py
+
+gallery: setup
+	$(BIN)/python benchmarks/gallery.py
 
 dist: setup
 	rm -rf build dist

@@ -99,10 +99,12 @@ class PTBTokenizer:
         if not isinstance(caption, str):
             raise ValueError(f"a caption must be a string, not {type(caption).__name__}: {caption!r:.80}")
         if _PLAIN_CAPTION.fullmatch(caption):
-            words = caption.split()
-            # Whether the last word is an abbreviation depends on its case.
-            last = _last_word(words.pop()) if words and words[-1].endswith(".") else ()
-            words = " ".join(words).lower().split()
+            words = caption.lower().split()
+            last: tuple[str, ...] = ()
+            if words and words[-1].endswith("."):
+                words.pop()
+                # Whether the last word is an abbreviation depends on its case.
+                last = _last_word(caption.split()[-1])
             if SPLIT_WORDS.isdisjoint(words):
                 return [*words, *(token for token in last if token not in PUNCTUATION)]
         text = _LONE_SURROGATES.sub("\ufffd", caption.translate(_LINE_SEPARATORS))

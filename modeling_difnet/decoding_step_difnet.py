@@ -138,21 +138,24 @@ class Projection:
         layers: with equal numbers of input features.
         dtype: in which they are computed.
         pack: whether oneDNN lays out the weight as it reads it, which pays from the second caption on.
+        fuse_relu: whether oneDNN, where it has laid out the weight, also applies the ReLU that follows.
     """
 
-    def __init__(self, *layers: nn.Linear, dtype: torch.dtype, pack: bool) -> None:
+    def __init__(self, *layers: nn.Linear, dtype: torch.dtype, pack: bool, fuse_relu: bool = False) -> None:
         weights = [layer.weight.detach() for layer in layers]
         biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
         self.weight = (torch.cat(weights) if len(weights) > 1 else weights[0]).to(dtype)
         self.bias = (torch.cat(biases) if len(biases) > 1 else biases[0]).to(dtype) if biases else None
         self.is_packed = pack and can_pack(self.weight)
+        self.has_relu = self.is_packed and fuse_relu
         if self.is_packed:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight)
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
         states = states.to(self.weight.dtype)
         if self.is_packed:
-            return torch.ops.mkldnn._linear_pointwise(states, self.weight, self.bias, "none", [], "")
+            activation = "relu" if self.has_relu else "none"
+            return torch.ops.mkldnn._linear_pointwise(states, self.weight, self.bias, activation, [], "")
         return linear(states, self.weight, self.bias)
 
 
@@ -175,7 +178,7 @@ class LayerProjections:
         self.cross_query = Projection(cross.q_proj, **how)
         self.cross_key_value = Projection(cross.k_proj, cross.v_proj, **how)
         self.cross_output = Projection(cross.out_proj, **how)
-        self.fc1 = Projection(feed_forward.fc1, **how)
+        self.fc1 = Projection(feed_forward.fc1, fuse_relu=True, **how)
         self.fc2 = Projection(feed_forward.fc2, **how)
 
 
@@ -339,7 +342,8 @@ class FastStep:
             states, attention, layer.dropout, layer.encoder_attn_layer_norm, layer.encoder_layer_norm
         )
         dropout = layer.feed_forward.dropout
-        hidden = relu_dropout(projections.fc1(states), dropout.p, dropout.training)  # (B, L, ffn_dim)
+        drop = fast_dropout if projections.fc1.has_relu else relu_dropout
+        hidden = drop(projections.fc1(states), dropout.p, dropout.training)  # (B, L, ffn_dim)
         return layer.final_layer_norm(states + dropout(projections.fc2(hidden)))
 
 

@@ -7,6 +7,7 @@
 The original's beam search is in `beam_search_difnet.py`.
 """
 
+import copy
 import functools
 from typing import TYPE_CHECKING
 
@@ -229,8 +230,11 @@ class DifnetGenerationMixin(GenerationMixin):
         """Drops the features before Transformers repeats everything for each beam: the encoder has run.
 
         With one beam nothing is repeated, and assisted decoding encodes once more for the assistant: keep them.
+        Transformers repeats the encoder's output in place, which may be the caller's: it is given a copy.
         """
         if expand_size > 1:
+            if isinstance(outputs := model_kwargs.get("encoder_outputs"), dict):
+                model_kwargs["encoder_outputs"] = copy.copy(outputs)
             for name in ("segmentation_features", "segmentation_attention_mask"):
                 model_kwargs.pop(name, None)
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)

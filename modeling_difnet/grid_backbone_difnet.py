@@ -202,7 +202,13 @@ class FoldedConv2d(nn.Conv2d):
     def forward(
         self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None, relu: bool = True
     ) -> torch.Tensor:
-        if not fuses_convolutions(hidden_states):
+        if fuses_in_cudnn(hidden_states) and relu:
+            hidden_states = hidden_states.contiguous(memory_format=torch.channels_last)
+            shape = (self.stride, self.padding, self.dilation, self.groups)
+            if residual is None:
+                return torch.cudnn_convolution_relu(hidden_states, self.weight, self.bias, *shape)
+            return torch.cudnn_convolution_add_relu(hidden_states, self.weight, residual, 1.0, self.bias, *shape)
+        if not fuses_in_onednn(hidden_states):
             hidden_states = super().forward(hidden_states)
             if residual is not None:
                 hidden_states.add_(residual)
@@ -215,7 +221,17 @@ class FoldedConv2d(nn.Conv2d):
         return torch.ops.mkldnn._convolution_pointwise.binary(hidden_states, residual, *layer, "add", 1.0, *unary)
 
 
-def fuses_convolutions(hidden_states: torch.Tensor) -> bool:
+def fuses_in_cudnn(hidden_states: torch.Tensor) -> bool:
+    """Whether cuDNN adds and clips within the convolution: done apart, that was two thirds of the time on a GPU."""
+    return (
+        hidden_states.device.type == "cuda"
+        and torch.version.hip is None
+        and torch.backends.cudnn.enabled
+        and hidden_states.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    )
+
+
+def fuses_in_onednn(hidden_states: torch.Tensor) -> bool:
     """Whether oneDNN adds and clips within the convolution: on CPUs, by the operators that `torch.compile` emits."""
     if hidden_states.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False

@@ -27,6 +27,7 @@ from caption_metrics import (
     score_captions,
     spice,
 )
+from caption_metrics.captions import ngram_words
 
 GOLDEN = Path(__file__).parent / "golden" / "metrics"
 TOLERANCE = 1e-9
@@ -293,3 +294,15 @@ def test_without_java_the_other_metrics_go_on(monkeypatch):
     for metric in (meteor, spice):
         with pytest.raises(JavaMissing, match=r"pip install pycocoevalcap|pycocoevalcap\.spice"):
             metric(["a dog"], [["a dog"]])
+
+
+@pytest.mark.parametrize(
+    "tokens", [["a", "dog"], ["10\xa01/2", "cups"], ["", "a"], [], ("a", "dog"), ["a", "b\u3000c"]]
+)
+def test_words_of_ngrams_are_those_of_the_joined_caption(tokens):
+    assert ngram_words(tokens) == " ".join(tokens).split()
+
+
+def test_no_letter_or_digit_is_a_space():
+    characters = map(chr, range(sys.maxunicode + 1))
+    assert not [each for each in characters if each.isalnum() and each.split() != [each]]

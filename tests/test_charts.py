@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from difnet_transformers.reports.charts import DOTS_PER_INCH, Chart, Line, to_png, to_svg, training_charts
+from difnet_transformers.reports.charts import (
+    DOTS_PER_INCH,
+    Chart,
+    Line,
+    charts_of_file,
+    to_png,
+    to_svg,
+    training_charts,
+)
 from difnet_transformers.reports.colors import BLUE
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -103,3 +111,40 @@ def test_charts_of_a_training_run(tmp_path: Path):
     assert [line.y for line in charts["reward"].lines] == [[1.5], [0.2]]
     for chart in charts.values():
         assert to_svg(chart).startswith("<?xml")
+
+
+@pytest.mark.parametrize("suffix", [".svg", ".png"])
+def test_a_file_carries_the_numbers_of_its_charts(suffix, tmp_path: Path):
+    first = Chart(
+        "a < b & 'c'",
+        "steps",
+        "nats \N{GREEK SMALL LETTER ALPHA}",
+        [Line("$x_1$", range(3), [0.1, 2, 3e-9])],
+        (1, "here"),
+    )
+    second = Chart("Logarithms", "n", "seconds", [Line("none", [], []), Line("a", [1, 10], [1, 5], BLUE)], is_log=True)
+    charts = [first] if suffix == ".svg" else [first, second]
+    path = tmp_path / f"chart{suffix}"
+    path.write_bytes(to_svg(first).encode() if suffix == ".svg" else to_png(charts))
+    found = charts_of_file(path)
+    assert found[0] == Chart(
+        first.title, "steps", first.y_label, [Line("$x_1$", [0, 1, 2], [0.1, 2, 3e-9])], (1, "here")
+    )
+    assert [line.name for chart in found[1:] for line in chart.lines] == ["a"][: len(found) - 1]
+    again = to_svg(found[0]).encode() if suffix == ".svg" else to_png(found)
+    assert again == path.read_bytes()
+
+
+@pytest.mark.parametrize("description", ["", "a drawing", "[1]"])
+def test_an_image_without_a_chart_has_none(description, tmp_path: Path):
+    Image.new("RGB", (2, 2)).save(tmp_path / "image.png")
+    text = f"<dc:description>{description}</dc:description>"
+    (tmp_path / "image.svg").write_text(f'<svg xmlns:dc="http://purl.org/dc/elements/1.1/">{text}</svg>')
+    assert charts_of_file(tmp_path / "image.png") == charts_of_file(tmp_path / "image.svg") == []
+
+
+@pytest.mark.parametrize("name", ["chart.svg", "chart.png"])
+def test_a_broken_file_is_named(name, tmp_path: Path):
+    (tmp_path / name).write_text("<svg")
+    with pytest.raises(ValueError, match=name):
+        charts_of_file(tmp_path / name)

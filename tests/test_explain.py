@@ -25,6 +25,7 @@ from difnet_transformers.reports.relevance import (
     POSITIVE_COLOR,
     ExplainedImage,
     explain_image,
+    flow_panels,
     heat_map,
     panels,
     position_curves,
@@ -106,6 +107,26 @@ def test_panels_have_one_place_a_word(image):
     assert two_rows.width == 14 + 2 * 234
     height = {300: 73, 30: 220}.get(image.width if image else None, 147)
     assert two_rows.height - one_row.height == height + 24 + 45 + 14
+
+
+@pytest.mark.parametrize("columns", [2, 1])
+def test_flow_panels_have_the_cells_of_each_flow_below_a_word(columns):
+    explained = example(image=Image.new("RGB", (200, 100)))
+    drawn = flow_panels(explained, columns)
+    left, top, row = 269 + 3 * 14, 2 * 14 + 22, 24 + 2 * (21 + 62) + 21 + 14
+    assert drawn.width == left + columns * (124 + 14)
+    for word, (x, y) in enumerate([(left, top), (left + 138, top) if columns == 2 else (left, top + row)]):
+        for flow, below in (("grid", 24 + 21), ("segmentation", 24 + 21 + 62 + 21)):
+            shown = drawn.crop((x, y + below, x + 124, y + below + 62))
+            expected = heat_map(explained.flows[flow][word], (2, 3), explained.image.resize((124, 62)))
+            assert np.array_equal(np.asarray(shown), np.asarray(expected)), (word, flow)
+
+
+def test_flow_panels_of_the_baseline_have_one_flow():
+    flows = {name: np.ones((2, 6)) for name in ("both", "grid")}
+    one = flow_panels(example(image=None, flows=flows, classes=None), columns=1)
+    two = flow_panels(example(image=None), columns=1)
+    assert two.height - one.height == 2 * (21 + 83)  # of both words
 
 
 # The page

@@ -208,8 +208,9 @@ def test_a_prompt_is_continued(config: DifnetConfig, search: str) -> None:
 @torch.no_grad()
 def test_an_encoded_image_needs_no_features(config: DifnetConfig) -> None:
     model, features = decisive(random_model(config)), random_features(config)
+    encoder_outputs = model.get_encoder()(**features)
     for search in ({"num_beams": 1}, {"num_beams": 3}, {"num_beams": 3, "custom_generate": original_beam_search}):
-        encoded = model.generate(encoder_outputs=model.get_encoder()(**features), **search, max_new_tokens=6)
+        encoded = model.generate(encoder_outputs=encoder_outputs, **search, max_new_tokens=6)
         assert torch.equal(encoded, model.generate(**features, **search, max_new_tokens=6))
 
 

@@ -24,7 +24,7 @@ from ..model_card import METRICS
 from ..reports.charts import to_svg, training_charts
 from ..reports.confidence import is_calibrated
 from ..reports.pages import SheetImage, Table, png_sheet, relevance_page, render
-from ..reports.relevance import ExplainedImage, explain_captions, panels, png_file
+from ..reports.relevance import ExplainedImage, explain_captions, flow_panels, panels, png_file
 from .drawings import SIDE
 from .rendering import draw_scene, drawn_objects
 from .scenes import Scene, describe_pair, held_out_pairs_of
@@ -78,7 +78,7 @@ def write_page(
     commands: Sequence[str],
     took: str,
 ) -> Path:
-    """Writes `demo.html`, `demo.png`, `why.html`, `why.png` and `curves/`.
+    """Writes `demo.html`, `demo.png`, `why.html`, `why.png`, `why_flows.png` and `curves/`.
 
     Args:
         output: folder that they go to.
@@ -106,6 +106,7 @@ def write_page(
     if explained:
         atomic_write(output / "why.html", relevance_page(explained))
         atomic_write(output / "why.png", png_file(panels(explained[-1], columns=5)))
+        atomic_write(output / "why_flows.png", png_file(flow_panels(explained[-1])))
     num_training = sum(scene.split in ("train", "restval") for scene in scenes)
     page = render(
         "demo.html.j2",

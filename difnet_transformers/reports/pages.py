@@ -24,6 +24,7 @@ from ..vision.images import THUMBNAIL_SIDE, thumbnail
 from . import confidence
 from .colors import BACKGROUND, TEXT, TEXT_LIGHT
 from .relevance import (
+    FLOW_NAMES,
     FLOWS,
     NEGATIVE_COLOR,
     OPACITY,

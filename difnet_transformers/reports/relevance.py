@@ -37,6 +37,7 @@ with requires("images"):
 POSITIVE_COLOR, NEGATIVE_COLOR = (217, 95, 2), (43, 108, 196)
 OPACITY = 0.8  # of the strongest cell
 FLOWS = ("both", "grid", "segmentation")
+FLOW_NAMES = {"both": "both flows", "grid": "grid features", "segmentation": "segmentation"}
 
 
 @dataclass
@@ -379,6 +380,46 @@ def panels(explained: ExplainedImage, flow: str = "both", columns: int = 4) -> I
             number = f"  {value:+.3f}"
             name = shortened(name, side - draw.textlength(number, small), small)
             draw.text((left, upper + image.height + 24 + 15 * line), name + number, TEXT_LIGHT, small)
+    return sheet
+
+
+def flow_panels(explained: ExplainedImage, columns: int = 6) -> Image.Image:
+    """The image beside its words, each above its cells in the grid features and, below them, in the segmentation.
+
+    Args:
+        explained: the explanation.
+        columns: words in a row, at most.
+    """
+    margin, side, word_height, line_height = 14, 124, 24, 21
+    flows = [flow for flow in ("grid", "segmentation") if flow in explained.flows]
+    image, panel = resized_image(explained, 2 * side + line_height), resized_image(explained, side)
+    font, small = ImageFont.load_default(size=16), ImageFont.load_default(size=12)
+    rows = max(1, -(-len(explained.words) // columns))
+    columns = max(1, -(-len(explained.words) // rows))
+    left = image.width + 3 * margin
+    width = left + columns * (side + margin)
+    title = textwrap.wrap(" ".join(explained.words), width // 9) or [""]
+    top = 2 * margin + 22 * len(title)
+    row_height = word_height + len(flows) * (line_height + panel.height) + line_height + margin
+    bottom = max(top + rows * row_height, top + word_height + line_height + image.height + margin)
+    sheet = Image.new("RGB", (width, bottom), BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    draw.multiline_text((margin, margin - 4), "\n".join(title), TEXT, font, spacing=4)
+    sheet.paste(image, (margin, top + word_height + line_height))
+    for word, text in enumerate(explained.words):
+        x, y = left + word % columns * (side + margin), top + word // columns * row_height
+        probability = f"  {explained.probabilities[word]:.0%}"
+        text = shortened(text, side - draw.textlength(probability, small), font)
+        draw.text((x, y), text, TEXT, font)
+        draw.text((x + draw.textlength(text, font), y + 4), probability, TEXT_LIGHT, small)
+        y += word_height
+        for flow in flows:
+            if word % columns == 0:
+                draw.text((x, y + 4), FLOW_NAMES[flow], TEXT_LIGHT, small)
+            sheet.paste(heat_map(explained.flows[flow][word], explained.grid_shape, panel), (x, y + line_height))
+            y += line_height + panel.height
+        for name, _ in explained.strongest_classes(word, 1):
+            draw.text((x, y + 2), shortened(name, side, small), TEXT_LIGHT, small)
     return sheet
 
 
