@@ -31,7 +31,7 @@ logger = logging.get_logger(__name__)
 CALIBRATION_NAME = "calibration.json"
 CALIBRATION_VERSION = 1
 CALIBRATION_SIZE_LIMIT = 2**26  # bytes
-WORD_FEATURES = ("log_prob", "log_complement", "entropy", "support", "log_rate")
+WORD_FEATURES = ("log_prob", "log_complement", "entropy", "support", "rate_log_odds")
 RATE_STRENGTH = 2.0
 """Weight of the rate of all words in that of a single one, in occurrences."""
 
@@ -104,7 +104,9 @@ def word_features(words: Sequence[WordConfidence], rates: Sequence[float]) -> np
     """
     log_probs = np.minimum([word.log_prob for word in words], 0)
     complements = np.log(np.maximum(-np.expm1(log_probs), 1e-6))
-    others = [(word.entropy, word.support, math.log(rate)) for word, rate in zip(words, rates, strict=True)]
+    others = [
+        (word.entropy, word.support, math.log(rate / (1 - rate))) for word, rate in zip(words, rates, strict=True)
+    ]
     return np.column_stack([log_probs, complements, np.array(others)])
 
 
@@ -205,7 +207,7 @@ def calibration_of(model: Any, state_dict: Mapping[str, torch.Tensor] | None = N
         ValueError: as `read_calibration`.
     """
     source = getattr(model, "name_or_path", None)
-    if not source:
+    if not source or hasattr(model, "members"):  # an ensemble bears the name of its first member
         return None
     try:
         calibration = read_calibration(source, getattr(model.config, "_commit_hash", None))

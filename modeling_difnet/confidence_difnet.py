@@ -1,9 +1,10 @@
 """How sure a captioner is of its captions: log-probabilities, agreement of the beams, calibrated confidences.
 
-All beams of an image are read once more, teacher-forced, which gives the log-probability of every word. Whether a word
-with some log-probability is right is another question: `difnet calibrate` answers it on a split with known truth. Its
-`calibration.json` lies in the checkpoint's folder, and turns log-probability, entropy and support of a word into the
-probability that the word is right, and the mean of these into the CIDEr-D that a caption can expect.
+The original's beam search knows the log-probabilities of its beams; those of other captions, and all entropies, are
+found by reading the captions once more, teacher-forced. Whether a word with some log-probability is right is another
+question: `difnet calibrate` answers it on a split with known truth. Its `calibration.json` lies in the checkpoint's
+folder, and turns log-probability, entropy and support of a word into the probability that the word is right, and the
+mean of these into the CIDEr-D that a caption can expect.
 
 The original (mrwu-mac/DIFNet, CVPR 2022) has nothing that corresponds.
 """
@@ -16,8 +17,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.nn import functional
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
 
+from .beam_search_difnet import original_beam_search
 from .calibration_difnet import CALIBRATION_NAME, Calibration, calibration_of, read_calibration
 from .generation_difnet import sequence_statistics
 
@@ -88,7 +92,7 @@ class TokenTable(NamedTuple):
 
     Args:
         log_probs (`(B, K, L - 1)`): log-probabilities; 0 at `<pad>`.
-        entropies (`(B, K, L - 1)`): of the distributions, in nats; 0 at `<pad>`.
+        entropies (`(B, K, L - 1)`): of the distributions, in nats; 0 at `<pad>`. Those of the first captions suffice.
     """
 
     log_probs: torch.Tensor
@@ -184,7 +188,8 @@ def confidences_of(
     occurs = (first[:, :, :, None, None] == tokens[:, None, None]).any(-1)  # (B, N, T, K)
     support = (occurs * weights[:, None, None]).sum(-1).clamp(max=1)  # (B, N, T)
     numbers = torch.stack([log_probs[:, :num_captions], entropies[:, :num_captions], support], -1).tolist()
-    ends, lengths = end_ids(model), is_token.sum(-1).tolist()
+    no_words = {model.config.pad_token_id, model.config.bos_token_id, *end_ids(model)}
+    lengths = is_token.sum(-1).tolist()
     found = []
     for image, captions in enumerate(first.tolist()):
         of_image = []
@@ -192,7 +197,7 @@ def confidences_of(
             words = [
                 WordConfidence(words_of[token], *numbers[image][index][position])
                 for position, token in enumerate(ids)
-                if token != model.config.pad_token_id and token not in ends
+                if token not in no_words
             ]
             score = scores[image, index].item()
             others = [each for number, each in enumerate(scores[image].tolist()) if number != index]
@@ -242,25 +247,41 @@ def generate_with_confidences(
     num_captions = max(num_returned, setting("num_beams") or 1)
     arguments["num_return_sequences"] = num_captions
     prompts = arguments.get("decoder_input_ids")
+    prompt_length = 1 if prompts is None else count_prompt_tokens(prompts, model.config)
     features = {name: value for name, value in arguments.items() if name in FEATURES and value is not None}
     if setting("do_sample"):
         calibration = None
-    if hasattr(model, "generate_with_token_table"):
-        sequences, table = model.generate_with_token_table(**arguments)
-        sequences = sequences.unflatten(0, (-1, num_captions))  # (B, K, L)
-        table = TokenTable(*(each.unflatten(0, (-1, num_captions)) for each in table))
-        prompt_length = sequences.shape[-1] - table.log_probs.shape[-1]
-        table = TokenTable(*(torch.nn.functional.pad(each, (prompt_length - 1, 0)) for each in table))
-        sequences = hide_after_end(sequences, end_ids(model), model.config.pad_token_id)
+    knows_table = hasattr(model, "generate_with_token_table")
+    knows_log_probs = arguments.get("custom_generate") is original_beam_search
+    if knows_table:
+        found, known = model.generate_with_token_table(**arguments)
+    elif knows_log_probs:
+        features = encode_images(model, features)
+        arguments = {name: value for name, value in arguments.items() if name not in FEATURES} | features
+        output = model.generate(**arguments, return_dict_in_generate=True)
+        found, known = output.sequences, (output.sequences_log_probs,)
     else:
-        sequences = model.generate(**arguments).unflatten(0, (-1, num_captions))  # (B, K, L)
-        prompt_length = 1 if prompts is None else count_prompt_tokens(prompts, model.config)
-        sequences = hide_after_end(sequences, end_ids(model), model.config.pad_token_id, prompt_length)
-        table = token_table(model, sequences, **features)
-    found = confidences_of(
+        found, known = model.generate(**arguments), ()
+    sequences = found.unflatten(0, (-1, num_captions))  # (B, K, L)
+    sequences = hide_after_end(sequences, end_ids(model), model.config.pad_token_id, prompt_length)
+    # What the search knows begins behind the prompt, (B, K, L - 1) here as everywhere.
+    columns = [functional.pad(each, (prompt_length - 1, 0)).unflatten(0, (-1, num_captions)) for each in known]
+    if knows_log_probs and not knows_table:
+        columns.append(token_table(model, sequences[:, :num_returned], **features).entropies)
+    table = TokenTable(*columns) if columns else token_table(model, sequences, **features)
+    confidences = confidences_of(
         model, sequences, table, words_of, calibration, num_captions=num_returned, prompt_length=prompt_length
     )
-    return sequences[:, :num_returned], found
+    return sequences[:, :num_returned], confidences  # type: ignore[return-value]  # a slice of a LongTensor
+
+
+def encode_images(model: Any, features: Mapping[str, Any]) -> dict[str, Any]:
+    """The encoder's output in the place of the features of images, so that it runs once."""
+    if "encoder_outputs" in features:
+        return dict(features)
+    encoded = {"encoder_outputs": BaseModelOutput(model.get_encoder()(**features, return_dict=True)[0])}
+    mask = features.get("grid_attention_mask")
+    return encoded if mask is None else {**encoded, "grid_attention_mask": mask}
 
 
 def count_prompt_tokens(prompts: torch.Tensor, config: Any) -> int:

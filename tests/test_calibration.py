@@ -144,7 +144,7 @@ class TestCommand:
         words.write_text(json.dumps(truth))
         assert run_calibrate(folder, packed, "--words", words) == 0
         rates = read_calibration(folder).rates
-        assert all(right == (number if word in WORDS[:6] else 0) for word, (right, number) in rates.items())
+        assert all(right == (0 if word in WORDS[6:] else number) for word, (right, number) in rates.items())
 
     @pytest.mark.parametrize(
         ("words", "said"),
@@ -181,19 +181,27 @@ class TestCommand:
 
 
 class TestOtherCommands:
-    @pytest.fixture(scope="class")
-    def features(self, tmp_path_factory) -> list[str]:
-        folder, random = tmp_path_factory.mktemp("features"), np.random.default_rng(0)
-        (folder / "shares").mkdir()
+    @pytest.fixture
+    def features(self, tmp_path) -> list[str]:
+        folder, random = tmp_path / "features", np.random.default_rng(0)
+        (folder / "shares").mkdir(parents=True)
         with h5py.File(folder / "grids.hdf5", "w") as file:
             for image_id in (3, 5):
                 file[f"{image_id}_features"] = random.normal(size=(4, 6)).astype(np.float32)
                 np.save(folder / "shares" / f"{image_id}.npy", (random.random((5, 2, 2)) > 0.6).astype(np.float32))
-        return ["--features", str(folder / "grids.hdf5"), "--segmentation", str(folder / "shares"), "--device", "cpu"]
+        return [
+            "--features",
+            str(folder / "grids.hdf5"),
+            "--segmentation",
+            str(folder / "shares"),
+            "--num-beams",
+            "5",
+            "--original-beam-search",
+        ]
 
     def test_caption(self, calibrated, uncalibrated, features, tmp_path, capsys):
         results = tmp_path / "captions.json"
-        options = [*features, "--confidence", "--json", str(results)]
+        options = [*features, "--json", str(results), "--confidence"]
         assert caption.main(["--model", str(calibrated), *options]) == 0
         assert capsys.readouterr().out.count("(confidence ") == 2
         for row in json.loads(results.read_text()):
@@ -210,13 +218,13 @@ class TestOtherCommands:
             assert [each["score"] for each in row["confidences"]] == sorted(
                 (each["score"] for each in row["confidences"]), reverse=True
             )
-        assert caption.main(["--model", str(uncalibrated), *options[:-3], "--json", str(results)]) == 0
+        assert caption.main(["--model", str(uncalibrated), *options[:-1]]) == 0
         assert all(set(row) == {"image_id", "caption"} for row in json.loads(results.read_text()))
 
     def test_evaluate(self, calibrated, uncalibrated, packed, tmp_path, capsys):
         options = ["--dataset", str(packed), "--cpu", "--max-new-tokens", "6", "--confidence"]
-        options += ["--report", str(tmp_path / "report.html")]
-        assert evaluate.main(["--model", str(calibrated), *options, "--output", str(tmp_path / "one")]) == 0
+        report = ["--report", str(tmp_path / "report.html")]
+        assert evaluate.main(["--model", str(calibrated), *options, *report, "--output", str(tmp_path / "one")]) == 0
         assert "without a calibration" not in capsys.readouterr().out
         rows = json.loads((tmp_path / "one" / "captions_test_results.json").read_text())
         numbers = {"score", "mean_log_prob", "margin", "agreement", "confidence", "expected_cider_d"}
@@ -252,7 +260,7 @@ class TestOtherCommands:
                 )
         with h5py.File(features[1]) as file:
             grid, shares = file["3_features"][:], np.load(Path(features[3], "3.npy"))
-        (plain,) = DifnetRuntimeModel.from_pretrained(exported).caption_with_confidence(grid, shares)
+        (plain,) = DifnetRuntimeModel.from_pretrained(exported).caption_with_confidence(grid, shares, num_beams=5)
         assert set(plain) == {"generated_text", "score", "mean_log_prob", "margin", "words"}
         for name in ("score", "mean_log_prob", "margin"):
             assert plain[name] == pytest.approx(rows[0][0][name], abs=1e-4)

@@ -95,7 +95,7 @@ def plain(model, sequences: torch.Tensor, features: dict, image: int) -> dict:
     }
 
 
-def check_equal(found: dict, expected: dict, tolerance: float = 2e-5) -> None:
+def check_equal(found: dict, expected: dict, tolerance: float = 1e-4) -> None:
     assert found.keys() == expected.keys()
     assert [word["word"] for word in found["words"]] == [word["word"] for word in expected["words"]]
     for name in found.keys() - {"words"}:
@@ -122,7 +122,8 @@ class TestNumbers:
         for image in range(3):
             check_equal(found[image][0].as_dict(), plain(model, beams, features, image))
         again = caption_confidences(model, beams, WORDS, **features)
-        assert again == [of_image[0] for of_image in found]
+        for caption, (other,) in zip(again, found, strict=True):
+            check_equal(caption.as_dict(), other.as_dict())
 
     def test_captions_of_different_lengths(self, model, features):
         sequences = torch.full((3, 2, 6), 1)
@@ -177,8 +178,9 @@ class TestNumbers:
         )
         assert one == other
 
-    def test_bfloat16(self, model, features):
-        half, shown = model.bfloat16(), {name: value.bfloat16() for name, value in features.items()}
+    def test_bfloat16(self, tiny_config, features):
+        half = random_model(tiny_config).bfloat16()
+        shown = {name: value.bfloat16() for name, value in features.items()}
         beams = half.generate(**shown, **SEARCH, num_return_sequences=4).unflatten(0, (-1, 4))
         found = caption_confidences(half, beams, WORDS, **shown)
         exact = caption_confidences(
@@ -209,7 +211,7 @@ class TestCalibration:
         calibration = make_calibration()
         word = WordConfidence("w7", log_prob=math.log(0.5), entropy=0.9, support=0.6)
         rate = (1 + 2 * 0.8) / (9 + 2)
-        read = np.array([math.log(0.5), math.log(0.5), 0.9, 0.6, math.log(rate)])
+        read = np.array([math.log(0.5), math.log(0.5), 0.9, 0.6, math.log(rate / (1 - rate))])
         logit = ((read - calibration.mean) / calibration.scale) @ np.array(calibration.coefficients) + 1.2
         assert calibration.word_confidences([word]) == pytest.approx([1 / (1 + math.exp(-logit))])
 
@@ -331,10 +333,10 @@ class TestPipeline:
 
     def test_keys(self, checkpoint, images):
         captioner = self.load(checkpoint)
-        (answer,) = captioner(images[0], return_confidence=True)
+        (answer,) = captioner(images[0], return_confidence=True, num_beams=5)
         assert list(answer) == ["generated_text", "score", "mean_log_prob", "margin", "agreement", "words"]
         assert {tuple(word) for word in answer["words"]} == {("word", *FEATURES_OF_A_WORD)}
-        assert captioner(images[0]) == [{"generated_text": answer["generated_text"]}]
+        assert captioner(images[0], num_beams=5) == [{"generated_text": answer["generated_text"]}]
         assert {word["word"] for word in answer["words"]} <= set(VOCABULARY)
         (greedy,) = captioner(images[0], return_confidence=True, num_beams=1)
         assert "margin" not in greedy
@@ -342,7 +344,7 @@ class TestPipeline:
 
     def test_batches_give_the_same(self, checkpoint, images):
         captioner = self.load(checkpoint)
-        options = {"return_confidence": True, "num_return_sequences": 2}
+        options = {"return_confidence": True, "num_beams": 3, "num_return_sequences": 2}
         one_by_one = [captioner(image, **options) for image in images]
         for batch_size in (1, 2, 3):
             found = captioner(images, batch_size=batch_size, **options)
@@ -358,7 +360,7 @@ class TestPipeline:
         calibration = make_calibration(num_beams=5, weights_sha256=weights_fingerprint(weights))
         (tmp_path / "saved" / CALIBRATION_NAME).write_text(calibration.to_json())
         captioner = self.load(tmp_path / "saved")
-        (answer,) = captioner(images[0], return_confidence=True)
+        (answer,) = captioner(images[0], return_confidence=True, num_beams=5)
         assert answer["confidence"] == pytest.approx(np.mean([word["confidence"] for word in answer["words"]]))
         assert 0.1 <= answer["expected_cider_d"] <= 1.1
         captioner.save_pretrained(tmp_path / "again")

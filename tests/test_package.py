@@ -25,7 +25,7 @@ from difnet_transformers.command_line import EXTRA_OF
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("caption_metrics", "difnet_transformers", "modeling_difnet")
 MODULES = {"configuration_difnet.py", "convert_checkpoint.py", "processing_difnet.py"}
-DISTRIBUTIONS = {"PIL": "pillow"}
+DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}
 
 
 def lines(text: str) -> list[str]:

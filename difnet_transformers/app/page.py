@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from ..command_line import requires
-from ..reports.pages import FLOW_NAMES, HEAT_COLORS, render_part
+from ..reports.pages import HEAT_COLORS, render_part
+from ..reports.relevance import FLOW_NAMES
 from .answers import unforeseen
 from .captioners import SEARCHES, CaptionResult, CaptionTask, DecodingOptions, ServedCaptioner
 from .gallery import Example, make_examples, takes_examples, wants_features

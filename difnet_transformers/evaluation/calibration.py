@@ -71,8 +71,11 @@ class JudgedCaptions:
     cider_d: list[float]
 
     def rows(self, indices: Sequence[int]) -> JudgedCaptions:
-        columns = (self.captions, self.is_right, self.cider_d)
-        return JudgedCaptions(*([column[index] for index in indices] for column in columns))
+        return JudgedCaptions(
+            [self.captions[index] for index in indices],
+            [self.is_right[index] for index in indices],
+            [self.cider_d[index] for index in indices],
+        )
 
     def labels(self) -> np.ndarray:
         """Of all words, (words,), bool."""
@@ -224,7 +227,7 @@ def fit_calibration(judged: JudgedCaptions, num_beams: int) -> Calibration:
     ]
     features = word_features(words, rates)  # (words, features)
     mean, scale = features.mean(0), features.std(0)
-    scale[scale == 0] = 1
+    scale[scale < 1e-6] = 1  # a constant, but for rounding
     regression = LogisticRegression(max_iter=1000).fit((features - mean) / scale, labels)
     calibration = Calibration(
         mean=mean.tolist(),
@@ -382,7 +385,7 @@ def calibrate_checkpoint(
         )
     model, processor = load_captioner(name)
     fingerprint = weights_fingerprint(model.state_dict())
-    model = model.float().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
+    model = model.float().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     match_features(model, name, records_of_dataset(dataset), dataset, force)
     for images in splits.values():
         check_data(model.config, images, dataset, max_new_tokens)

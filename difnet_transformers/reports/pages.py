@@ -195,7 +195,6 @@ def png_sheet(
 
 # Relevance
 
-FLOW_NAMES = {"both": "both flows", "grid": "grid features", "segmentation": "segmentation"}
 HEAT_COLORS = {"positive_color": POSITIVE_COLOR, "negative_color": NEGATIVE_COLOR, "opacity": OPACITY}
 
 

@@ -230,7 +230,7 @@ class DifnetRuntimeModel:
             words = [
                 {"word": self.decoder.tokens[token], "log_prob": log_prob}
                 for token, log_prob in zip(ids[:length].tolist(), of_tokens[:length].tolist(), strict=True)
-                if token not in (*ends, self.config.pad_token_id)
+                if token not in (*ends, self.config.pad_token_id, self.decoder.bos_token_id)
             ]
             answer = {"generated_text": text, "score": of_beams[0], "mean_log_prob": of_beams[0] / length}
             margin = {"margin": of_beams[0] - of_beams[1]} if num_kept > 1 else {}
