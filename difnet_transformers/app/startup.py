@@ -7,7 +7,11 @@ import gc
 import socket
 from collections.abc import Iterator
 
+from ..command_line import requires
 from ..files import printable
+
+with requires("app"):  # the first of the server's packages that is looked for
+    import uvicorn  # noqa: F401
 
 
 @contextlib.contextmanager
