@@ -20,6 +20,7 @@ LEVELS = [
     {"evaluation"},
     {"reports", "bulk"},
     {"demo", "workflows"},
+    {"app"},
     {"cli"},
     {"convert_checkpoint", "dataset_difnet", "pipeline_difnet", "segmentation_difnet"},
     {"scripts", "examples", "benchmarks"},

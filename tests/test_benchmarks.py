@@ -17,6 +17,7 @@ from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTok
 REPOSITORY = Path(__file__).parent.parent
 SHORT = {
     "bulk.py": ["--images", 120, "--images-per-tar", 40, "--repeats", 1, "--sample", 64],
+    "app.py": ["--requests", 2, "--clients", 2, "--repeats", 1],
     "compare.py": ["--images", 100, "--resamples", 500],
     "data.py": ["--images", 210, "--rounds", 1],
     "generation.py": ["--batch-sizes", 1, "--repeats", 1, "--device", "cpu"],
@@ -45,6 +46,7 @@ def run_benchmark(name: str, *options: object, exit_codes: tuple[int, ...] = (0,
     "name",
     [
         pytest.param("bulk.py", marks=pytest.mark.slow),
+        pytest.param("app.py", marks=pytest.mark.slow),
         "compare.py",
         pytest.param("data.py", marks=pytest.mark.slow),
         "generation.py",
@@ -58,7 +60,7 @@ def run_benchmark(name: str, *options: object, exit_codes: tuple[int, ...] = (0,
     ],
 )
 def test_a_benchmark_writes_a_table(name, tmp_path):
-    over_the_limit = (1,) if name == "help_time.py" else ()  # this machine is busy with other tests
+    over_the_limit = (1,) if name in ("app.py", "help_time.py") else ()  # this machine is busy with other tests
     run_benchmark(name, *SHORT[name], "--output", tmp_path / "table.md", exit_codes=(0, *over_the_limit))
     table = (tmp_path / "table.md").read_text()
     assert f"`python benchmarks/{name}" in table
