@@ -52,6 +52,7 @@ bench: setup
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/relevance.py
 	$(BIN)/python benchmarks/runtimes.py
+	$(BIN)/python benchmarks/app.py
 	$(BIN)/python benchmarks/help_time.py
 	$(BIN)/python benchmarks/bulk.py
 

@@ -1,6 +1,6 @@
 """Time from an image to its caption: every stage alone, and a folder of images through all of them.
 
-    python benchmarks/images.py [--repeats 3] [--runtimes torch openvino onnx] [--models swin-tiny detr-r50 ..]
+    python benchmarks/images.py [--repeats 3] [--runtimes torch openvino onnx auto] [--models swin-tiny detr-r50 ..]
 
 Networks of full size with random weights, which take as long as trained ones: X-101 and a Mask2Former of the size of
 swin-tiny as they are, in their faster forms and in other runtimes, DIFNet with 10,201 words, and other segmentation
@@ -12,6 +12,8 @@ so that rounding moves more of it than with trained ones. The tables go to the t
 """
 
 import contextlib
+import ctypes
+import gc
 import io
 import multiprocessing
 import tempfile
@@ -52,8 +54,10 @@ from difnet_transformers.allocation import keep_freed_memory
 from difnet_transformers.command_line import LeftOut, quiet_transformers
 from difnet_transformers.evaluation.image_captions import caption_items, image_items
 from difnet_transformers.export.vision import export_grid_backbone, export_segmenter
+from difnet_transformers.runtime.choice import choose_for_images
 from difnet_transformers.stage_times import StageTimes
 from difnet_transformers.vision.exported import load_exported_backbone, load_exported_segmenter
+from difnet_transformers.vision.networks import takes_one_size
 from modeling_difnet import GridFeatureBackbone, GridFeatureBackboneConfig, original_beam_search
 from modeling_difnet.fast_segmentation_difnet import resize_shortest_edge_to, use_fast_form
 from modeling_difnet.grid_backbone_difnet import FrozenBatchNorm
@@ -271,7 +275,7 @@ def stage_tables(
         shortest_side, segmentation_side: pixels of the image that X-101 and the segmentation model see.
         num_images: of the folder.
         repeats: timed runs of each row.
-        runtimes: "torch", "openvino", "onnx", as far as they are installed.
+        runtimes: "torch", "openvino", "onnx", as far as they are installed; "auto" adds what the commands choose.
         device: of the PyTorch networks.
     """
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
@@ -343,7 +347,7 @@ def stage_tables(
             ("stage", "what", "seconds an image"), [(row.group, row.name, seconds_range(row)) for row in others]
         )
         report += ["", "## Image to caption", "", "The sum of the stages above.", ""]
-        report += whole_table(grid_rows, area_rows, others)
+        report += whole_table(grid_rows, area_rows, others, automatic(segmenter, runtimes, device))
         report += [
             "",
             f"## A folder of {num_images} files",
@@ -373,9 +377,9 @@ def main() -> None:
     parser.add_argument(
         "--runtimes",
         nargs="+",
-        default=["torch", "openvino", "onnx"],
-        choices=["torch", "openvino", "onnx"],
-        help="those that are installed (default: all)",
+        default=["torch", "openvino", "onnx", "auto"],
+        choices=["torch", "openvino", "onnx", "auto"],
+        help="those that are installed; auto: the sum of the forms that --runtime auto takes (default: all)",
     )
     parser.add_argument(
         "--models", nargs="*", default=list(SEGMENTATION_MODELS), choices=list(SEGMENTATION_MODELS),
@@ -389,7 +393,7 @@ def main() -> None:
     report = stage_tables(args.shortest_side, args.segmentation_side, args.images, args.repeats, args.runtimes, device)
     write_report(report, output)
     if args.models:
-        # The networks above are gone: the largest one needs their memory.
+        release_memory()  # the largest model needs that of the networks above
         image = open_image(photograph(0))
         report += ["", "## Segmentation models by speed", "", "Network and processor, at the processor's size.", ""]
         report += models_table(args.models, args.segmentation_side, image, device)
@@ -417,10 +421,26 @@ def roofline(
     return ["## What is possible", "", text, "", *markdown_table(titles, lines), ""]
 
 
-def whole_table(grid_rows: Sequence[Row], area_rows: Sequence[Row], others: Sequence[Row]) -> list[str]:
-    """Latency of an image by the forms of both networks of the same name, and of the fastest ones."""
+def automatic(segmenter: PanopticSegmenter, runtimes: Sequence[str], device: torch.device) -> tuple[str, str] | None:
+    """The forms of X-101 and the segmentation model that `--precision auto --runtime auto` takes here, by the names of
+    their rows; `None` where "auto" is none of the runtimes."""
+    if "auto" not in runtimes:
+        return None
+    names = {"torch": "PyTorch, `--precision {}`", "openvino": "OpenVINO, {}", "onnx": "ONNX Runtime, {}"}
+    chosen = []
+    for one_size in (True, takes_one_size(segmenter)):
+        choice = choose_for_images("auto", "auto", str(device), has_native_bf16(device), one_size)
+        chosen.append(names[choice.runtime].format(choice.precision))
+    return chosen[0], chosen[1]
+
+
+def whole_table(
+    grid_rows: Sequence[Row], area_rows: Sequence[Row], others: Sequence[Row], chosen: tuple[str, str] | None
+) -> list[str]:
+    """Latency of an image by the forms of both networks of the same name, of the fastest ones, and of those that the
+    commands choose."""
     rest = sum(row.median for row in others)
-    areas = {row.name: row for row in area_rows}
+    grids, areas = ({row.name: row for row in rows} for rows in (grid_rows, area_rows))
     pairs = [(row, areas[row.name]) for row in grid_rows if row.name in areas]
     same_size = [row for row in area_rows if "--segmentation-size" not in row.name]
     pairs.append((min(grid_rows, key=lambda row: row.median), min(same_size, key=lambda row: row.median)))
@@ -430,31 +450,47 @@ def whole_table(grid_rows: Sequence[Row], area_rows: Sequence[Row], others: Sequ
     for grid, area in pairs:
         seconds = grid.median + area.median + rest
         lines.append((grid.name, area.name, f"{seconds:.2f}", f"{first / seconds:.2f}"))
+    if chosen is not None and chosen[0] in grids and chosen[1] in areas:
+        seconds = grids[chosen[0]].median + areas[chosen[1]].median + rest
+        how = "`--precision auto --runtime auto`: "
+        lines.append((how + chosen[0], chosen[1], f"{seconds:.2f}", f"{first / seconds:.2f}"))
     return markdown_table(("X-101", "Mask2Former", "seconds an image", "times as fast"), lines)
 
 
 def models_table(names: Sequence[str], shortest_side: int, image: Image.Image, device: torch.device) -> list[str]:
-    """Other segmentation models, plain and in their faster forms."""
+    """Other segmentation models, plain and in their faster forms; one at a time is in memory."""
     lines = []
     for name in names:
-        torch.manual_seed(0)
-        model, processor, kind = SEGMENTATION_MODELS[name]()
-        if shortest_side != 800:  # a small run of this script
-            resize_shortest_edge_to(processor, max(64, shortest_side))
-        model.config.id2label = {label: f"class {label}" for label in range(model.config.num_labels)}
-        size = "x".join(map(str, processor(images=image, return_tensors="pt")["pixel_values"].shape[2:]))
-        segmenter = SegmentationModel(model.to(device), processor, kind)
-        rows = [Row(name, "plain", partial(segmenter, image))]
-        measure(rows, 1, device)
-        model = use_fast_form(segmenter.model, torch.bfloat16 if has_native_bf16(device) else torch.float32)
-        rows.append(Row(name, "auto", partial(segmenter, image)))
-        measure(rows[1:], 1, device)
-        millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-        ratio = rows[0].median / rows[1].median
-        times = (f"{row.median:.2f}" for row in rows)
-        lines.append((name, f"{millions:.0f}", size, *times, f"{ratio:.2f}"))
+        lines.append(model_line(name, shortest_side, image, device))
+        release_memory()
     titles = ("model", "million weights", "size", PLAIN, "`--precision auto`", "times as fast")
     return markdown_table(titles, lines)
+
+
+def model_line(name: str, shortest_side: int, image: Image.Image, device: torch.device) -> tuple[str, ...]:
+    """The line of one segmentation model in `models_table`."""
+    torch.manual_seed(0)
+    model, processor, kind = SEGMENTATION_MODELS[name]()
+    if shortest_side != 800:  # a small run of this script
+        resize_shortest_edge_to(processor, max(64, shortest_side))
+    model.config.id2label = {label: f"class {label}" for label in range(model.config.num_labels)}
+    size = "x".join(map(str, processor(images=image, return_tensors="pt")["pixel_values"].shape[2:]))
+    segmenter = SegmentationModel(model.to(device), processor, kind)
+    rows = [Row(name, "plain", partial(segmenter, image))]
+    measure(rows, 1, device)
+    model = use_fast_form(segmenter.model, torch.bfloat16 if has_native_bf16(device) else torch.float32)
+    rows.append(Row(name, "auto", partial(segmenter, image)))
+    measure(rows[1:], 1, device)
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    ratio = rows[0].median / rows[1].median
+    return (name, f"{millions:.0f}", size, *(f"{row.median:.2f}" for row in rows), f"{ratio:.2f}")
+
+
+def release_memory() -> None:
+    """Gives the system what networks have left, which `keep_freed_memory` keeps."""
+    gc.collect()  # forms of a network refer to themselves
+    with contextlib.suppress(AttributeError, OSError):  # of another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def folder_table(

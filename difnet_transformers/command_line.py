@@ -26,6 +26,8 @@ EXTRA_OF = {
     "accelerate": "train",
     "datasets": "data",
     "evaluate": "metrics",
+    "fastapi": "app",
+    "gradio": "app",
     "h5py": "data",
     "ipykernel": "notebooks",
     "matplotlib": "reports",
@@ -42,8 +44,10 @@ EXTRA_OF = {
     "scipy": "images",
     "shtab": "completion",
     "sklearn": "calibration",
+    "starlette": "app",
     "tensorboard": "train",
     "torchao": "quantization",
+    "uvicorn": "app",
 }
 # Packages that are installed under another name than they are imported.
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}

@@ -125,14 +125,13 @@ def segmentation_size_option(**settings: Any) -> Any:
 
 
 def runtime_option(**settings: Any) -> Any:
-    """The field `runtime: str | None = runtime_option()` of programs that run a captioner."""
-    return field(
-        default=None,
-        choices=["torch", "onnx", "openvino"],
-        help="what runs the captioner, on the CPU: onnx and openvino export it in fp32 first, and need the original's "
-        "beam search (default: torch, or what difnet export made --model for)",
-        **settings,
+    """The field `runtime: str | None = runtime_option()` of programs that run networks of images or a captioner."""
+    usual = (
+        "what runs the networks: torch; onnx or openvino, on the CPU, to which they are exported once, into the "
+        "cache of Hugging Face; auto: the fastest here, with the reason (default: torch, or what difnet export made "
+        "a network for)"
     )
+    return field(default=None, choices=["torch", "onnx", "openvino", "auto"], **{"help": usual, **settings})
 
 
 def sides_of(text: str) -> tuple[int, int]:

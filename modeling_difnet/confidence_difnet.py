@@ -266,13 +266,14 @@ def generate_with_confidences(
     sequences = hide_after_end(sequences, end_ids(model), model.config.pad_token_id, prompt_length)
     # What the search knows begins behind the prompt, (B, K, L - 1) here as everywhere.
     columns = [functional.pad(each, (prompt_length - 1, 0)).unflatten(0, (-1, num_captions)) for each in known]
+    kept: Any = sequences[:, :num_returned]
     if knows_log_probs and not knows_table:
-        columns.append(token_table(model, sequences[:, :num_returned], **features).entropies)
+        columns.append(token_table(model, kept, **features).entropies)
     table = TokenTable(*columns) if columns else token_table(model, sequences, **features)
     confidences = confidences_of(
         model, sequences, table, words_of, calibration, num_captions=num_returned, prompt_length=prompt_length
     )
-    return sequences[:, :num_returned], confidences  # type: ignore[return-value]  # a slice of a LongTensor
+    return kept, confidences
 
 
 def encode_images(model: Any, features: Mapping[str, Any]) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def load_grid_backbone(
             rows, columns = as_pair(grid_size)
             backbone.config.grid_size = rows if rows == columns else (rows, columns)
     if precision is not None:
-        backbone = _with_precision(backbone, precision, torch.device(device))
+        backbone = with_precision(backbone, precision, torch.device(device))
     backbone.to(device)  # type: ignore[arg-type]
     return backbone
 
@@ -161,8 +161,14 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     return precision
 
 
-def _with_precision(backbone: GridBackbone, precision: str, device: torch.device) -> GridBackbone:
-    """A network that was just loaded in another precision; `parameters_sha256` stays that of its own weights."""
+def with_precision(backbone: GridBackbone, precision: str, device: torch.device) -> GridBackbone:
+    """A network that was just loaded in another precision; `parameters_sha256` stays that of its own weights.
+
+    Args:
+        backbone: as `load_grid_backbone` gives it without a precision; changed in place, or copied.
+        precision: "fp32", "bf16" or "auto".
+        device: that it will run on.
+    """
     precision = resolve_precision(precision, device)
     parameters_sha256 = hash_of_parameters(backbone)
     if isinstance(backbone, GridFeatureBackbone):
@@ -232,11 +238,22 @@ def load_segmenter(
             raise ValueError(f"{name}: a score threshold is of object detectors; leave it out")
     segmenter.model.to(device)
     if precision is not None:
-        segmenter.precision = resolve_precision(precision, torch.device(device))
-        use_fast_form(segmenter.model, PRECISIONS[segmenter.precision])
+        set_precision(segmenter, precision, torch.device(device))
     if image_size is not None:
         _resize_input(segmenter, image_size, name)
     return segmenter
+
+
+def set_precision(segmenter: Segmenter, precision: str, device: torch.device) -> None:
+    """Lets a model that was loaded without a precision run in its faster form.
+
+    Args:
+        segmenter: changed in place.
+        precision: "fp32", "bf16" or "auto".
+        device: that it runs on.
+    """
+    segmenter.precision = resolve_precision(precision, device)
+    use_fast_form(segmenter.model, PRECISIONS[segmenter.precision])
 
 
 def _resize_input(segmenter: Segmenter, image_size: int, name: str | None) -> None:
@@ -519,5 +536,7 @@ __all__ = [
     "recorded_class_names",
     "resolve_precision",
     "segmentation_provenance_of",
+    "set_precision",
     "with_classes",
+    "with_precision",
 ]

@@ -204,7 +204,7 @@ class FoldedConv2d(nn.Conv2d):
     ) -> torch.Tensor:
         if fuses_in_cudnn(hidden_states) and relu:
             hidden_states = hidden_states.contiguous(memory_format=torch.channels_last)
-            shape = (self.stride, self.padding, self.dilation, self.groups)
+            shape: tuple = (self.stride, self.padding, self.dilation, self.groups)
             if residual is None:
                 return torch.cudnn_convolution_relu(hidden_states, self.weight, self.bias, *shape)
             return torch.cudnn_convolution_add_relu(hidden_states, self.weight, residual, 1.0, self.bias, *shape)

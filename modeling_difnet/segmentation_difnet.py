@@ -252,14 +252,23 @@ class PanopticSegmenter:
         auto_class = AutoProcessor if model_type == "oneformer" else AutoImageProcessor
         return auto_class.from_pretrained(name, revision=revision)
 
+    def prepare(self, image: Image.Image) -> Any:
+        """The model's inputs for an RGB image, on the CPU."""
+        is_oneformer = self.model.config.model_type == "oneformer"
+        arguments = {"task_inputs": ["panoptic"]} if is_oneformer else {}
+        return self.processor(images=image, return_tensors="pt", **arguments)
+
     @torch.no_grad()
-    def label_map(self, image: Image.Image) -> np.ndarray:
-        """(H, W) of the original's channels, uint8, `VOID` elsewhere. H and W are the image's, at most 640."""
+    def label_map(self, image: Image.Image, inputs: Any = None) -> np.ndarray:
+        """(H, W) of the original's channels, uint8, `VOID` elsewhere. H and W are the image's, at most 640.
+
+        Args:
+            image: RGB.
+            inputs: what `prepare` made of it, if that was done before.
+        """
         model_type = self.model.config.model_type
         size = fitted_size(image.size, MAX_LABEL_MAP_SIDE)[::-1]
-        inputs = self.processor(
-            images=image, return_tensors="pt", **({"task_inputs": ["panoptic"]} if model_type == "oneformer" else {})
-        )
+        inputs = self.prepare(image) if inputs is None else inputs
         outputs = self.model(**inputs.to(self.model.device))
         options: dict[str, Any] = {"target_sizes": [size]}
         if model_type == "oneformer":
@@ -277,9 +286,9 @@ class PanopticSegmenter:
         }
         return channel_map(result["segmentation"].cpu().numpy(), segments)
 
-    def __call__(self, image: Image.Image) -> np.ndarray:
-        """The segmentation feature of an RGB image, float32 (133, rows, columns)."""
-        return pool_channel_map(self.label_map(image), self.grid_size)
+    def __call__(self, image: Image.Image, inputs: Any = None) -> np.ndarray:
+        """The segmentation feature of an RGB image, float32 (133, rows, columns); `inputs` as in `label_map`."""
+        return pool_channel_map(self.label_map(image, inputs), self.grid_size)
 
 
 __all__ = [

@@ -115,21 +115,35 @@ class SegmentationModel:
         processor = PanopticSegmenter.processor_of(name, config.model_type, revision)
         return cls(model, processor, kind, grid_size, class_names, score_threshold)
 
-    @torch.no_grad()
-    def label_map(self, image: Image.Image) -> np.ndarray:
-        """(H, W) of indices into `class_names`, int64, `NO_CLASS` elsewhere. H and W are the image's, at most 640."""
-        height, width = fitted_size(image.size, MAX_LABEL_MAP_SIDE)[::-1]
+    def prepare(self, image: Image.Image) -> Any:
+        """The model's inputs for an RGB image, on the CPU."""
+        if self._in_parts:  # the scores of all classes at a photograph's size would take gigabytes
+            image = image.resize(fitted_size(image.size, MAX_LABEL_MAP_SIDE))
         is_oneformer = self.model.config.model_type == "oneformer"
-        # EoMT's semantic checkpoints look at an image in several parts, which their processor puts together again.
-        in_parts = getattr(self.processor, "do_split_image", False)
-        if in_parts:
-            image = image.resize((width, height))  # the scores of all classes at a photograph's size take gigabytes
         arguments: dict[str, Any] = {"task_inputs": ["panoptic"]} if is_oneformer else {}
         if getattr(self.processor, "do_center_crop", None):
             arguments["do_center_crop"] = False  # both flows see the whole image
-        inputs = self.processor(images=image, return_tensors="pt", **arguments)
+        return self.processor(images=image, return_tensors="pt", **arguments)
+
+    @property
+    def _in_parts(self) -> bool:
+        """Whether the model looks at an image in several parts, which its processor puts together again, as EoMT's
+        semantic checkpoints do."""
+        return bool(getattr(self.processor, "do_split_image", False))
+
+    @torch.no_grad()
+    def label_map(self, image: Image.Image, inputs: Any = None) -> np.ndarray:
+        """(H, W) of indices into `class_names`, int64, `NO_CLASS` elsewhere. H and W are the image's, at most 640.
+
+        Args:
+            image: RGB.
+            inputs: what `prepare` made of it, if that was done before.
+        """
+        height, width = fitted_size(image.size, MAX_LABEL_MAP_SIDE)[::-1]
+        is_oneformer = self.model.config.model_type == "oneformer"
+        inputs = self.prepare(image) if inputs is None else inputs
         outputs = self.model(**inputs.to(self.model.device))
-        if self.kind == "semantic" or in_parts:
+        if self.kind == "semantic" or self._in_parts:
             (labels,) = self.processor.post_process_semantic_segmentation(outputs, target_sizes=[(height, width)])
             return index_map(labels.cpu().numpy(), self.channels)
         if self.kind == "boxes":
@@ -163,9 +177,9 @@ class SegmentationModel:
                 labels[max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)] = self.channels[label]
         return labels
 
-    def __call__(self, image: Image.Image) -> np.ndarray:
-        """The segmentation feature of an RGB image, float32 (classes, rows, columns)."""
-        return class_shares(self.label_map(image), len(self.class_names), self.grid_size)
+    def __call__(self, image: Image.Image, inputs: Any = None) -> np.ndarray:
+        """The segmentation feature of an RGB image, float32 (classes, rows, columns); `inputs` as in `label_map`."""
+        return class_shares(self.label_map(image, inputs), len(self.class_names), self.grid_size)
 
 
 def kind_of(architectures: Sequence[str], name: str) -> str:

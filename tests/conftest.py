@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import signal
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -74,6 +75,16 @@ def golden_case(name: str) -> GoldenCase:
 @pytest.fixture(params=CASES)
 def golden(request: pytest.FixtureRequest) -> GoldenCase:
     return golden_case(request.param)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def assets_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Exports that programs keep go to a folder of the tests, not to the cache of who runs them."""
+    folder = tmp_path_factory.mktemp("assets")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(folder))
+        patch.setenv("HF_ASSETS_CACHE", str(folder))  # of child processes
+        yield folder
 
 
 def pytest_configure(config: pytest.Config) -> None:

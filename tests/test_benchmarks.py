@@ -17,13 +17,14 @@ from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTok
 REPOSITORY = Path(__file__).parent.parent
 SHORT = {
     "bulk.py": ["--images", 120, "--images-per-tar", 40, "--repeats", 1, "--sample", 64],
+    "app.py": ["--requests", 2, "--clients", 2, "--repeats", 1],
     "compare.py": ["--images", 100, "--resamples", 500],
     "data.py": ["--images", 210, "--rounds", 1],
     "generation.py": ["--batch-sizes", 1, "--repeats", 1, "--device", "cpu"],
     "help_time.py": ["--repeats", 1],
     "images.py": [
         *("--repeats", 1, "--images", 2, "--device", "cpu"),
-        *("--shortest-side", 64, "--segmentation-side", 64, "--runtimes", "torch", "--models", "segformer-b0"),
+        *("--shortest-side", 64, "--segmentation-side", 64, "--runtimes", "torch", "auto", "--models", "segformer-b0"),
     ],
     "metrics.py": ["--number", 2000, "--images", 50],
     "relevance.py": ["--batch-sizes", 1, "--positions", 2, "--repeats", 1, "--device", "cpu"],
@@ -45,6 +46,7 @@ def run_benchmark(name: str, *options: object, exit_codes: tuple[int, ...] = (0,
     "name",
     [
         pytest.param("bulk.py", marks=pytest.mark.slow),
+        pytest.param("app.py", marks=pytest.mark.slow),
         "compare.py",
         pytest.param("data.py", marks=pytest.mark.slow),
         "generation.py",
@@ -58,7 +60,7 @@ def run_benchmark(name: str, *options: object, exit_codes: tuple[int, ...] = (0,
     ],
 )
 def test_a_benchmark_writes_a_table(name, tmp_path):
-    over_the_limit = (1,) if name == "help_time.py" else ()  # this machine is busy with other tests
+    over_the_limit = (1,) if name in ("app.py", "help_time.py") else ()  # this machine is busy with other tests
     run_benchmark(name, *SHORT[name], "--output", tmp_path / "table.md", exit_codes=(0, *over_the_limit))
     table = (tmp_path / "table.md").read_text()
     assert f"`python benchmarks/{name}" in table
@@ -66,13 +68,14 @@ def test_a_benchmark_writes_a_table(name, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_study_of_the_demo_and_the_relevance_of_its_model(tmp_path):
+def test_the_study_of_the_demo_and_the_relevance_and_confidences_of_its_model(tmp_path):
     run_benchmark(
         *("demo_study.py", "--quick", "--seeds", 3, "--output", tmp_path / "runs", "--table", tmp_path / "table.md")
     )
     assert "two flows above the baseline, after SCST: in" in (tmp_path / "table.md").read_text()
     found = run_benchmark("relevance_on_objects.py", "--demo", tmp_path / "runs" / "seed_3", "--split", "validation")
     assert "words that name a drawn object, in captions of 4 validation scenes" in found
+    assert "| difnet calibrate |" in run_benchmark("calibration.py", "--demos", tmp_path / "runs" / "seed_3")
 
 
 @pytest.mark.slow

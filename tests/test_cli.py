@@ -178,6 +178,7 @@ WITHOUT_EXTRAS = {
     "calibrate": ("none none", "calibration"),
     "compare": ("none.json --references none.json --output out", "images"),
     "caption": ("none.jpg --model none --untrained", "images"),
+    "app": ("--model none --port 0", "app"),
     "explain": ("none.jpg --model none --untrained --output out", "images"),
     "export": ("none --output out", "onnx"),
     "train-on-images": ("--images none --captions none.json none.json --untrained --output out", "data"),

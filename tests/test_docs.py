@@ -21,8 +21,8 @@ from difnet_transformers.cli.main import main as difnet_main
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ALL_PAGES = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "caption_metrics" / "README.md"]
-# tests/test_transformers_training.py runs this page's blocks and looks at what they give.
-PAGES_WITH_A_TEST_OF_THEIR_OWN = {"transformers_training.md"}
+# tests/test_transformers_training.py and tests/test_app_page.py run these pages' blocks and look at what they give.
+PAGES_WITH_A_TEST_OF_THEIR_OWN = {"app.md", "transformers_training.md"}
 
 # What the tests add to the commands of the docs, so that they take seconds.
 SMALL_NETWORK = ["--config", "network.json", "--min-word-count", "1"]

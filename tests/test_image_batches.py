@@ -15,6 +15,7 @@ from difnet_transformers.stage_times import StageTimes
 from difnet_transformers.vision import image_batches
 from difnet_transformers.vision.image_batches import NUM_AHEAD, NUM_THREADS, grid_features_of, load_image, prefetch
 from modeling_difnet import GridFeatureBackbone, GridFeatureBackboneConfig
+from modeling_difnet.feature_networks_difnet import load_segmenter
 
 # Prefetching
 
@@ -107,6 +108,16 @@ def test_an_image_that_fails_in_a_batch_does_not_take_the_others_with_it(backbon
     assert isinstance(grids[1], ValueError)
     for place in (0, 2):
         assert (grids[place] == backbone.grid_features(noise(place)).numpy()).all()
+
+
+def test_images_are_prepared_for_both_networks(backbone: GridFeatureBackbone) -> None:
+    segmenter = load_segmenter(None, untrained=True)
+    image = noise(0, 64, 48)
+    loaded = load_image(image, backbone, segmenter)
+    values = loaded.segmentation_inputs["pixel_values"]
+    assert loaded.num_bytes >= 3 * 64 * 48 + loaded.pixel_values.nbytes + values.nbytes
+    assert (segmenter(image, loaded.segmentation_inputs) == segmenter(image)).all()
+    assert load_image(image, None).segmentation_inputs is None
 
 
 # Times of the stages

@@ -161,6 +161,7 @@ class ImageCaptioner:
                 seed=config.seed,
                 device=config.device,
                 runtime=config.runtime,
+                original=config.original_beam_search,
             )
         return self._pipeline
 
@@ -249,7 +250,8 @@ class ImageCaptioner:
         """An image, ready for the networks."""
         pipeline = self.pipeline
         keep = pipeline.model.config.use_segmentation
-        return load_item(item, pipeline.grid_backbone, keep, self.config.allow_private_hosts)
+        networks = (pipeline.grid_backbone, pipeline.segmenter)
+        return load_item(item, *networks, keep, self.config.allow_private_hosts)
 
     def _caption_batch(self, prepared: Prepared, errors: ErrorsByPosition) -> dict[int, Row]:
         """Columns of images by their positions; those of a batch that fails are captioned one by one."""

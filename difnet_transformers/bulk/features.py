@@ -49,8 +49,8 @@ class FeatureConfig:
     """What makes features.
 
     Args:
-        grid_backbone, layer, image_size, grid_size, precision, untrained, seed: as for `open_grid_backbone`; without
-            a grid backbone there are segmentation features alone.
+        grid_backbone, layer, image_size, grid_size, precision, runtime, untrained, seed: as for `open_grid_backbone`;
+            without a grid backbone there are segmentation features alone.
         segmentation_model, segmentation_size, score_threshold: as for `open_segmenter`; without it there are grid
             features alone.
         dtype: of the stored values, "float16" or "float32".
@@ -64,6 +64,7 @@ class FeatureConfig:
     image_size: tuple[int, int] | None = None
     grid_size: int | tuple[int, int] | None = None
     precision: str | None = None
+    runtime: str | None = None
     segmentation_model: str | None = None
     segmentation_size: int | None = None
     score_threshold: float | None = None
@@ -127,7 +128,7 @@ class FeatureMaker:
                 backbone = open_grid_backbone(
                     config.grid_backbone, self.device, config.untrained, config.seed,
                     layer=config.layer, image_size=config.image_size, grid_size=config.grid_size,
-                    precision=config.precision,
+                    precision=config.precision, runtime=config.runtime,
                 )  # fmt: skip
                 rows, columns = as_pair(backbone.config.grid_size)
                 cells = rows if rows == columns else (rows, columns)
@@ -135,7 +136,7 @@ class FeatureMaker:
                 segmenter = open_segmenter(
                     config.segmentation_model, self.device, config.untrained, config.seed, cells,
                     score_threshold=config.score_threshold, precision=config.precision,
-                    image_size=config.segmentation_size,
+                    image_size=config.segmentation_size, runtime=config.runtime,
                 )  # fmt: skip
             self._networks = backbone, segmenter
         return self._networks
@@ -171,13 +172,13 @@ class FeatureMaker:
             times: gets the times of the stages.
         """
         config, times, watch = self.config, times or StageTimes(), FailureWatch()
-        backbone, segmenter = self.networks
+        networks = self.networks
         threads = NUM_THREADS if config.num_threads is None else config.num_threads
 
         def read(item: ImageItem) -> tuple[ImageItem, LoadedImage | Exception]:
             with times.stage(DECODING, beside=True) if threads else contextlib.nullcontext():
                 try:
-                    return item, load_item(item, backbone, segmenter is not None, config.allow_private_hosts)
+                    return item, load_item(item, *networks, networks[1] is not None, config.allow_private_hosts)
                 except Exception as error:
                     return item._replace(content=b""), error
 
@@ -222,7 +223,8 @@ class FeatureMaker:
                 if segmenter is not None:
                     assert each.image is not None
                     with times.stage("segmentation"):
-                        shares = np.asarray(segmenter(each.image), dtype=np.float32)  # (classes, rows, columns)
+                        found = segmenter(each.image, each.segmentation_inputs)  # (classes, rows, columns)
+                        shares = np.asarray(found, dtype=np.float32)
                     row["segmentation_features"] = encode_segmentation(to_stored(shares, self.config.dtype))
                 watch.look(None)
             except Exception as error:

@@ -7,7 +7,7 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 
-from modeling_difnet.feature_networks_difnet import GridBackbone
+from modeling_difnet.feature_networks_difnet import GridBackbone, Segmenter
 from modeling_difnet.images_difnet import open_image
 
 from ..stage_times import StageTimes
@@ -52,13 +52,17 @@ class RowMaker(Protocol):
 
 
 def load_item(
-    item: ImageItem, backbone: GridBackbone | None, keep: bool, allow_private_hosts: bool = False
+    item: ImageItem,
+    backbone: GridBackbone | None,
+    segmenter: Segmenter | None,
+    keep: bool,
+    allow_private_hosts: bool = False,
 ) -> LoadedImage:
     """An image of the inputs, ready for the networks.
 
     Args:
         item: of `read_shard`.
-        backbone: prepares the image for itself.
+        backbone, segmenter: prepare the image for themselves.
         keep: whether the image itself is needed later.
         allow_private_hosts: whether a URL may lead to this machine or a private network.
 
@@ -69,7 +73,9 @@ def load_item(
         raise item.content
     content = content_of(item.content) if isinstance(item.content, str) else item.content
     image = open_image(content, name=item.key, allow_private_hosts=allow_private_hosts)
-    return load_image(image, backbone, keep)._replace(remark=None)  # of one image in a million nobody reads it
+    return load_image(image, backbone, segmenter, keep)._replace(
+        remark=None
+    )  # of one image in a million nobody reads it
 
 
 class DeviceFailed(RuntimeError):

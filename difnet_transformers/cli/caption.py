@@ -102,7 +102,12 @@ class CaptionOptions(ManyImagesOptions):
     num_captions: int = field(default=1, metavar="N", help="captions of each image")
     num_beams: int | None = field(default=None, metavar="N", help="default: the checkpoint's; at least --num-captions")
     original_beam_search: bool = field(default=False, help="the original's search, token for token")
-    runtime: str | None = runtime_option()
+    runtime: str | None = runtime_option(
+        help="what runs captioner and networks of images: torch; onnx or openvino, on the CPU, to which they are "
+        "exported once, into the cache of Hugging Face; auto: the fastest here, with the reason. --precision is of "
+        "all then. onnx and openvino caption by the original's beam search, and auto takes them for it alone "
+        "(default: torch, or what difnet export made a network for)"
+    )
     batch_size: int = field(default=8, metavar="N", help="images captioned together")
     device: str | None = field(
         default=None, metavar="DEVICE", help="for example cuda:1 (default: a GPU if there is one)"
@@ -165,7 +170,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "caption.py") -> int:
         from ..reports.caption_images import CaptionOutputs, caption_images
         from ..runtime.manifest import is_exported
 
-        if options.explain is not None and (is_exported(options.model) or options.runtime not in (None, "torch")):
+        if options.explain is not None and (is_exported(options.model) or options.runtime in ("onnx", "openvino")):
             raise ValueError("--explain needs a checkpoint in PyTorch: exported captioners keep no attention weights")
         quiet_transformers()
         warnings = warn_of_untrained(options.untrained)
@@ -185,6 +190,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "caption.py") -> int:
             seed=options.seed,
             device=options.device,
             runtime=options.runtime,
+            original=options.original_beam_search,
         )
         left_out = LeftOut()
         if options.features:

@@ -133,7 +133,12 @@ class EvaluationOptions:
 
     batch_size: int = field(default=50, metavar="N", help="images of one process at a time", group="the machine")
     dtype: str = field(default="float32", choices=DTYPES, help="of weights and features", group="the machine")
-    runtime: str | None = runtime_option(group="the machine")
+    runtime: str | None = runtime_option(
+        group="the machine",
+        help="what runs the captioner: torch; onnx or openvino, on the CPU, to which it is exported in fp32 once, "
+        "into the cache of Hugging Face; auto: the fastest here in --dtype, with the reason (default: torch, or what "
+        "difnet export made --model for)",
+    )
     cpu: bool = field(default=False, help="even where there is a GPU", group="the machine")
     force: bool = field(
         default=False,

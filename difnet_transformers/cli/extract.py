@@ -23,6 +23,7 @@ from ..options import (
     option_name,
     parse_options,
     precision_option,
+    runtime_option,
     save_options,
     segmentation_size_option,
     sides_of,
@@ -67,14 +68,14 @@ Images that cannot be used are left out and listed at the end, and in manifest.j
 --strict, for mistakes, and if nothing could be done."""
 
 SEGMENTATION_SOURCES = ("segmentation_model", "panoptic_annotations", "instance_annotations", "label_maps")
-GRID_BACKBONE = ("grid_backbone", "layer", "image_size", "grid_size", "precision", "batch_size")
+GRID_BACKBONE = ("grid_backbone", "layer", "image_size", "grid_size", "precision", "runtime", "batch_size")
 SEGMENTATION = (*SEGMENTATION_SOURCES, "segmentation_size", "score_threshold")
 OF_THE_ORIGINAL = (*SEGMENTATION_SOURCES[1:], "coco_json", "packed")
 SOURCES = (*GRID_BACKBONE, *SEGMENTATION, "label_order", "coco_json")
 
 
 NETWORKS_OF_SHARDS = (
-    *("grid_backbone", "layer", "precision", "segmentation_model", "segmentation_size", "score_threshold"),
+    *("grid_backbone", "layer", "precision", "runtime", "segmentation_model", "segmentation_size", "score_threshold"),
     *("untrained", "seed", "dtype", "device", "num_threads", "allow_private_hosts"),
 )
 
@@ -102,6 +103,7 @@ class ExtractOptions(ManyImagesOptions):
     image_size: str | None = image_size_option()
     grid_size: str | None = grid_size_option()
     precision: str | None = precision_option()
+    runtime: str | None = runtime_option()
     batch_size: int | None = field(
         default=None,
         metavar="N",

@@ -25,6 +25,7 @@ COMMANDS = {
     "calibrate": "fit how sure a captioner may be of its words, on a split with known truth",
     "compare": "compare captioners: intervals, tests, wins and losses, as one page",
     "caption": "caption images",
+    "app": "serve captioners: a page for people, and the APIs of Hugging Face and OpenAI",
     "explain": "show which grid cells and which flow each word comes from",
     "export": "export a captioner to ONNX Runtime or OpenVINO",
     "train-on-images": "from a folder of images and a caption file to a trained captioner",

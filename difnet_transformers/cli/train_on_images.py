@@ -20,6 +20,7 @@ from ..options import (
     layer_option,
     parse_options,
     precision_option,
+    runtime_option,
     save_options,
     segmentation_size_option,
     strict_option,
@@ -55,7 +56,7 @@ number of training images, from a few hundred to the paper's (docs/own_images.md
 
   difnet train-on-images .. --output mine -- --config larger.json --xe-learning-rate 5e-4"""
 
-NETWORK_OPTIONS = ("layer", "image_size", "grid_size", "precision", "segmentation_size", "score_threshold")
+NETWORK_OPTIONS = ("layer", "image_size", "grid_size", "precision", "runtime", "segmentation_size", "score_threshold")
 RENAMED = {"--pictures": "--images"}
 CAPTIONS = "captions that are not COCO's files"
 FEATURES = "features; without segmentation the paper's baseline is trained"
@@ -131,6 +132,7 @@ class TrainOnImagesOptions:
     image_size: str | None = image_size_option(group=FEATURES)
     grid_size: str | None = grid_size_option(group=FEATURES)
     precision: str | None = precision_option(group=FEATURES)
+    runtime: str | None = runtime_option(group=FEATURES)
     untrained: bool = field(
         default=False, group=FEATURES, help="a small random network instead: its features only tell images apart"
     )

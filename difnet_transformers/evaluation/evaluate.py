@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,14 @@ from ..data.feature_records import (
 from ..data.parquet import hub_name
 from ..files import atomic_write, folder_lock, make_folder, printable
 from ..model_card import update_results
+from ..runtime.choice import AUTO, TORCH, Choice
 from ..training.data_checks import check_data, open_split
 from ..training.initial_model import compare_classes, reorder_classes
 from ..training.processes import all_or_none
 from ..training.validation import CaptionedImage, caption_split, score_split
+from ..vision.networks import print_line
 from .extra_scores import ExtraInputs, json_number
-from .runtime_captioner import RuntimeCaptioner, is_exported, load_exported
+from .runtime_captioner import STAGE, RuntimeCaptioner, is_exported, load_exported
 
 Captioner = DifnetForConditionalGeneration | DifnetEnsemble | RuntimeCaptioner
 
@@ -112,7 +114,8 @@ def evaluate_split(
         if update_card and not Path(models[0], "README.md").is_file():
             raise ValueError(f"--update-card: {models[0]} is no folder with a README.md, the model card")
         images = open_split(dataset, split)
-        exported = load_exported_model(models, runtime, decoding, dtype)
+        say = print_line if accelerator.is_main_process else str  # one process is enough
+        exported = load_exported_model(models, runtime, decoding, dtype, accelerator.device, say)
         model: Any
         model, processor = exported or load_ensemble(models, getattr(torch, dtype))
         # Before the weights are put in the dataset's order of classes, which the calibration does not know.
@@ -194,24 +197,38 @@ def evaluate_split(
 
 
 def load_exported_model(
-    models: Sequence[str], runtime: str | None, decoding: str, dtype: str
+    models: Sequence[str],
+    runtime: str | None,
+    decoding: str,
+    dtype: str,
+    device: torch.device,
+    say: Callable[[str], object],
 ) -> tuple[RuntimeCaptioner, DifnetProcessor] | None:
-    """The exported captioner among the models, if there is one, and its processor.
+    """The captioner in another runtime, if there is one, and its processor; arguments are those of `evaluate_split`,
+    and `device` and `say` those of `load_exported`.
 
     Raises:
         ValueError: it is to do what only PyTorch does: an ensemble, another decoding, another type of numbers.
     """
     exported = [name for name in models if is_exported(name)]
-    if not exported and runtime in (None, "torch"):
+    if not exported and runtime in (None, TORCH):
+        return None
+    is_open = runtime == AUTO and not exported
+    problem = None
+    if len(models) > 1:
+        problem = "ensembles are made of checkpoints, in PyTorch"
+    elif decoding != "original":
+        problem = "it decodes by the original's beam search alone; leave --decoding out"
+    elif dtype != "float32" and not (is_open and dtype == "bfloat16"):
+        problem = "leave --dtype out; difnet export --precision chooses its precision"
+    if problem is None:
+        precision = "bf16" if dtype == "bfloat16" else None
+        return load_exported(models[0], runtime, precision=precision, device=device, say=say)
+    if is_open:
+        say(Choice(TORCH, None, "which alone has ensembles, other decodings and float16").line(STAGE))
         return None
     subject = f"{printable(exported[0], 300)} is an exported captioner" if exported else f"--runtime {runtime}"
-    if len(models) > 1:
-        raise ValueError(f"{subject}: ensembles are made of checkpoints, in PyTorch")
-    if decoding != "original":
-        raise ValueError(f"{subject}: it decodes by the original's beam search alone; leave --decoding out")
-    if dtype != "float32":
-        raise ValueError(f"{subject}: leave --dtype out; difnet export --precision chooses its precision")
-    return load_exported(models[0], runtime)
+    raise ValueError(f"{subject}: {problem}")
 
 
 def match_features(

@@ -26,7 +26,6 @@ from ..allocation import keep_freed_memory
 from ..checkpoints import check_device, load_captioner
 from ..command_line import LeftOut, describe, requires
 from ..files import printable
-from ..runtime.vision import GRID_BACKBONE, SEGMENTATION_MODEL
 from ..stage_times import StageTimes
 from ..vision.image_batches import (
     DECODING,
@@ -38,7 +37,7 @@ from ..vision.image_batches import (
     one_ahead,
     prefetch,
 )
-from ..vision.networks import exported_kind_of, open_grid_backbone, open_segmenter, print_choices
+from ..vision.networks import open_networks, print_choices
 from .runtime_captioner import load_exported
 
 with requires("images"):
@@ -103,6 +102,7 @@ def load_pipeline(
     seed: int = 0,
     device: str | None = None,
     runtime: str | None = None,
+    original: bool = False,
 ) -> DifnetImageCaptioningPipeline:
     """The pipeline of a captioner and, for images, of the networks that make its features.
 
@@ -118,33 +118,39 @@ def load_pipeline(
         untrained: lets small random networks stand in for those that are not named.
         seed: of these.
         device: such as "cuda:1"; by default a GPU where there is one.
-        runtime: of the captioner, see `load_exported`.
+        runtime: of all networks, see `load_exported` and `open_grid_backbone`.
+        original: whether captions are decoded by the original's beam search, see `load_exported`.
 
     Raises:
         ValueError: a network cannot be loaded or does not fit the captioner.
     """
     check_device(device)
     keep_freed_memory()
-    captioner, processor = load_exported(model, runtime) or load_captioner(model)
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    in_runtime = load_exported(model, runtime, precision=precision, device=place, original_search=original)
+    captioner, processor = in_runtime or load_captioner(model)
     recorded = (processor.feature_extractor.grid_backbone or {}).get("name")
     if needs_images and grid_backbone is None and recorded is None and not untrained:
         raise ValueError("images need --grid-backbone (or --untrained for a check without weights)")
-    backbone: Any = grid_backbone
-    segmenter: Any = segmentation_model
-    grid_size = processor.feature_extractor.grid_size
-    if exported_kind_of(grid_backbone, GRID_BACKBONE):
-        backbone = open_grid_backbone(
-            grid_backbone, "cpu", precision=precision, grid_size=grid_size, layer=layer, image_size=image_size
-        )
-    if exported_kind_of(segmentation_model, SEGMENTATION_MODEL):
-        segmenter = open_segmenter(
-            segmentation_model, "cpu", grid_size=grid_size, precision=precision, image_size=segmentation_size
-        )
+    backbone, segmenter = networks = open_networks(
+        processor.feature_extractor,
+        place,
+        use_segmentation=captioner.config.use_segmentation,
+        runtime=runtime if needs_images else None,
+        grid_backbone=grid_backbone,
+        layer=layer,
+        image_size=image_size,
+        precision=precision,
+        segmentation_model=segmentation_model,
+        segmentation_size=segmentation_size,
+        untrained=untrained,
+        seed=seed,
+    )
     loaded = DifnetImageCaptioningPipeline(
         model=captioner,
         processor=processor,
         task=TASK,
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=place,
         grid_backbone=backbone,
         grid_backbone_options={"layer": layer, "image_size": image_size, "precision": precision},
         segmentation_model=segmenter,
@@ -155,7 +161,7 @@ def load_pipeline(
     )
     if needs_images:
         loaded.load_recorded_networks()
-        print_choices(precision, loaded.device, loaded.grid_backbone, loaded.segmenter)
+        print_choices(precision, loaded.device, networks, (loaded.grid_backbone, loaded.segmenter))
     return loaded
 
 
@@ -204,7 +210,8 @@ def image_items(
     captioner.load_recorded_networks()
 
     def read(path: Path) -> LoadedImage:
-        return load_image(open_image(path), captioner.grid_backbone, captioner.model.config.use_segmentation)
+        image = open_image(path)
+        return load_image(image, captioner.grid_backbone, captioner.segmenter, captioner.model.config.use_segmentation)
 
     paths = find_images(images, leave_out=left_out.add)
     return [
@@ -435,7 +442,8 @@ def features_of(
     assert captioner.segmenter is not None
     assert image.image is not None
     with times.stage("segmentation"):
-        return {"grid_features": grid, "segmentation_features": captioner.segmenter(image.image)}
+        shares = captioner.segmenter(image.image, image.segmentation_inputs)
+    return {"grid_features": grid, "segmentation_features": shares}
 
 
 def caption_batch(

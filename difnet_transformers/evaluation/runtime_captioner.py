@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,13 +14,20 @@ from transformers import GenerationConfig
 
 from modeling_difnet import DifnetForConditionalGeneration, DifnetPreTrainedModel, original_beam_search
 from modeling_difnet.confidence_difnet import TokenTable
+from modeling_difnet.feature_networks_difnet import has_native_bf16, hash_of_parameters
 from processing_difnet import DifnetProcessor
 
 from ..checkpoints import load_captioner, load_processor, read_config
+from ..command_line import reason_of
+from ..export.cache import load_or_export
 from ..files import printable
 from ..runtime.beam_search import BeamSearchOutput
+from ..runtime.choice import AUTO, TORCH, Choice, choose_for_captioner
 from ..runtime.manifest import is_exported
 from ..runtime.model import DifnetRuntimeModel
+from ..vision.networks import print_line
+
+STAGE = "captioner"
 
 # What a caller may pass without a meaning for beams, with the values that change nothing.
 NEUTRAL_OPTIONS = {"do_sample": (False,), "length_penalty": (0.0,), "early_stopping": ("never",), "use_cache": (True,)}
@@ -126,39 +133,100 @@ class RuntimeCaptioner(DifnetPreTrainedModel):
 
 
 def load_exported(
-    name: str | os.PathLike, runtime: str | None = None
+    name: str | os.PathLike,
+    runtime: str | None = None,
+    *,
+    precision: str | None = None,
+    device: str | torch.device = "cpu",
+    original_search: bool = True,
+    say: Callable[[str], object] = print_line,
 ) -> tuple[RuntimeCaptioner, DifnetProcessor] | None:
-    """The captioner of a folder that `difnet export` wrote, or of a checkpoint that is exported for this process.
+    """The captioner of a folder that `difnet export` wrote, or of a checkpoint that is exported to the cache.
 
     Args:
         name: the folder, or a checkpoint's folder or repository.
-        runtime: "onnx" or "openvino": a checkpoint is exported to it in fp32, and nothing of that remains. "torch" or
-            `None`: checkpoints are left to PyTorch.
+        runtime: "onnx" or "openvino": a checkpoint is exported to it, unless it was before. "auto": to OpenVINO where
+            that is faster, see `choose_for_captioner`. "torch" or `None`: checkpoints are left to PyTorch.
+        precision: "fp32" (default), "bf16" or "auto".
+        device: of PyTorch.
+        original_search: whether "auto" may choose a captioner that decodes by `original_beam_search` alone.
+        say: gets a line on what was chosen, and why.
 
     Returns:
         The captioner and its processor; `None` for a checkpoint that runs in PyTorch.
 
     Raises:
-        ValueError: the folder is damaged, or was exported to another runtime.
+        ValueError: the folder is damaged, was exported to another runtime, or the checkpoint is not exported to the
+            runtime that was named.
         ImportError: the runtime is not installed.
     """
     if is_exported(name):
         captioner = RuntimeCaptioner.from_folder(name)
-        format = captioner.runtime_model.manifest.format
-        if runtime not in (None, format):
+        manifest = captioner.runtime_model.manifest
+        if runtime not in (None, AUTO, manifest.format):
             raise ValueError(
-                f"{printable(name, 300)} was exported to {format}, and --runtime is {runtime}: leave it out, or give "
-                "the checkpoint"
+                f"{printable(name, 300)} was exported to {manifest.format}, and --runtime is {runtime}: leave it out, "
+                "or give the checkpoint"
             )
+        if runtime is not None:
+            say(Choice(manifest.format, manifest.precision, "as it was exported").line(STAGE))
         return captioner, load_processor(name)
-    if runtime in (None, "torch"):
+    if runtime in (None, TORCH):
         return None
-    from ..export import export_captioner
+    has_bf16 = has_native_bf16(torch.device("cpu"))
+    choice = choose_for_captioner(runtime, precision, str(device), has_bf16, original_search)
+    if choice.runtime != TORCH:
+        try:
+            captioner, processor = exported_checkpoint(name, choice)
+        except (ValueError, OSError) as error:
+            if runtime != AUTO:
+                raise
+            choice = Choice(TORCH, None, f"not by {choice.runtime}: {reason_of(error)}")
+        else:
+            say(choice.line(STAGE))
+            return captioner, processor
+    say(choice.line(STAGE))
+    return None
 
+
+def exported_checkpoint(name: str | os.PathLike, choice: Choice) -> tuple[RuntimeCaptioner, DifnetProcessor]:
+    """A checkpoint in another runtime, from the cache.
+
+    Args:
+        name: folder or repository of the checkpoint.
+        choice: runtime and precision.
+
+    Raises:
+        ValueError: the checkpoint cannot be loaded or exported.
+        ImportError, OSError: as `load_or_export`.
+    """
+    from ..export.captioner import check_format, export_captioner, versions_of
+
+    assert choice.precision is not None
+    check_format(choice.runtime, choice.precision)
     model, processor = load_captioner(name, torch.float32)
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
-        folder = Path(work, "exported")
-        export_captioner(model, processor, folder, format=runtime, name=name)
-        captioner = RuntimeCaptioner.from_folder(folder)
-    captioner.name_or_path = model.name_or_path  # which remains
+    key = {
+        "parameters_sha256": hash_of_parameters(model),
+        "versions": versions_of(choice.runtime),
+        "config": model.config.to_dict(),
+        "generation_config": model.generation_config.to_dict(),
+        "feature_extractor": processor.feature_extractor.to_dict(),
+        "vocabulary": processor.tokenizer.get_vocab(),
+    }
+    options: dict[str, Any] = {
+        "format": choice.runtime,
+        "precision": choice.precision,
+        "name": name,
+        "overwrite": True,
+    }
+    captioner = load_or_export(
+        STAGE,
+        name,
+        choice.runtime,
+        choice.precision,
+        key,
+        partial(export_captioner, model, processor, **options),
+        RuntimeCaptioner.from_folder,
+    )
+    captioner.name_or_path = model.name_or_path  # where its calibration lies
     return captioner, processor

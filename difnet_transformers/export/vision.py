@@ -171,10 +171,7 @@ def export_segmenter(
         raise ValueError(f"{name}: looks at an image in several parts, and is not exported")
 
     def inputs_of(image: Any) -> dict[str, torch.Tensor]:
-        arguments: dict[str, Any] = {"do_center_crop": False} if getattr(processor, "do_center_crop", None) else {}
-        if model.config.model_type == "oneformer":
-            arguments["task_inputs"] = ["panoptic"]
-        inputs = processor(images=image, return_tensors="pt", **arguments)
+        inputs = segmenter.prepare(image)
         if "pixel_mask" in inputs and not inputs["pixel_mask"].all():
             raise ValueError(f"{name}: pads images, and is not exported")
         return {key: value for key, value in inputs.items() if isinstance(value, torch.Tensor) and key != "pixel_mask"}

@@ -26,7 +26,7 @@ from modeling_difnet.pipeline_difnet import DifnetImageCaptioningPipeline, recor
 from modeling_difnet.relevance_difnet import check_captions
 from processing_difnet import DifnetProcessor, DifnetTokenizer
 
-from ..checkpoints import load_captioner
+from ..checkpoints import load_captioner, short_name
 from ..command_line import LeftOut, describe, requires
 from ..data import ReferenceBatches, load_packed_split
 from ..files import atomic_write, path_inside, printable
@@ -413,12 +413,6 @@ def split_image_opener(images: Any, folder: Path | None) -> Callable[[int], Imag
             return None
 
     return open_split_image
-
-
-def short_name(model: str) -> str:
-    """The folder's name; of a run's best or last checkpoint with the run's."""
-    *_, run, last = ["", *Path(model).parts]
-    return f"{run}/{last}" if last in ("best", "best_xe", "last") else last
 
 
 # Files

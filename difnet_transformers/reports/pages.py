@@ -13,6 +13,7 @@ import os
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,6 +55,12 @@ def render(template: str, *, title: str, warnings: Sequence[str] = (), **values:
     return _environment().get_template(template).render(title=title, warnings=warnings, **values)
 
 
+def render_part(template: str, **values: Any) -> str:
+    """A part of a page, for pages that are not ours alone, from a template that extends none."""
+    return _environment().get_template(template).render(**values)
+
+
+@cache
 def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("difnet_transformers.reports", "templates"),
@@ -188,6 +195,8 @@ def png_sheet(
 
 # Relevance
 
+HEAT_COLORS = {"positive_color": POSITIVE_COLOR, "negative_color": NEGATIVE_COLOR, "opacity": OPACITY}
+
 
 def relevance_page(
     explained: Sequence[ExplainedImage], title: str = "Why this word", warnings: Sequence[str] = ()
@@ -206,15 +215,20 @@ def relevance_page(
         warnings=warnings,
         flows=flows,
         methods=sorted({each.method for each in explained}),
-        positive_color=POSITIVE_COLOR,
-        negative_color=NEGATIVE_COLOR,
-        opacity=OPACITY,
+        **HEAT_COLORS,
         calibrated=all(each.confidences is not None for each in explained),
-        explained=[_relevance_values(each, flows) for each in explained],
+        explained=[relevance_values(each, flows) for each in explained],
     )
 
 
-def _relevance_values(explained: ExplainedImage, flows: Iterable[str]) -> dict[str, Any]:
+def relevance_values(explained: ExplainedImage, flows: Iterable[str], with_image: bool = True) -> dict[str, Any]:
+    """What relevance_figure.html.j2 shows of an image.
+
+    Args:
+        explained: the image, and the relevance of its caption's words.
+        flows: keys of its `flows` that can be shown.
+        with_image: whether the image comes along, as `url`.
+    """
     rows, columns = explained.grid_shape
     name = confidence.NAMES[explained.confidences is not None]
     shares = explained.probabilities.tolist() if explained.confidences is None else explained.confidences
@@ -225,9 +239,10 @@ def _relevance_values(explained: ExplainedImage, flows: Iterable[str]) -> dict[s
             confidence.ShownWord(word, confidence.level_of(share), f"{name} {share:.0%}")
             for word, share in zip(explained.words, shares, strict=True)
         ],
-        "url": jpeg_url(resized_image(explained, 640), quality=88),
+        "url": jpeg_url(resized_image(explained, 640), quality=88) if with_image else None,
         "rows": rows,
         "columns": columns,
+        "notes": None,
         "data": {
             "words": explained.words,
             "probabilities": _rounded(explained.probabilities),

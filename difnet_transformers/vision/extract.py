@@ -25,12 +25,8 @@ import torch
 from tqdm import tqdm
 
 from modeling_difnet import GridFeatureBackbone
+from modeling_difnet.feature_networks_difnet import UNTRAINED_WARNING, GridBackbone, Segmenter, provenance_of
 from modeling_difnet.images_difnet import UnreadableImage, open_image
-from modeling_difnet.pipeline_difnet import (
-    UNTRAINED_WARNING,
-    GridBackbone,
-    provenance_of,
-)
 from modeling_difnet.segmentation_difnet import CLASS_NAMES
 from modeling_difnet.vision_backbone_difnet import as_pair
 
@@ -41,7 +37,7 @@ from ..files import atomic_write, folder_lock, name_file_in_errors, printable, r
 from ..progress import progress_bar
 from ..stage_times import StageTimes
 from .image_batches import DECODING, LoadedImage, grid_features_of, load_image, prefetch
-from .networks import open_grid_backbone, open_segmenter, print_choices
+from .networks import open_grid_backbone, open_segmenter
 from .segmentation_sources import (
     CocoSegmentations,
     ImageFile,
@@ -110,6 +106,11 @@ class Extraction:
     batch_size: int = 1
     times: StageTimes = field(default_factory=StageTimes)
 
+    @property
+    def segmenter(self) -> Segmenter | None:
+        """The model that makes segmentation features; `None` without one."""
+        return self.segmentation.segmenter if isinstance(self.segmentation, ModelSegmentations) else None
+
     def batches(self) -> list[list[ImageFile]]:
         """The images in groups that never change: how images are grouped has an influence on the last digit."""
         places = range(0, len(self.images), self.batch_size)
@@ -149,19 +150,20 @@ class Extraction:
         """An image ready for the networks, and the state of its sources. Runs in threads; raises what is wrong."""
         sources = self.sources_of(image)  # before the files are read: a change while they are is noticed
         with self.times.stage(DECODING, beside=True):
-            return load_image(open_as_annotated(image), self.backbone, self.segmentation is not None), sources
+            opened = open_as_annotated(image)
+            return load_image(opened, self.backbone, self.segmenter, self.segmentation is not None), sources
 
     def loaded_ahead(self, batches: Sequence[Sequence[ImageFile]]) -> Generator[Loaded, None, None]:
         """What `load` gives, or raises, for each image of batches, in order."""
         images = [image for batch in batches for image in batch]
         return prefetch(self.load, images, lambda loaded: loaded[0].num_bytes)
 
-    def features_of(self, image: ImageFile, opened: Image.Image | None, grid: Any) -> dict[str, np.ndarray]:
+    def features_of(self, image: ImageFile, opened: LoadedImage, grid: Any) -> dict[str, np.ndarray]:
         """The arrays of one image by name; raises whatever is wrong with it.
 
         Args:
             image: the file.
-            opened: its pixels; `None` without a source of segmentation.
+            opened: its pixels.
             grid: grid features (cells, C), the error that came in their place, or `None` without a backbone.
 
         Returns:
@@ -171,9 +173,10 @@ class Extraction:
             raise grid
         arrays: list[np.ndarray] = [] if grid is None else [grid]
         if self.segmentation is not None:
-            assert opened is not None
+            assert opened.image is not None
             with self.times.stage("segmentation"):
-                arrays.append(self.segmentation(opened, image))  # (classes, 7, 7)
+                features = self.segmentation(opened.image, image, opened.segmentation_inputs)
+                arrays.append(features)  # (classes, 7, 7)
         if not all(np.isfinite(array).all() for array in arrays):
             raise UnreadableImage("NaN or infinity among the features")
         return dict(zip(self.arrays_of(image), arrays, strict=True))
@@ -219,7 +222,7 @@ class Extraction:
             if wanted is not None and image.image_id not in wanted:
                 continue
             try:
-                arrays = self.features_of(image, each.image, grid)
+                arrays = self.features_of(image, each, grid)
             except Exception as error:
                 note(image, LEFT_OUT, describe(error))
                 continue
@@ -265,6 +268,7 @@ def extract_features(
     image_size: tuple[int, int] | None = None,
     grid_size: int | tuple[int, int] | None = None,
     precision: str | None = None,
+    runtime: str | None = None,
     batch_size: int | None = None,
     segmentation_model: str | None = None,
     score_threshold: float | None = None,
@@ -291,7 +295,7 @@ def extract_features(
         grid_backbone: folder or repository of a `GridFeatureBackbone` or another vision model, or
             `package.module:function`; or a folder of `difnet export`.
         layer, image_size: of the backbone, see `open_grid_backbone`.
-        precision: of both networks, see there and `open_segmenter`.
+        precision, runtime: of both networks, see there and `open_segmenter`.
         grid_size: cells along a side, or rows and columns; by default 7, or what the configuration of X-101 says.
         batch_size: images that the backbone sees together; by default 8, and 1 for X-101, whose images differ in size.
         segmentation_model: folder or repository of a segmentation model or object detector of Transformers, or a
@@ -325,6 +329,9 @@ def extract_features(
     def open_inputs() -> Extraction:
         network_device = torch.device(device or state.device)
         backbone, cells = None, grid_size or 7
+        chosen: dict[str, Any] = {"precision": precision, "runtime": runtime}
+        if not state.is_main_process:
+            chosen["say"] = str  # one process is enough
         if grid_backbone is not None or untrained:
             backbone = open_grid_backbone(
                 grid_backbone,
@@ -334,7 +341,7 @@ def extract_features(
                 layer=layer,
                 image_size=image_size,
                 grid_size=grid_size,
-                precision=precision,
+                **chosen,
             )
             rows, columns = as_pair(backbone.config.grid_size)
             cells = rows if rows == columns else (rows, columns)
@@ -351,21 +358,22 @@ def extract_features(
                 seed,
                 cells,
                 score_threshold=score_threshold,
-                precision=precision,
                 image_size=segmentation_size,
+                **chosen,
             )
             segmentation = ModelSegmentations(segmenter, segmentation_model)
         elif score_threshold is not None or segmentation_size is not None:
             raise ExtractionError("--score-threshold and --segmentation-size belong to --segmentation-model")
-        elif precision is not None and backbone is None:
-            raise ExtractionError("--precision belongs to --grid-backbone and --segmentation-model")
-        if state.is_main_process:
-            model = segmentation.segmenter if isinstance(segmentation, ModelSegmentations) else None
-            print_choices(precision, network_device, backbone, model)
+        elif backbone is None and (precision, runtime) != (None, None):
+            option = "--precision" if precision is not None else "--runtime"
+            raise ExtractionError(f"{option} belongs to --grid-backbone and --segmentation-model")
         provenance: dict[str, Any] = {"made_by": "DIFNet for Transformers, scripts/extract_features.py"}
         if untrained:
             provenance["warning"] = UNTRAINED_WARNING
-        provenance["versions"] = {name: version(name) for name in ("torch", "transformers", "pillow")}
+        model = segmentation.segmenter if isinstance(segmentation, ModelSegmentations) else None
+        provenance["versions"] = {
+            name: version(name) for name in ("torch", "transformers", "pillow", *runtime_packages(backbone, model))
+        }
         if segmentation is not None:
             provenance |= {"segmentation": segmentation.provenance, "segmentation_model": segmentation.record}
             if backbone is None and cells != 7:
@@ -407,6 +415,12 @@ def extract_features(
         if num_images:
             extraction.times.print_summary(num_images)
         return manifest
+
+
+def runtime_packages(*networks: GridBackbone | Segmenter | None) -> list[str]:
+    """Names of the packages, other than PyTorch, that run networks."""
+    runtimes = {network.runtime for network in networks if network is not None and network.runtime is not None}
+    return sorted("onnxruntime" if runtime == "onnx" else runtime for runtime in runtimes)
 
 
 def list_images(places: Sequence[str], coco_files: Sequence[CocoFile]) -> tuple[list[ImageFile], list[LeftOutImage]]:

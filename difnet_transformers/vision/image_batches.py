@@ -1,4 +1,5 @@
-"""Images on their way through the feature networks: decoded in threads beside them, batched where sizes are equal.
+"""Images on their way through the feature networks: decoded and prepared in threads beside them, batched where sizes
+are equal.
 
 The original (mrwu-mac/DIFNet, CVPR 2022) begins with feature files.
 """
@@ -7,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 
 from modeling_difnet.images_difnet import unusual_size
-from modeling_difnet.pipeline_difnet import GridBackbone
+from modeling_difnet.pipeline_difnet import GridBackbone, Segmenter
 
 from ..command_line import requires
 
@@ -27,7 +28,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 DECODING = "decoding"
-"""Name of the stage of files, with the resizing for the grid backbone."""
+"""Name of the stage of files, with what is done to an image before the first layer of a network."""
 
 # The network gets the other half of the cores.
 NUM_THREADS = max(1, min(4, (os.cpu_count() or 1) // 2))
@@ -42,32 +43,38 @@ class LoadedImage(NamedTuple):
     Args:
         image: RGB; `None` where only the grid backbone needs it.
         pixel_values: the grid backbone's input (1, 3, H, W); `None` without one.
+        segmentation_inputs: those of the segmentation model; `None` without one.
         remark: on an unusual size.
     """
 
     image: Image.Image | None
     pixel_values: torch.Tensor | None
+    segmentation_inputs: Mapping[str, Any] | None
     remark: str | None
 
     @property
     def num_bytes(self) -> int:
         image = 0 if self.image is None else 3 * self.image.width * self.image.height
-        return image + (0 if self.pixel_values is None else self.pixel_values.nbytes)
+        values = [self.pixel_values, *(self.segmentation_inputs or {}).values()]
+        return image + sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
 
 
-def load_image(image: Image.Image, backbone: GridBackbone | None, keep: bool = True) -> LoadedImage:
-    """An open image and what the grid backbone makes of it before its first layer.
+def load_image(
+    image: Image.Image, backbone: GridBackbone | None, segmenter: Segmenter | None = None, keep: bool = True
+) -> LoadedImage:
+    """An open image and what the networks make of it before their first layers.
 
     Args:
         image: RGB.
-        backbone: the network, if there is one.
+        backbone, segmenter: the networks, as far as there are any.
         keep: whether the image itself is needed later.
 
     Raises:
-        ValueError: the backbone cannot take it.
+        ValueError: a network cannot take it.
     """
     pixel_values = None if backbone is None else backbone.preprocess(image)
-    return LoadedImage(image if keep else None, pixel_values, unusual_size(image))
+    inputs = None if segmenter is None else segmenter.prepare(image)
+    return LoadedImage(image if keep else None, pixel_values, inputs, unusual_size(image))
 
 
 def prefetch(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -66,8 +66,9 @@ class SegmentationSource(Protocol):
     provenance: dict[str, Any]
     record: dict[str, Any]
 
-    def __call__(self, image: Image.Image, file: ImageFile) -> np.ndarray:
-        """The feature, float32 (classes, rows, columns), of an image that is open already."""
+    def __call__(self, image: Image.Image, file: ImageFile, inputs: Mapping[str, Any] | None = None) -> np.ndarray:
+        """The feature, float32 (classes, rows, columns), of an image that is open already; `inputs` as its model's
+        `prepare` has made them, if there is one."""
         ...
 
     def files_of(self, file: ImageFile) -> list[Path]:
@@ -177,7 +178,7 @@ class InstanceSegmentations(CocoSegmentations):
 
     kind = "instances"
 
-    def __call__(self, image: Image.Image, file: ImageFile) -> np.ndarray:
+    def __call__(self, image: Image.Image, file: ImageFile, inputs: Mapping[str, Any] | None = None) -> np.ndarray:
         annotations, channels, annotation_file = self.annotations_of(file)
         with naming_source(annotation_file.path, file):
             labels = instance_channel_map(annotations, channels, image.height, image.width)
@@ -189,7 +190,7 @@ class PanopticSegmentations(CocoSegmentations):
 
     kind = "panoptic"
 
-    def __call__(self, image: Image.Image, file: ImageFile) -> np.ndarray:
+    def __call__(self, image: Image.Image, file: ImageFile, inputs: Mapping[str, Any] | None = None) -> np.ndarray:
         annotations, channels, annotation_file = self.annotations_of(file)
         if len(annotations) != 1:
             raise UnreadableImage(
@@ -241,7 +242,7 @@ class LabelMaps:
         self.provenance = {"source": f"label maps, {order}", "name": str(folder)}
         self.record = record_of_annotations(f"label maps, {order}", str(folder), CLASS_NAMES)
 
-    def __call__(self, image: Image.Image, file: ImageFile) -> np.ndarray:
+    def __call__(self, image: Image.Image, file: ImageFile, inputs: Mapping[str, Any] | None = None) -> np.ndarray:
         paths = self.files_of(file)
         if len(paths) != 1:
             which = f" but {len(paths)}: {printable(paths[0])} and {printable(paths[1])}" if paths else ""
@@ -271,8 +272,8 @@ class ModelSegmentations:
         compared = ("name", "model_type", "parameters_sha256", "precision", "runtime", "image_size")
         self.provenance = {key: self.record[key] for key in compared if key in self.record}
 
-    def __call__(self, image: Image.Image, file: ImageFile) -> np.ndarray:
-        return self.segmenter(image)
+    def __call__(self, image: Image.Image, file: ImageFile, inputs: Mapping[str, Any] | None = None) -> np.ndarray:
+        return self.segmenter(image, inputs)
 
     def files_of(self, file: ImageFile) -> list[Path]:
         return []

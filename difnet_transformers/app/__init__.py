@@ -1,0 +1,1 @@
+"""`difnet app`: a page for people and endpoints for programs around one or more captioners."""

@@ -1,0 +1,57 @@
+"""What happens before the seconds in which PyTorch and Transformers are imported; needs neither."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import socket
+from collections.abc import Iterator
+
+from ..command_line import requires
+from ..files import printable
+
+with requires("app"):  # the first of the server's packages that is looked for
+    import uvicorn  # noqa: F401
+
+
+@contextlib.contextmanager
+def without_collections() -> Iterator[None]:
+    """Around imports and loading, which make a million objects that stay: looking for garbage takes a fifth of it."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that takes connections from now on; they are answered when the server runs.
+
+    Args:
+        host: name or address.
+        port: 0 for any that is free.
+
+    Raises:
+        ValueError: the address is taken, or none of this machine's.
+    """
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        sock = socket.socket(family, kind)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(128)
+    except (OSError, UnicodeError) as error:
+        raise ValueError(
+            f"cannot listen on {printable(host)}, port {port} ({getattr(error, 'strerror', None) or error}); choose "
+            "another --host or --port"
+        ) from None
+    return sock
+
+
+def address_of(sock: socket.socket) -> str:
+    """The URL to open."""
+    host, port = sock.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{host}:{port}"
