@@ -81,8 +81,8 @@ def process_shards_on_ray(
     """Makes the rows of all images that are in no finished shard yet, on the workers of a Ray cluster.
 
     Workers need the inputs, the model and the output under the names by which the driver knows them: URLs, or paths on
-    a disk that all machines share. A worker that dies loses the shard that it was at, which another one does. A driver
-    that dies takes its workers along; the same call does what is left.
+    a disk that all machines share. A worker that dies loses the shard that it was at, which another one does. When a
+    driver dies Ray ends its workers; the same call does what is left.
 
     Args:
         maker: networks and options.
