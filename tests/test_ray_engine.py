@@ -20,6 +20,7 @@ from difnet_transformers.cli.main import main
 
 ray_campaign = pytest.importorskip("ray_campaign")
 WORKERS = 4
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}  # of the test's own cluster
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +130,7 @@ class TestOneCluster:
         words = ["--head", "--port", str(port), "--num-cpus", "2", "--include-dashboard", "false"]
         program = [sys.executable, "-m", "ray.scripts.scripts", "start", *words, "--block", "--disable-usage-stats"]
         head = subprocess.Popen(
-            program, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ray_campaign.environment()
+            program, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**ray_campaign.environment(), **TOKEN}
         )
         limit = time.monotonic() + 60
         while time.monotonic() < limit:
@@ -146,7 +147,7 @@ class TestOneCluster:
 
         def caption(*words: str) -> subprocess.CompletedProcess:
             command = ray_campaign.command(model, Path("tars"), Path("output"), "--engine", "ray", *words)
-            environment = ray_campaign.environment()
+            environment = {**ray_campaign.environment(), **TOKEN}
             return subprocess.run(
                 [*command, "--address", address],
                 cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
