@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from bulk_campaign import config_of, make_tars, rows_of, save_captioner
 
@@ -139,8 +140,10 @@ class TestOneCluster:
                     break
             time.sleep(0.2)
         yield f"localhost:{port}"
-        head.terminate()
-        head.wait(30)
+        for process in psutil.Process(head.pid).children(recursive=True):
+            process.kill()
+        head.kill()
+        head.wait()
 
     def test_relative_paths_mistakes_and_what_is_already_done(self, address, model, tmp_path):
         make_tars(tmp_path / "tars", 40, 10, broken=False)
