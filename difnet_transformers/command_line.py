@@ -40,6 +40,7 @@ EXTRA_OF = {
     "PIL": "images",
     "pyarrow": "data",
     "pycocoevalcap": "java",
+    "ray": "ray",
     "scipy": "images",
     "shtab": "completion",
     "sklearn": "calibration",

@@ -9,7 +9,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "features": ["FeatureConfig", "FeatureMaker"],
         "inputs": ["InputConfig", "InputShard", "plan_shards"],
         "outputs": ["OutputFolder", "caption_schema"],
+        "ray_engine": ["RayConfig", "process_shards_on_ray"],
         "readers": ["ImageItem", "read_shard"],
         "run": ["process_shard", "process_shards"],
+        "stages": ["CaptionFeatures", "CaptionImages", "MakeFeatures"],
     },
 )

@@ -27,6 +27,7 @@ from ..command_line import LeftOut, describe
 from ..data.packed_dataset import encode_segmentation, to_stored
 from ..evaluation.image_captions import (
     CaptionItem,
+    Loaded,
     Prepared,
     decoding_options,
     load_pipeline,
@@ -110,6 +111,7 @@ class ImageCaptioner:
     """
 
     what = "captions"
+    needs_images = True
 
     def __init__(self, config: CaptioningConfig) -> None:
         self.config = config
@@ -152,7 +154,7 @@ class ImageCaptioner:
                 image_size=config.image_size,
                 precision=config.precision,
                 force=config.force,
-                needs_images=True,
+                needs_images=self.needs_images,
                 segmentation_model=config.segmentation_model,
                 segmentation_size=config.segmentation_size,
                 untrained=config.untrained,
@@ -219,15 +221,12 @@ class ImageCaptioner:
         """
         times = times or StageTimes()
         pipeline, errors, watch = self.pipeline, ErrorsByPosition(), FailureWatch()
-        keep = pipeline.model.config.use_segmentation
         heads: dict[int, ImageItem] = {}  # of images without a row, without their contents
 
         def numbered() -> Iterator[CaptionItem]:
             for position, item in enumerate(items):
                 heads[position] = item._replace(content=b"")
-                networks = (pipeline.grid_backbone, pipeline.segmenter)
-                read = partial(load_item, item, *networks, keep, self.config.allow_private_hosts)
-                yield CaptionItem(position, None, position, read)
+                yield CaptionItem(position, None, position, partial(self._load, item))
 
         def rows_until(stop: int, captions: Mapping[int, Row]) -> Iterator[Row]:
             # A copy: with `overlap` another thread adds to it. Positions are in order.
@@ -246,6 +245,13 @@ class ImageCaptioner:
                     captions = self._caption_batch(prepared, errors)
                 yield from rows_until(prepared[-1][0].image_id + 1, captions)
         yield from rows_until(sys.maxsize, {})
+
+    def _load(self, item: ImageItem) -> Loaded:
+        """An image, ready for the networks."""
+        pipeline = self.pipeline
+        keep = pipeline.model.config.use_segmentation
+        networks = (pipeline.grid_backbone, pipeline.segmenter)
+        return load_item(item, *networks, keep, self.config.allow_private_hosts)
 
     def _caption_batch(self, prepared: Prepared, errors: ErrorsByPosition) -> dict[int, Row]:
         """Columns of images by their positions; those of a batch that fails are captioned one by one."""

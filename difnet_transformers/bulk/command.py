@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +14,9 @@ from .inputs import InputConfig, plan_shards
 from .processes import local_rank, part_of, part_of_process
 from .rows import RowMaker
 from .run import RunSummary, process_shards
+
+if TYPE_CHECKING:
+    from .ray_engine import RayConfig
 
 PROCESSES = (1, 8, 64)  # that a forecast is made for
 
@@ -27,6 +30,7 @@ def process_many(
     shard: str | None = None,
     retry_errors: bool = False,
     strict: bool = False,
+    ray: RayConfig | None = None,
 ) -> int:
     """Makes the rows of all images, or of this process's part of them, and says what came of it.
 
@@ -38,6 +42,7 @@ def process_many(
         shard: "I/N", this process's part; by default as a launcher says.
         retry_errors: whether shards with errors are done again.
         strict: whether a row with an error makes the exit code 2.
+        ray: the cluster whose workers do the work; by default this process does.
 
     Returns:
         The exit code.
@@ -45,6 +50,11 @@ def process_many(
     Raises:
         ValueError: a mistake, shards whose inputs could not be read, or not one image could be used.
     """
+    if ray is not None:
+        from .ray_engine import process_shards_on_ray
+
+        summary = process_shards_on_ray(maker, inputs, output, ray, format=format, retry_errors=retry_errors)
+        return report(summary, output, strict)
     process = part_of_process(os.environ) if shard is None else part_of(shard)
     maker = on_device_of_process(maker)
     summary = process_shards(maker, inputs, output, format=format, process=process, retry_errors=retry_errors)

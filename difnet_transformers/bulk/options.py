@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path  # noqa: F401  (simple_parsing looks up the annotations of subclasses here)
 from typing import TYPE_CHECKING
@@ -12,8 +13,10 @@ from ..options import check_at_least, option_name
 
 if TYPE_CHECKING:
     from .inputs import InputConfig
+    from .ray_engine import RayConfig
 
 MANY = "many images"
+OF_RAY = ("address", "num_workers", "cpus_per_worker", "gpus_per_worker")
 
 
 @dataclass(kw_only=True)
@@ -57,6 +60,25 @@ class ManyImagesOptions:
         metavar="N",
         help="that read and decode beside the networks; more for slow storage (default: half the cores, at most 4)",
     )
+    engine: str = field(
+        default="local", group=MANY, choices=["local", "ray"], help="ray: the workers of a Ray cluster do the shards"
+    )
+    address: str | None = field(
+        default=None,
+        group=MANY,
+        metavar="HOST:PORT",
+        help="of --engine ray: the cluster, or auto (default: RAY_ADDRESS, else workers on this machine)",
+    )
+    num_workers: str | None = field(
+        default=None,
+        group=MANY,
+        metavar="N",
+        help="of --engine ray: N or MIN-MAX (default: all that fit)",
+    )
+    cpus_per_worker: int = field(default=1, group=MANY, metavar="N", help="of --engine ray: cores, and threads")
+    gpus_per_worker: float | None = field(
+        default=None, group=MANY, metavar="X", help="of --engine ray: GPUs or a share (default: 1 if there are any)"
+    )
     retry_errors: bool = field(default=False, group=MANY, help="do shards that have errors again")
     allow_private_hosts: bool = field(
         default=False, group=MANY, help="let URLs of lists lead to this machine or a private network"
@@ -71,11 +93,43 @@ class ManyImagesOptions:
         Raises:
             ValueError: a number is too small, or an option belongs to another that is not given.
         """
-        check_at_least(self, 1, "images_per_shard", "sample")
+        check_at_least(self, 1, "images_per_shard", "sample", "cpus_per_worker")
         check_at_least(self, 0, "num_threads")
         for entry in fields(ManyImagesOptions) if needs is not None else ():
             if getattr(self, entry.name) != entry.default:
                 raise ValueError(f"{option_name(entry.name)} belongs to {needs}")
+
+        if self.engine == "local":
+            for entry in fields(ManyImagesOptions):
+                if entry.name in OF_RAY and getattr(self, entry.name) != entry.default:
+                    raise ValueError(f"{option_name(entry.name)} belongs to --engine ray")
+        elif self.shard is not None or self.plan:
+            given = "--shard" if self.shard is not None else "--plan"
+            raise ValueError(f"{given} and --engine ray do not go together")
+        self.workers()
+        if self.gpus_per_worker is not None and not 0 <= self.gpus_per_worker < 1000:
+            raise ValueError(f"--gpus-per-worker must be at least 0, not {self.gpus_per_worker}")
+
+    def workers(self) -> tuple[int, int] | None:
+        """Least and largest number of Ray's workers.
+
+        Raises:
+            ValueError: --num-workers is neither a number nor two.
+        """
+        if self.num_workers is None:
+            return None
+        match = re.fullmatch(r"([1-9][0-9]{0,5})(?:-([1-9][0-9]{0,5}))?", self.num_workers)
+        if match is None or int(match[2] or match[1]) < int(match[1]):
+            raise ValueError(f"--num-workers is N or MIN-MAX, such as 8 or 2-16; not {self.num_workers[:40]!r}")
+        return int(match[1]), int(match[2] or match[1])
+
+    def ray_config(self) -> RayConfig | None:
+        """The cluster; `None` where there is to be none."""
+        if self.engine == "local":
+            return None
+        from .ray_engine import RayConfig
+
+        return RayConfig(self.address, self.workers(), self.cpus_per_worker, self.gpus_per_worker)
 
     def inputs(self, places: list[str]) -> InputConfig:
         """The images that are named.

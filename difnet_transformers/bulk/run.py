@@ -11,7 +11,7 @@ import platform
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
@@ -65,6 +65,13 @@ class RunSummary:
     examples: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     duplicates: list[str] = field(default_factory=list)
+
+    def add(self, manifest: Mapping[str, Any]) -> None:
+        """Counts a shard that is done."""
+        self.images += manifest["images"]
+        self.errors += manifest["errors"]
+        said = [f"{each['key']}: {each['error']}" for each in manifest["first_errors"]]
+        self.examples += said[: NUM_LISTED - len(self.examples)]
 
 
 # One shard
@@ -236,12 +243,8 @@ def process_shards(
 
         for shard, manifest in each_once(todo, output, work, is_finished, summary.failures):
             progress.finished(shard, None if manifest is None else manifest["images"])
-            if manifest is None:
-                continue
-            summary.images += manifest["images"]
-            summary.errors += manifest["errors"]
-            said = [f"{each['key']}: {each['error']}" for each in manifest["first_errors"]]
-            summary.examples += said[: NUM_LISTED - len(summary.examples)]
+            if manifest is not None:
+                summary.add(manifest)
     if summary.images:
         times.print_summary(summary.images)
     finish(output, shards, identity, format, maker.what, summary)

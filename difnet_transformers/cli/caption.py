@@ -59,7 +59,8 @@ Many images, in folders, tars of WebDataset, Parquet files, lists of paths or UR
 OUTPUT gets a Parquet file for each shard of the inputs, with a row for each image: key, source, caption, score, and
 the error of an image that cannot be captioned. --plan measures a sample and says what the whole will take. The program
 can be killed at any time: the same command resumes after the last finished shard. Several processes share the shards:
-torchrun, accelerate launch and array jobs of SLURM say which part is whose, or --shard does (docs/large_scale.md)."""
+torchrun, accelerate launch and array jobs of SLURM say which part is whose, or --shard does; with --engine ray the
+workers of a Ray cluster do them (docs/large_scale.md)."""
 
 OUTPUTS_OF_FEW = ("json", "contact_sheet", "explain", "features")
 NETWORKS_AND_CAPTIONS = (
@@ -236,6 +237,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "caption.py") -> int:
             shard=options.shard,
             retry_errors=options.retry_errors,
             strict=options.strict,
+            ray=options.ray_config(),
         )
 
     if options.output is None:

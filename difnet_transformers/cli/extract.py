@@ -232,6 +232,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "extract_features.py") -
             shard=options.shard,
             retry_errors=options.retry_errors,
             strict=options.strict,
+            ray=options.ray_config(),
         )
 
     if options.format == "original":

@@ -20,7 +20,8 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import NoneType
@@ -28,13 +29,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..command_line import describe
 from ..files import check_regular_file, name_file_in_errors, printable, read_file, read_json, sha256_of
+from .processes import copy_from_process
 from .training_state import (
     load_optimizer,
     load_trained_weights,
@@ -249,6 +251,7 @@ def save_checkpoint(
     also_as: Sequence[str] = (),
     trained_weights: dict[str, torch.Tensor] | None = None,
     stream: dict[str, Any] | None = None,
+    on_each_node: bool = False,
 ) -> None:
     """Writes `last`, and the same checkpoint under the names `also_as`; every process calls it.
 
@@ -264,17 +267,19 @@ def save_checkpoint(
         also_as: further names, such as "best".
         trained_weights: by name, where those of `model` are an average.
         stream: where this process stands in the data that it streams, if it does.
+        on_each_node: whether every machine gets the checkpoint, on a disk of its own.
 
     Raises:
         OSError: the folder cannot be written, for example because the disk is full; the checkpoints of before are
             as they were.
     """
     states, streams = gather_object([random_states()]), gather_object([stream])
-    problem = None
-    if accelerator.is_main_process:
-        unfinished = output / "last.unfinished"
-        try:
+    unfinished, is_main = output / "last.unfinished", accelerator.is_main_process
+    writes = accelerator.is_local_main_process if on_each_node else is_main
+    with _told_to_all(output / "last", unfinished):
+        if writes:
             shutil.rmtree(unfinished, ignore_errors=True)
+        if is_main:
             write_model(unfinished)
             folder = unfinished / STATE_FOLDER
             folder.mkdir()
@@ -295,16 +300,28 @@ def save_checkpoint(
             }
             (unfinished / PROGRESS).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
             write_checksums(unfinished)
+    if on_each_node:  # Transformers writes weights in the first process only
+        copy_from_process(accelerator, unfinished, unfinished if writes and not is_main else None, source=0)
+    with _told_to_all(output / "last", unfinished):
+        if writes:
             for name in also_as:
                 copy_checkpoint(unfinished, output / name)
             replace_folder(unfinished, output / "last")
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            reason = describe(error) if isinstance(error, OSError) else printable(str(error), 300)
-            problem = f"{printable(output / 'last', 300)} could not be saved: {reason}"
-    (problem,) = broadcast_object_list([problem])
-    if problem is not None:
-        raise OSError(problem)
+
+
+@contextmanager
+def _told_to_all(folder: Path, unfinished: Path) -> Iterator[None]:
+    """Around the writing of a checkpoint: an error in one process is raised in all."""
+    problem = None
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        reason = describe(error) if isinstance(error, OSError) else printable(str(error), 300)
+        problem = f"{printable(folder, 300)} could not be saved: {reason}"
+    problems = [each for each in gather_object([problem]) if each is not None]
+    if problems:
+        raise OSError(problems[0])
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:

@@ -110,7 +110,12 @@ class TrainingConfig:
         choices=CHOICES["stage"],
         help="cross-entropy, self-critical training, or one after the other",
     )
-    resume: str | None = field(default=None, metavar="WHAT", help="last, best, or the folder of a checkpoint")
+    resume: str | None = field(
+        default=None, metavar="WHAT", help="last, best, the folder of a checkpoint, or auto: last if there is one"
+    )
+    save_on_each_node: bool = field(
+        default=False, help="--output is on a disk of each machine's own: each keeps the checkpoints"
+    )
     train_split: str = field(default="train", metavar="NAME")
     validation_split: str = field(default="validation", metavar="NAME")
     seed: int = field(default=0, metavar="N")

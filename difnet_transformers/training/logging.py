@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from ..files import name_file_in_errors
@@ -37,11 +38,14 @@ class Log:
         accelerator: of the run.
         path: `log.jsonl`.
         progress: where the run stands; every line says it, and `log_bytes` follows the file.
+        on_each_node: whether every machine has the file, on a disk of its own.
     """
 
-    def __init__(self, accelerator: Accelerator, path: Path, progress: Progress):
+    def __init__(self, accelerator: Accelerator, path: Path, progress: Progress, on_each_node: bool = False):
         self.accelerator, self.path, self.progress = accelerator, path, progress
-        if accelerator.is_main_process:
+        self.on_each_node = on_each_node
+        self.writes = accelerator.is_local_main_process if on_each_node else accelerator.is_main_process
+        if self.writes:
             with path.open("ab") as file:
                 # Never made longer: that would fill it with NUL characters.
                 progress.log_bytes = min(progress.log_bytes, file.tell())
@@ -129,11 +133,15 @@ class Log:
         """
         progress = self.progress
         place = {"event": event, "stage": progress.stage, "epoch": progress.epoch, "step": progress.step}
-        if self.accelerator.is_main_process:
+        line = json.dumps({**place, **metrics})
+        if self.on_each_node:
+            (line,) = broadcast_object_list([line])  # the times differ between processes, the files must not
+        if self.writes:
             with name_file_in_errors(self.path), self.path.open("ab") as file:
-                file.write(json.dumps({**place, **metrics}).encode() + b"\n")
+                file.write(line.encode() + b"\n")
                 file.flush()
                 progress.log_bytes = file.tell()
+        if self.accelerator.is_main_process:
             where = f"{progress.stage} epoch {progress.epoch} step {progress.step}"
             tqdm.write(f"{where} {event}: {readable(metrics)}")
         self.accelerator.log(

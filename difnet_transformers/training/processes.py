@@ -18,12 +18,18 @@ from typing import Any, TypeVar, cast
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, gather_object
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+)
 from tqdm import tqdm
 
 from ..command_line import EXTRA_OF, describe
 
 SECONDS_TO_FREE = 0.2
+BYTES_AT_ONCE = 2**26  # of files that are sent
 
 Result = TypeVar("Result")
 
@@ -149,6 +155,39 @@ def end_training(accelerator: Accelerator) -> None:
     if accelerator.num_processes > 1:
         time.sleep(SECONDS_TO_FREE)
     accelerator.end_training()
+
+
+def copy_from_process(accelerator: Accelerator, path: Path, copy: Path | None, source: int) -> None:
+    """Copies a file or folder from one process to others; every process calls it.
+
+    Args:
+        accelerator: of the run.
+        path: in process `source`.
+        copy: where it goes; `None` in processes that need it not.
+        source: number of the process that has it.
+    """
+    pieces = pieces_of(path) if accelerator.process_index == source else None
+    while True:
+        piece = next(pieces, None) if pieces is not None else None
+        (piece,) = broadcast_object_list([piece], from_process=source)
+        if piece is None:
+            return
+        if copy is not None:
+            name, content = piece
+            target = copy / name if name else copy
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with target.open("ab") as file:
+                file.write(content)
+
+
+def pieces_of(path: Path) -> Iterator[tuple[str, bytes]]:
+    """The files of a folder, or a file, in pieces with their relative paths."""
+    for file in [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file()):
+        name = file.relative_to(path).as_posix() if file != path else ""
+        with file.open("rb") as handle:
+            yield name, handle.read(BYTES_AT_ONCE)  # an empty file too
+            while content := handle.read(BYTES_AT_ONCE):
+                yield name, content
 
 
 class StopRequest:

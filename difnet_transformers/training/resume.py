@@ -15,10 +15,12 @@ from ..options import option_name
 from .checkpoint import Checkpoint, Progress
 from .config import TrainingConfig
 
+AUTO = "auto"  # resumes `last` where there is one, and begins where there is none
+
 # Options that only say where, how often and how long; a resumed run may have others.
 MAY_CHANGE = frozenset(
-    """dataset output resume report_to log_every save_every evaluation_batch_size xe_epochs scst_epochs xe_patience
-    scst_patience max_epochs max_steps reward_images debug license""".split()  # noqa: SIM905
+    """dataset output resume save_on_each_node report_to log_every save_every evaluation_batch_size xe_epochs
+    scst_epochs xe_patience scst_patience max_epochs max_steps reward_images debug license""".split()  # noqa: SIM905
 )
 
 

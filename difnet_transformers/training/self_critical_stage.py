@@ -31,6 +31,7 @@ from .encoder_decoder import encode_images
 from .losses import FEATURES, self_critical_loss
 from .processes import all_or_none, raise_for_all, total
 from .regularization import hide_cells, kl_to_reference, mean_of_tokens, set_dropout
+from .resume import AUTO
 from .rewards import (
     RewardFailed,
     ScoredCaptions,
@@ -62,7 +63,7 @@ class DifnetSelfCriticalTrainer(DifnetTrainer):
 
     def set_up(self) -> None:
         args = self.args
-        if args.stage == "scst" and args.model is None and args.resume is None and self.given_model is None:
+        if args.stage == "scst" and args.model is None and args.resume in (None, AUTO) and self.given_model is None:
             raise ValueError("--stage scst starts from trained weights: give --model FOLDER")
         super().set_up()
 
@@ -298,7 +299,7 @@ class DifnetSelfCriticalTrainer(DifnetTrainer):
             )
         progress.reference = found
         self.reference = load_model(folder).eval().requires_grad_(False).to(self.accelerator.device)
-        if run.resolve() != self.args.output.resolve() and self.accelerator.is_main_process:
+        if run.resolve() != self.args.output.resolve() and self.writes:
             copy_checkpoint(folder, self.args.output / "best_xe")
 
     def finish_stage(self, is_best: bool) -> None:
@@ -326,8 +327,8 @@ class DifnetSelfCriticalTrainer(DifnetTrainer):
         all_or_none(self.accelerator, lambda: self.load_reference(self.args.output, self.progress))
 
     def keep_best_xe(self) -> None:
-        """Gives the checkpoint `best` its second name; the main process does it for all."""
-        if self.accelerator.is_main_process:
+        """Gives the checkpoint `best` its second name; the process that writes does it for all."""
+        if self.writes:
             best = self.args.output / "best"
             check_files(best, read_checkpoint(best).version)
             copy_checkpoint(best, self.args.output / "best_xe")

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from datasets import Dataset
 from torch import nn
 from tqdm import tqdm
@@ -47,12 +47,14 @@ from ..files import folder_lock, make_folder, name_file_in_errors, printable
 from ..model_card import write_model_card
 from ..options import save_options
 from .checkpoint import (
+    CHECKPOINTS,
     Checkpoint,
     Progress,
     check_files,
     load_state,
     prepare_output,
     read_checkpoint,
+    recover,
     save_checkpoint,
 )
 from .config import TrainingConfig
@@ -67,10 +69,11 @@ from .initial_model import (
 )
 from .logging import Log
 from .losses import SequenceLogProbs, cross_entropy_loss, scheduled_inputs, xe_sequences
+from .nodes import share_newest_run
 from .optimization import learning_rate, make_optimizer
 from .processes import StopRequest, all_or_none, end_training, make_accelerator, total
 from .regularization import WeightAverage, freeze_parameters, hide_cells, sampling_probability
-from .resume import check_same_data, check_same_run, options_as_json
+from .resume import AUTO, check_same_data, check_same_run, options_as_json
 from .validation import caption_split, score_split, validation_loss
 
 RECIPE = "recipe.yaml"
@@ -172,11 +175,10 @@ class DifnetTrainer:
 
     def set_up(self) -> None:
         """Locks the run's folder, which stays locked until `close`, and readies everything for the first step."""
-        resumed = None if self.args.resume is None else self.args.output / self.args.resume
-        if self.args.resume is not None and self.args.resume not in ("last", "best"):
-            resumed = Path(self.args.resume)
         try:
-            all_or_none(self.accelerator, lambda: self.take_folder(resumed))
+            all_or_none(self.accelerator, self.take_folder)
+            resumed = self.find_checkpoint()
+            all_or_none(self.accelerator, lambda: prepare_output(self.args.output, resumed) if self.writes else None)
             notes = all_or_none(self.accelerator, lambda: self.load(resumed))
             self.prepare(resumed, notes)
         except BaseException:
@@ -187,14 +189,30 @@ class DifnetTrainer:
         """Releases the run's folder."""
         self.held.close()
 
-    def take_folder(self, resumed: Path | None) -> None:
-        """Locks the run's folder; the main process does it for all."""
-        if not self.accelerator.is_main_process:
-            return
-        output = self.args.output
-        make_folder(output)
-        self.held.enter_context(folder_lock(output, "train.py"))
-        prepare_output(output, resumed)
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the run's files: the main one of all, or of its machine."""
+        accelerator = self.accelerator
+        return accelerator.is_local_main_process if self.args.save_on_each_node else accelerator.is_main_process
+
+    def take_folder(self) -> None:
+        """Locks the run's folder; the process that writes does it for all."""
+        if self.writes:
+            make_folder(self.args.output)
+            self.held.enter_context(folder_lock(self.args.output, "train.py"))
+
+    def find_checkpoint(self) -> Path | None:
+        """The checkpoint that the run resumes from; every process calls it."""
+        resume, output = self.args.resume, self.args.output
+        if resume not in (AUTO, *CHECKPOINTS[:2]):
+            return None if resume is None else Path(resume)
+        if self.args.save_on_each_node:
+            share_newest_run(self.accelerator, output, self.writes)
+        if resume != AUTO:
+            return output / resume
+        all_or_none(self.accelerator, lambda: recover(output, CHECKPOINTS) if self.writes else None)
+        (is_there,) = broadcast_object_list([(output / "last").exists()])
+        return output / "last" if is_there else None
 
     def load(self, resumed: Path | None) -> list[str]:
         """Opens the data and makes the model; everything that can be wrong with them is refused here.
@@ -205,6 +223,11 @@ class DifnetTrainer:
         args, notes = self.args, []
         checkpoint = None
         if resumed is not None:
+            if not (resumed.exists() or self.accelerator.is_main_process):
+                raise ValueError(
+                    f"{printable(resumed, 300)} is not on every machine: put --output on a disk that all share, or "
+                    "give --save-on-each-node"
+                )
             checkpoint = self.checkpoint = read_checkpoint(resumed)
             notes = check_same_run(checkpoint, resumed, args, self.accelerator.num_processes)
             if not check_files(resumed, checkpoint.version):
@@ -292,11 +315,11 @@ class DifnetTrainer:
         for note in notes:
             accelerator.print(f"resuming: {note}", file=sys.stderr)
         all_or_none(accelerator, lambda: self.write_recipe(resumed))
-        self.log = Log(accelerator, args.output / "log.jsonl", self.progress)
+        self.log = Log(accelerator, args.output / "log.jsonl", self.progress, args.save_on_each_node)
 
     def write_recipe(self, resumed: Path | None) -> None:
         """Writes the file that repeats the run. A run that resumes elsewhere begins with the log of its first part."""
-        if not self.accelerator.is_main_process:
+        if not self.writes:
             return
         output = self.args.output
         save_options(dataclasses.replace(self.args, resume=None), output / RECIPE)
@@ -580,6 +603,7 @@ class DifnetTrainer:
                 also_as,
                 trained_weights,
                 self.position_in_stream(),
+                self.args.save_on_each_node,
             )
 
     def position_in_stream(self) -> dict[str, Any] | None:
