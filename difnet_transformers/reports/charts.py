@@ -30,7 +30,6 @@ with requires("reports"):
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
-    from PIL import Image
     from PIL.PngImagePlugin import PngImageFile
 
 MAX_POINTS_WITH_MARKERS = 40
