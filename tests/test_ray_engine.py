@@ -63,7 +63,7 @@ class TestAddress:
         [
             ("cluster", "--address is HOST:PORT of a Ray cluster, such as 10.0.0.1:6379, or auto; not cluster"),
             ("localhost:99999", "--address is HOST:PORT"),
-            ("auto", "no Ray cluster on this machine"),
+            ("auto", "no Ray cluster "),
         ],
     )
     def test_that_is_none(self, address, message, model, tmp_path, capsys):

@@ -18,6 +18,7 @@ import socket
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -80,8 +81,8 @@ def process_shards_on_ray(
     """Makes the rows of all images that are in no finished shard yet, on the workers of a Ray cluster.
 
     Workers need the inputs, the model and the output under the names by which the driver knows them: URLs, or paths on
-    a disk that all machines share. A worker that dies loses the shard that it was at, which another one does. A driver
-    that dies takes its workers along; the same call does what is left.
+    a disk that all machines share. A worker that dies loses the shard that it was at, which another one does. When a
+    driver dies Ray ends its workers; the same call does what is left.
 
     Args:
         maker: networks and options.
@@ -163,7 +164,13 @@ def check_address(address: str) -> None:
     Raises:
         ValueError: nothing does.
     """
-    if address in ("local", "auto"):
+    if address == "local":
+        return
+    if address == "auto":
+        # Where Ray keeps the address of the cluster that was started last, also when it has been killed.
+        known = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            check_address(known.read_text(encoding="utf-8").strip())
         return
     match = re.fullmatch(r"(?:ray://)?\[?([^/\[\]]+?)\]?:([0-9]{1,5})", address)
     if match is None or int(match[2]) > 65535:
