@@ -84,7 +84,7 @@ class TestMetadata:
 class TestExtras:
     def test_all_and_dev_refer_to_the_others(self, extras):
         purposes = set(extras) - {"all", "dev"}
-        # torchao prints into every program where it is installed, and Ray takes 240 MB: nobody gets them with the others.
+        # torchao prints into every program where it is installed, and Ray takes 240 MB: neither comes with the others.
         assert [each.extras for each in extras["all"]] == [purposes - {"quantization", "ray"}]
         own = next(each for each in extras["dev"] if each.name == "difnet-transformers")
         assert purposes - own.extras == {"java", "quantization", "ray"}
