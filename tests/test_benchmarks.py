@@ -194,6 +194,7 @@ def test_the_table_of_precisions(tmp_path):
 def test_every_benchmark_is_run_here():
     scripts = {path.name for path in (REPOSITORY / "benchmarks").glob("*.py")}
     studies = {
+        "calibration.py",
         "demo_study.py",
         "mixed_precision.py",
         "precisions.py",

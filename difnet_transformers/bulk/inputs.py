@@ -35,7 +35,6 @@ LIST_SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl")
 KINDS = ("auto", "images", "tar", "parquet", "list", "dataset")
 STAMPS = ("size", "mtime", "ETag", "etag", "md5Hash", "md5", "sha256", "LastModified", "last_modified", "updated")
 """What file systems say of a file that changes with it."""
-LARGEST_FIELD = 2**24  # characters of a field of a CSV file
 
 
 @dataclass(frozen=True)
@@ -401,7 +400,6 @@ def list_rows(lines: Iterator[str], path: str, header: Sequence[str] | None = No
     shown = printable(path, 300)
     suffix = path.partition("?")[0].rpartition(".")[2].lower()
     if suffix in ("csv", "tsv"):
-        csv.field_size_limit(LARGEST_FIELD)
         try:
             yield from csv.DictReader(lines, header, delimiter="\t" if suffix == "tsv" else ",", strict=True)
         except csv.Error as error:

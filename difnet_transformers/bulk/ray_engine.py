@@ -212,7 +212,7 @@ def _num_that_fit(resources: dict[str, float]) -> int:
 
 
 def _results(
-    work: _Work, todo: Sequence[InputShard], workers: tuple[int, int], resources: dict[str, float]
+    work: _Work, todo: Sequence[InputShard], workers: tuple[int, int], resources: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """What the workers tell of each shard, in the order in which they are done.
 
@@ -225,7 +225,7 @@ def _results(
     least, most = (min(number, len(todo)) for number in workers)
     ray.data.DataContext.get_current().enable_progress_bars = False
     # Where the pool cannot grow, no worker has a second shard waiting that another could do.
-    waiting = {"max_tasks_in_flight_per_actor": 1} if least == most else {}
+    waiting: dict[str, Any] = {"max_tasks_in_flight_per_actor": 1} if least == most else {}
     pool = ray.data.ActorPoolStrategy(min_size=least, max_size=most, **waiting)
     plan = ray.data.from_items(
         [{"shard": json.dumps(asdict(shard))} for shard in todo], override_num_blocks=min(len(todo), MOST_BLOCKS)

@@ -30,7 +30,7 @@ with requires("reports"):
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
-    from PIL import Image
+    from PIL.PngImagePlugin import PngImageFile
 
 MAX_POINTS_WITH_MARKERS = 40
 MAX_Y_LABEL = 24  # letters of a line
@@ -151,9 +151,9 @@ def charts_of_file(path: Path) -> list[Chart]:
         if path.suffix == ".svg":
             data = ElementTree.parse(path).getroot().findtext(f".//{{{DUBLIN_CORE}}}description")
         else:
-            with Image.open(path) as image:
+            with PngImageFile(path) as image:
                 data = image.info.get("Description")
-    except (ElementTree.ParseError, OSError) as error:
+    except (ElementTree.ParseError, SyntaxError, OSError) as error:
         raise ValueError(f"{printable(path, 300)} is no {path.suffix} file: {error}") from error
     try:
         charts = json.loads(data or "{}").get("charts", [])
