@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--gpus-per-worker", type=float, default=0)
     arguments = parser.parse_args()
     if "RAY_ADDRESS" not in os.environ:  # this machine: actors keep their cores, and reading needs one too
-        ray.init(num_cpus=arguments.workers + 1, include_dashboard=False)
+        ray.init("local", num_cpus=arguments.workers + 1, include_dashboard=False)
     config = CaptioningConfig(arguments.model, grid_backbone=arguments.grid_backbone, batch_size=16)
     captions = ray.data.read_binary_files(arguments.images, include_paths=True).map_batches(
         CaptionImages,
