@@ -222,7 +222,7 @@ class FoldedConv2d(nn.Conv2d):
 
 
 def fuses_in_cudnn(hidden_states: torch.Tensor) -> bool:
-    """Whether cuDNN adds and clips within the convolution: done apart, that was two thirds of the time on a GPU."""
+    """Whether cuDNN adds and clips within the convolution: apart, that was more than half of the time on a GPU."""
     return (
         hidden_states.device.type == "cuda"
         and torch.version.hip is None
