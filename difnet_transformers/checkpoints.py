@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from configuration_difnet import DifnetConfig
 from modeling_difnet import DifnetEnsemble, DifnetForConditionalGeneration
 from modeling_difnet.ensemble_difnet import check_same_vocabulary
-from modeling_difnet.weights_difnet import check_finite_weights, random_weights
+from modeling_difnet.weights_difnet import LOADING, check_finite_weights, random_weights
 from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer
 
 from .files import check_regular_file, path_inside, printable, read_json
@@ -180,14 +180,15 @@ def load_model(
     if getattr(config, "quantization_config", None) is None:
         check_weights_fit(config, entries, shown)
     try:
-        loaded: Any = DifnetForConditionalGeneration.from_pretrained(  # two values, for `output_loading_info`
-            folder,
-            config=config,
-            dtype=dtype if dtype is not None else "auto",
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        with LOADING:
+            loaded: Any = DifnetForConditionalGeneration.from_pretrained(  # two values, for `output_loading_info`
+                folder,
+                config=config,
+                dtype=dtype if dtype is not None else "auto",
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
     except Exception as error:  # whatever a wrong value in the settings leads to
         raise ValueError(f"{shown}: the model cannot be loaded ({_one_line(error)}). {COPY_AGAIN}") from error
     model, report = loaded

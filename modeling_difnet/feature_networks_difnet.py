@@ -27,7 +27,7 @@ from .images_difnet import Image, one_line
 from .segmentation_difnet import CLASS_NAMES, LABEL_ORDERS, PanopticSegmenter, channels_of_labels, normal_name
 from .segmentation_models_difnet import MODEL_CLASSES, SegmentationModel, class_names_of, kind_of, match_classes
 from .vision_backbone_difnet import FACTORY, VisionBackbone, as_pair
-from .weights_difnet import check_finite_weights, load_complete, load_config
+from .weights_difnet import LOADING, check_finite_weights, load_complete, load_config
 
 UNTRAINED_WARNING = (
     "UNTRAINED: random numbers stand in for trained weights; the features and all that is made of them mean nothing"
@@ -93,9 +93,10 @@ def load_grid_backbone(
         )
     backbone: GridBackbone
     if name is not None and not _is_x101(name, revision):
-        backbone = VisionBackbone.from_pretrained(
-            name, grid_size or 7, -1 if layer is None else layer, image_size, revision
-        )
+        with LOADING:
+            backbone = VisionBackbone.from_pretrained(
+                name, grid_size or 7, -1 if layer is None else layer, image_size, revision
+            )
         check_finite_weights(backbone.model, name)
     else:
         if layer is not None or image_size is not None:

@@ -6,6 +6,7 @@ Transformers fills weights that a file lacks with random numbers and only warns.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,9 @@ from transformers import AutoConfig, PreTrainedConfig
 from .images_difnet import one_line
 
 NUM_LISTED = 3  # tensors that a message lists
+# `from_pretrained` replaces methods of Transformers' classes, `PreTrainedModel.tie_weights` among them, and puts them
+# back. Of two threads that load at a time, one can put back what the other had replaced: no model is tied from then on.
+LOADING = threading.RLock()
 
 
 def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
@@ -50,7 +54,8 @@ def load_complete(model_class: Any, name: str, revision: str | None = None) -> A
             not finite.
     """
     try:
-        model, report = model_class.from_pretrained(name, revision=revision, output_loading_info=True)
+        with LOADING:
+            model, report = model_class.from_pretrained(name, revision=revision, output_loading_info=True)
     except (OSError, ValueError) as error:
         raise ValueError(_why_not_loaded(name, error)) from error
     random = random_weights(report)
@@ -106,4 +111,4 @@ def _count_not_finite(tensor: torch.Tensor) -> int:
     return int((~torch.isfinite(tensor)).sum())
 
 
-__all__ = ["check_finite_weights", "load_complete", "load_config", "random_weights"]
+__all__ = ["LOADING", "check_finite_weights", "load_complete", "load_config", "random_weights"]

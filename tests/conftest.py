@@ -14,6 +14,7 @@ import setuptools  # noqa: F401  (torch.compile fails where something imported d
 import torch
 import transformers
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
 from convert_checkpoint import convert_state_dict
 from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration
@@ -85,6 +86,15 @@ def assets_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(folder))
         patch.setenv("HF_ASSETS_CACHE", str(folder))  # of child processes
         yield folder
+
+
+@pytest.fixture(autouse=True)
+def transformers_stays_as_it_is() -> Iterator[None]:
+    """A test that leaves methods replaced, which Transformers does while it loads, fails here and not in later tests."""
+    before = PreTrainedModel.tie_weights
+    yield
+    after, PreTrainedModel.tie_weights = PreTrainedModel.tie_weights, before
+    assert after is before
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -3,13 +3,16 @@
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import random_model
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from difnet_transformers.checkpoints import check_device, load_captioner, load_model
 from modeling_difnet import DifnetConfig, DifnetFeatureExtractor, DifnetProcessor, DifnetTokenizer
@@ -53,6 +56,27 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], obj
     weights = load_file(folder / "model.safetensors")
     change(weights)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_threads_load_one_after_another(folder: Path) -> None:
+    """Transformers' own classes are not left as they are only while a model loads."""
+    tie_weights, dtype, interval = PreTrainedModel.tie_weights, torch.get_default_dtype(), sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            models = [model for model, _ in pool.map(load_captioner, [folder] * 8)]
+    finally:
+        sys.setswitchinterval(interval)
+        is_restored = PreTrainedModel.tie_weights is tie_weights
+        PreTrainedModel.tie_weights = tie_weights
+    assert is_restored
+    assert torch.get_default_dtype() == dtype
+    assert all(equal_weights(model, models[0]) for model in models)
+
+
+def equal_weights(model: torch.nn.Module, other: torch.nn.Module) -> bool:
+    expected = other.state_dict()
+    return all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
 
 
 def test_a_whole_checkpoint_loads(folder: Path) -> None:

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import AutoModel, AutoProcessor
 
 from modeling_difnet.images_difnet import open_image
+from modeling_difnet.weights_difnet import LOADING
 
 from ..command_line import reason_of
 from ..files import atomic_write, printable
@@ -68,7 +69,8 @@ class ClipScore:
             ValueError: it cannot be loaded, or has no embeddings of texts and images.
         """
         try:
-            model, report = AutoModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+            with LOADING:
+                model, report = AutoModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
             processor = AutoProcessor.from_pretrained(name)
         except Exception as error:
             raise ValueError(
