@@ -18,7 +18,7 @@ from .images_difnet import one_line
 
 NUM_LISTED = 3  # tensors that a message lists
 # `from_pretrained` replaces methods of Transformers' classes, `PreTrainedModel.tie_weights` among them, and puts them
-# back. Of two threads that load at a time, one can put back what the other had replaced: then no model is tied any more.
+# back. Of two threads that load at a time, one can put back what the other had replaced: no model is tied then.
 LOADING = threading.RLock()
 
 

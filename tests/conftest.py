@@ -90,7 +90,7 @@ def assets_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def transformers_stays_as_it_is() -> Iterator[None]:
-    """A test that leaves methods replaced, as Transformers does while it loads, fails itself, and not those after it."""
+    """A test that leaves a method of Transformers replaced, as loading does for a moment, fails itself."""
     before = PreTrainedModel.tie_weights
     yield
     after, PreTrainedModel.tie_weights = PreTrainedModel.tie_weights, before
