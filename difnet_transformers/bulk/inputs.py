@@ -8,11 +8,13 @@ its feature file only.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
+import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice, pairwise
@@ -24,17 +26,23 @@ from modeling_difnet.images_difnet import is_url
 from ..command_line import reason_of, requires
 from ..data.image_files import IMAGE_SUFFIXES, leads_out
 from ..data.packed_dataset import quiet_datasets
-from ..data.parquet import hub_name, open_parquet
+from ..data.parquet import open_parquet
 from ..files import printable
+from .places import (
+    check_applies,
+    expand,
+    file_system,
+    hash_of,
+    is_local,
+    is_web,
+    named,
+    note_unread,
+    stamp_of,
+    stamp_of_place,
+)
 
-with requires("data"):
-    import fsspec
-
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-LIST_SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl")
 KINDS = ("auto", "images", "tar", "parquet", "list", "dataset")
-STAMPS = ("size", "mtime", "ETag", "etag", "md5Hash", "md5", "sha256", "LastModified", "last_modified", "updated")
-"""What file systems say of a file that changes with it."""
+UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 @dataclass(frozen=True)
@@ -121,18 +129,22 @@ def plan_shards(config: InputConfig) -> list[InputShard]:
         raise ValueError("images_per_shard must be at least 1")
     images: dict[str, str] = {}  # path to stamp; what is given twice is captioned once
     shards: list[InputShard] = []
+    kinds = set()
     for place in config.places:
         for path, kind in expand(place, config.kind):
-            if kind == "images":
-                images |= list_images(path)
-            elif kind == "tar":
-                shards.append(whole_file(path))
-            elif kind == "parquet":
-                shards += parquet_shards(path, config.images_per_shard)
-            elif kind == "list":
-                shards += list_shards(path, config.images_per_shard)
-            else:
-                shards += dataset_shards(path, config)
+            kinds.add(kind)
+            with named(path):
+                if kind == "images":
+                    images |= list_images(path)
+                elif kind == "tar":
+                    shards.append(whole_file(path))
+                elif kind == "parquet":
+                    shards += parquet_shards(path, config.images_per_shard)
+                elif kind == "list":
+                    shards += list_shards(path, config.images_per_shard)
+                else:
+                    shards += dataset_shards(path, config)
+    check_options(config, kinds)
     paths = list(images)
     chunks = [
         paths[start : start + config.images_per_shard] for start in range(0, len(paths), config.images_per_shard)
@@ -148,6 +160,21 @@ def plan_shards(config: InputConfig) -> list[InputShard]:
     return found
 
 
+def check_options(config: InputConfig, kinds: set[str]) -> None:
+    """Raises `ValueError` where an option is given that no input heeds."""
+    tables = ("parquet", "list", "dataset")
+    for option, value in (
+        ("--split", config.split),
+        ("--dataset-config", config.dataset_config),
+        ("--streaming", config.streaming),
+    ):
+        check_applies(value, option, kinds, ("dataset",), "datasets")
+    check_applies(config.key_column, "--key-column", kinds, tables, "Parquet files, lists and datasets")
+    check_applies(
+        config.image_column, "--image-column", kinds, ("tar", *tables), "tars, Parquet files, lists and datasets"
+    )
+
+
 def check_places(shards: Sequence[InputShard]) -> None:
     """Raises `ValueError` where a file is given twice: each key is captioned once."""
     seen = set()
@@ -158,116 +185,12 @@ def check_places(shards: Sequence[InputShard]) -> None:
         seen.add(place)
 
 
-# Places
-
-
-def expand(place: str, kind: str) -> Iterator[tuple[str, str]]:
-    """The files, folders and datasets that a place means, each with its kind.
-
-    Raises:
-        ValueError: there is no such place, or nothing in it.
-    """
-    shown = printable(place, 300)
-    if kind == "dataset":
-        yield place, kind
-        return
-    is_hub_name = kind == "auto" and not is_url(place) and hub_name(place) is not None
-    if is_hub_name and not place.lower().endswith((*IMAGE_SUFFIXES, *TAR_SUFFIXES, *LIST_SUFFIXES, ".parquet")):
-        yield place, "dataset"
-        return
-    if place.startswith(("http://", "https://")):  # which have no folders
-        yield place, kind_of_file(place.partition("?")[0], kind)
-        return
-    fs, path = file_system(place)
-    try:
-        if any(character in place for character in "*?[") and not (is_local(fs) and os.path.lexists(path)):
-            matches = sorted(fs.glob(path))
-            if not matches:
-                raise ValueError(f"{shown}: no such files")
-            for match in matches:
-                name = match if is_local(fs) and not is_url(place) else fs.unstrip_protocol(match)
-                yield from expand_one(fs, match, name, kind)
-        else:
-            yield from expand_one(fs, path, place, kind)
-    except FileNotFoundError:
-        raise ValueError(f"{shown}: no such file or folder") from None
-
-
-def expand_one(fs: Any, path: str, name: str, kind: str) -> Iterator[tuple[str, str]]:
-    """See `expand`; `name` is what messages and keys call `path`."""
-    if not fs.isdir(path):
-        if not fs.exists(path) and not (is_local(fs) and os.path.lexists(path)):
-            raise FileNotFoundError(name)
-        yield name, kind_of_file(name, kind)
-        return
-    children = {entry["name"].rstrip("/").rpartition("/")[2]: entry["type"] for entry in fs.ls(path, detail=True)}
-    if kind == "auto" and {"dataset_dict.json", "dataset_info.json"} & set(children):
-        yield name, "dataset"
-        return
-    suffixes = {"tar": TAR_SUFFIXES, "parquet": (".parquet",), "list": LIST_SUFFIXES}
-    for other in suffixes if kind == "auto" else [kind] if kind in suffixes else []:
-        within = fs.find(path) if other == "parquet" or kind != "auto" else [f"{path}/{child}" for child in children]
-        files = sorted(file for file in within if file.lower().endswith(suffixes[other]))
-        is_of_images = any(child.lower().endswith(IMAGE_SUFFIXES) for child in children)
-        if files and not (kind == "auto" and (is_of_images or other == "list")):
-            for file in files:
-                yield f"{name.rstrip('/')}{file[len(path.rstrip('/')) :]}", other
-            return
-    if kind not in ("auto", "images"):
-        raise ValueError(f"{printable(name, 300)}: no {' or '.join(suffixes[kind])} in this folder")
-    yield name, "images"
-
-
-def kind_of_file(name: str, kind: str) -> str:
-    """The kind of a file by its name, unless it is said."""
-    if kind != "auto":
-        return kind
-    name = name.lower()
-    for suffixes, found in ((TAR_SUFFIXES, "tar"), ((".parquet",), "parquet"), (LIST_SUFFIXES, "list")):
-        if name.endswith(suffixes):
-            return found
-    return "images"
-
-
-def file_system(place: str) -> tuple[Any, str]:
-    """The fsspec file system of a place, and its path there.
-
-    Raises:
-        ValueError: no installed package knows such places.
-    """
-    try:
-        return fsspec.core.url_to_fs(place)
-    except (ImportError, ValueError) as error:
-        raise ValueError(f"{printable(place, 300)}: cannot be opened ({printable(reason_of(error), 200)})") from None
-
-
-def is_local(fs: Any) -> bool:
-    return isinstance(fs, fsspec.implementations.local.LocalFileSystem)
-
-
-# Fingerprints
-
-
-def hash_of(parts: Iterable[str]) -> str:
-    """SHA-256 of texts, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part.encode("utf-8", "backslashreplace") + b"\n")
-    return digest.hexdigest()
-
-
-def stamp_of(info: dict[str, Any]) -> str:
-    """What a file system says of a file that changes with it, such as its size and time."""
-    return json.dumps({key: str(info[key]) for key in STAMPS if info.get(key) is not None})
+# Files and images
 
 
 def whole_file(path: str) -> InputShard:
-    fs, inner = file_system(path)
-    info = fs.info(inner)
-    return InputShard(0, "tar", path, fingerprint=hash_of([path, stamp_of(info)]), num_bytes=info.get("size"))
-
-
-# Images
+    stamp, size = stamp_of_place(path)
+    return InputShard(0, "tar", path, fingerprint=hash_of([path, stamp]), num_bytes=size)
 
 
 def list_images(place: str) -> dict[str, str]:
@@ -276,17 +199,19 @@ def list_images(place: str) -> dict[str, str]:
     Raises:
         ValueError: a folder holds none.
     """
-    fs, path = file_system(place) if not place.startswith(("http://", "https://")) else (None, place)
-    if fs is None:
+    if is_web(place):
         return {place: ""}
+    fs, path = file_system(place)
     if is_local(fs):
         return local_images(place if not is_url(place) else path)
     if not fs.isdir(path):
         return {place: stamp_of(fs.info(path))}
     length = len(path.rstrip("/"))
+    files = fs.find(path, detail=True)
+    note_unread(place, files)
     found = {
         f"{place.rstrip('/')}{name[length:]}": stamp_of(info)
-        for name, info in sorted(fs.find(path, detail=True).items())
+        for name, info in sorted(files.items())
         if name.lower().endswith(IMAGE_SUFFIXES)
     }
     if not found:
@@ -299,14 +224,17 @@ def local_images(place: str) -> dict[str, str]:
     if not os.path.isdir(place):
         return {place: local_stamp(place)}
     found: list[str] = []
+    others: list[str] = []
     for folder, folders, files in os.walk(place):
         folders.sort()
+        others += (file for file in files if not file.lower().endswith(IMAGE_SUFFIXES))
         for file in files:
             path = os.path.join(folder, file)
             if file.lower().endswith(IMAGE_SUFFIXES) and not (
                 os.path.islink(path) and leads_out(Path(path), Path(place))
             ):
                 found.append(path)
+    note_unread(place, others)
     if not found:
         raise ValueError(f"{printable(place, 300)}: no images in this folder ({' '.join(IMAGE_SUFFIXES)})")
     return {path: local_stamp(path) for path in sorted(found)}
@@ -325,9 +253,8 @@ def local_stamp(path: str) -> str:
 
 def parquet_shards(path: str, images_per_shard: int) -> list[InputShard]:
     """Rows of one file; a file that cannot be read is a shard, whose only row says so."""
-    fs, inner = file_system(path)
-    info = fs.info(inner)
-    fingerprint, size = hash_of([path, stamp_of(info)]), info.get("size")
+    stamp, size = stamp_of_place(path)
+    fingerprint = hash_of([path, stamp])
     try:
         with open_parquet(path) as file:
             num_rows = file.metadata.num_rows
@@ -348,8 +275,10 @@ def parquet_shards(path: str, images_per_shard: int) -> list[InputShard]:
 def list_shards(path: str, images_per_shard: int) -> list[InputShard]:
     """Rows of a list of paths or URLs; its shards know where they begin, so that nobody reads it to there."""
     shards = []
-    fs, inner = file_system(path)
-    with fs.open(inner, "rb") as file:
+    with open_list(path) as file:
+        if file.read(2) in UTF16:
+            raise ValueError(f"{printable(path, 300)}: text in UTF-16; save it as UTF-8")
+        file.seek(0)
         lines = CountedLines(file)
         rows = list_rows(lines, path)
         start, number = 0, 0
@@ -363,6 +292,16 @@ def list_shards(path: str, images_per_shard: int) -> list[InputShard]:
             shards.append(InputShard(0, "list", path, start, start + number, offset=offset, fingerprint=fingerprint))
             start += number
     return shards
+
+
+def open_list(path: str) -> IO[bytes]:
+    """A list as a file in which places can be found again; what a server sends without its size is read whole."""
+    fs, inner = file_system(path)
+    file = fs.open(inner, "rb")
+    if is_web(path) and getattr(file, "size", None) is None:
+        file.close()
+        return io.BytesIO(fs.cat_file(inner))
+    return file
 
 
 class CountedLines:
@@ -425,8 +364,7 @@ def header_of(path: str) -> list[str] | None:
     suffix = path.partition("?")[0].rpartition(".")[2].lower()
     if suffix not in ("csv", "tsv"):
         return None
-    fs, inner = file_system(path)
-    with fs.open(inner, "rb") as file:
+    with open_list(path) as file:
         names = csv.DictReader(CountedLines(file), delimiter="\t" if suffix == "tsv" else ",").fieldnames
     return list(names or [])
 
@@ -437,7 +375,7 @@ def header_of(path: str) -> list[str] | None:
 def dataset_shards(name: str, config: InputConfig) -> list[InputShard]:
     """Rows of a dataset; of one that is streamed its files."""
     dataset = open_dataset(name, config.split, config.dataset_config, config.revision, config.streaming)
-    if config.streaming:
+    if config.streaming and hasattr(dataset, "num_shards"):  # those of `save_to_disk` lie on the disk already
         parts = dataset.num_shards
         said = (config.dataset_config, config.split, config.revision, _builder_hash(name, config))
         fingerprint = hash_of([name, *map(str, said)])
@@ -491,10 +429,13 @@ def open_dataset(
                 loaded = load_dataset(name, config, revision=revision, streaming=streaming)
     except Exception as error:
         # Loading reaches datasets, huggingface_hub, fsspec, YAML and the network, each with errors of its own.
+        cause = error.__cause__ or error  # "An error occurred while generating the dataset" says nothing
         raise ValueError(
-            f"{shown}: no such file, and no dataset that can be loaded ({printable(reason_of(error), 300)})"
+            f"{shown}: no such file, and no dataset that can be loaded ({printable(reason_of(cause), 300)})"
         ) from None
     if isinstance(loaded, Dataset | IterableDataset):
+        if split is not None and str(loaded.split or "train") != split:
+            raise ValueError(f"{shown}: has no splits; leave --split out")
         return loaded
     if split is None and len(loaded) == 1:
         return next(iter(loaded.values()))

@@ -28,8 +28,9 @@ from ..files import printable
 from ..progress import progress_bar
 from .inputs import InputConfig, InputShard, plan_shards
 from .outputs import OutputFolder
+from .records import RunSummary, begin, finish, finished_shards
 from .rows import RowMaker
-from .run import RunSummary, begin, each_once, finish, finished_shards, process_shard
+from .run import each_once, process_shard
 
 # Read when Ray is imported or started. What it would say of itself is in its logs, under /tmp/ray.
 QUIET = {
@@ -121,7 +122,7 @@ def process_shards_on_ray(
                 summary.failures += said["failures"]
                 if said["manifest"] is not None:
                     summary.add(said["manifest"])
-    finish(output, shards, identity, format, maker.what, summary)
+    finish(output, shards, shards, identity, format, maker.what, summary)
     return summary
 
 

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 
 from modeling_difnet.images_difnet import MAX_FILE_SIZE, UnreadableImage, is_url
 
-from ..command_line import requires
+from ..command_line import reason_of, requires
 from ..data.image_files import IMAGE_SUFFIXES
 from ..files import printable
-from .inputs import CountedLines, InputConfig, InputShard, file_system, header_of, is_local, list_rows, open_dataset
+from .inputs import CountedLines, InputConfig, InputShard, header_of, list_rows, open_dataset, open_list
+from .places import file_system, is_local, is_web
 
 with requires("data"):
     import pyarrow as pa
@@ -27,6 +28,7 @@ with requires("data"):
 KEY_COLUMNS = ("key", "__key__", "id", "image_id")
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "bytes", "content")
 PLACE_COLUMNS = ("path", "url", "image_path", "image_url", "file_name", "filename", "file", "image")
+FEATURE_COLUMN = "grid_features"
 ROWS_AT_ONCE = 32  # of Parquet: images in memory
 
 
@@ -71,15 +73,18 @@ def content_of(place: str) -> str | bytes:
         UnreadableImage: it is too large.
         OSError: there is no such file.
     """
-    if place.startswith(("http://", "https://")) or not is_url(place):
+    if is_web(place) or not (is_url(place) or "://" in place):
         return place
     fs, path = file_system(place)
     if is_local(fs):
         return path
-    size = fs.size(path)
-    if size is not None and size > MAX_FILE_SIZE:
-        raise UnreadableImage(f"{size:,} bytes; at most {MAX_FILE_SIZE:,} are read")
-    return fs.cat_file(path)
+    try:
+        size = fs.size(path)
+        if size is not None and size > MAX_FILE_SIZE:
+            raise UnreadableImage(f"{size:,} bytes; at most {MAX_FILE_SIZE:,} are read")
+        return fs.cat_file(path)
+    except (LookupError, TypeError, AttributeError) as error:  # of URLs that are no whole ones, such as data:
+        raise UnreadableImage(f"cannot be read ({reason_of(error)})") from None
 
 
 # Tars
@@ -102,7 +107,7 @@ def read_tar(shard: InputShard, config: InputConfig) -> Iterator[ImageItem]:
         try:
             with tarfile.open(fileobj=file, mode="r|*", tarinfo=_CheckedMember) as tar:
                 for member in tar:
-                    if not member.isreg():
+                    if not (member.isreg() or member.islnk() or member.issym()):
                         continue
                     name = text_of(member.name.removeprefix("./"))
                     if stem_of(name) != stem:
@@ -136,6 +141,8 @@ class _CheckedMember(tarfile.TarInfo):
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | Exception:
+    if not member.isreg():  # of a stream nothing is read twice
+        return UnreadableImage(f"a link to {printable(member.linkname, 200)}, which is not followed in a tar")
     if member.size > MAX_FILE_SIZE:
         return UnreadableImage(f"{member.size:,} bytes; at most {MAX_FILE_SIZE:,} are read")
     extracted = tar.extractfile(member)
@@ -198,34 +205,40 @@ def _parquet_items(file: pq.ParquetFile, shard: InputShard, image: str, key: str
             groups.append(group)
         row = end
     row, source = first or 0, text_of(shard.source)
-    columns = [image, *([key] if key else [])]
+    columns = list(dict.fromkeys([image, *([key] if key else [])]))
     for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=groups, columns=columns):
         start, end = max(0, shard.start - row), min(len(batch), stop - row)
         for number in range(start, end):
-            name = f"{source}#{row + number}" if key is None else str(batch.column(key)[number].as_py())
-            yield ImageItem(name, source, content_of_value(batch.column(image)[number].as_py()))
+            name = key_of(None if key is None else batch.column(key)[number].as_py(), f"{source}#{row + number}")
+            content = content_of_value(batch.column(image)[number].as_py())
+            yield ImageItem(name, source, beside(shard.source, content) if isinstance(content, str) else content)
         row += len(batch)
 
 
 def read_list(shard: InputShard, config: InputConfig) -> Iterator[ImageItem]:
     """Rows of a list. Paths that are not absolute begin in the list's folder; keys are what the list says."""
-    fs, path = file_system(shard.source)
     source = text_of(shard.source)
     header = header_of(shard.source) if shard.offset else None
     assert shard.stop is not None
-    with fs.open(path, "rb") as file:
+    with open_list(shard.source) as file:
         file.seek(shard.offset)
         rows = list_rows(CountedLines(file, shard.offset), shard.source, header)
-        for row in islice(rows, shard.stop - shard.start):
+        for number, row in enumerate(islice(rows, shard.stop - shard.start), start=shard.start):
             names = [name for name in row if name is not None]  # which the cells beyond the header have
             image = image_column_of(names, config.image_column, source)
             key = key_column_of(names, config.key_column, source)
             place = row[image]
-            name = place if key is None else row[key]
             if not isinstance(place, str) or not place:
-                yield ImageItem(str(name), source, UnreadableImage("the list names no file"))
+                name = key_of(None if key is None else row[key], f"{source}#{number}")
+                yield ImageItem(name, source, UnreadableImage("the list names no file"))
                 continue
-            yield ImageItem(text_of(str(name)), source, beside(shard.source, place))
+            name = key_of(None if key is None else row[key], text_of(place))
+            yield ImageItem(name, source, beside(shard.source, place))
+
+
+def key_of(value: Any, otherwise: str) -> str:
+    """A key as text; `otherwise` in the place of one that is missing, so that no image is lost with it."""
+    return otherwise if value is None or value == "" else text_of(str(value))
 
 
 def beside(file: str, place: str) -> str:
@@ -259,7 +272,7 @@ def read_dataset(shard: InputShard, config: InputConfig) -> Iterator[ImageItem]:
         rows, start = (dataset[row] for row in range(shard.start, shard.stop or len(dataset))), shard.start
         prefix = f"{split}/"
     for number, row in enumerate(rows, start=start):
-        name = f"{prefix}{number}" if key is None else str(row[key])
+        name = key_of(None if key is None else row[key], f"{prefix}{number}")
         yield ImageItem(name, source, content_of_value(row[image]))
 
 
@@ -278,6 +291,12 @@ def image_column_of(names: Sequence[str], wanted: str | None, source: str, schem
     """
     known = [wanted] if wanted else [*IMAGE_COLUMNS, *PLACE_COLUMNS]
     found = next((name for name in known if name in names), None)
+    if not wanted and FEATURE_COLUMN in names:
+        raise ValueError(
+            f"{printable(source, 300)}: features, where images are expected; difnet caption --features takes them"
+        )
+    if found is None and not wanted:  # such as URL
+        found = next((name for each in known for name in names if name.lower() == each), None)
     if found is None and not wanted and schema is not None:
         kinds = (pa.types.is_binary, pa.types.is_large_binary)
         found = next((each.name for each in schema if any(is_kind(each.type) for is_kind in kinds)), None)
