@@ -84,15 +84,13 @@ def report(summary: RunSummary, output: str, strict: bool = False) -> int:
     if more > 0:
         print(f"and {more:,} more rows with an error")
     if errors:
-        print(
-            "--retry-errors does their shards again; another image in the place of a broken one needs another --output"
-        )
+        print("--retry-errors does the shards with errors again")
     for line in summary.duplicates:
         print(f"duplicate: {printable(line, 500)}")
     if summary.num_duplicates:
         print(
-            f"{summary.num_duplicates:,} images have the key of another one: of those in one shard the first is done, of "
-            "those in several each; --key-column names a column of other keys"
+            f"{summary.num_duplicates:,} images have the key of another one: within a shard the first is done, in "
+            "several shards each; --key-column names a column of other keys"
         )
     now = "" if summary.images == images else f" ({summary.images:,} of them now)"
     print(f"{images:,} images{now}, {errors:,} of them with an error, in {shown}")

@@ -151,6 +151,8 @@ def kind_of_file(name: str, kind: str) -> str:
     if kind != "auto":
         return kind
     shown, name = printable(name, 300), name.lower()
+    if "://" in name:  # of a chain of URLs the first that names a file
+        name = next(part for part in name.split("::") if "://" in part)
     for found, suffixes in SUFFIXES_OF.items():
         if name.endswith(suffixes):
             return found
