@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
+from ..files import printable
 from ..progress import progress_bar
 from ..stage_times import StageTimes
 from ..vision.image_batches import NUM_THREADS
@@ -189,10 +190,8 @@ def forecast(maker: RowMaker, inputs: InputConfig, shards: Sequence[InputShard],
             total = times.total
         bytes_out = path.stat().st_size / max(1, measured)
     if errors == measured:
-        said = (
-            f"all {measured:,} of the sample have an error, such as {examples[0]}" if examples else "there is no image"
-        )
-        raise ValueError(f"nothing to measure: {said}")
+        said = f"all {measured:,} of the sample have an error, such as {examples[0]}" if examples else "no image"
+        raise ValueError(f"nothing to measure in {printable(inputs.places[0], 300)}: {said}")
     stages = {name: each / max(1, measured) for name, each in times.seconds.items()}
     # What is between the stages: queues, rows, the loop itself.
     stages["other"] = max(0.0, total / max(1, measured) - sum(stages.values()))

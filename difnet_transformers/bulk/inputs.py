@@ -28,6 +28,7 @@ from ..data.image_files import IMAGE_SUFFIXES, leads_out
 from ..data.packed_dataset import quiet_datasets
 from ..data.parquet import open_parquet
 from ..files import printable
+from .columns import image_column_of, key_column_of
 from .places import (
     check_applies,
     expand,
@@ -139,9 +140,9 @@ def plan_shards(config: InputConfig) -> list[InputShard]:
                 elif kind == "tar":
                     shards.append(whole_file(path))
                 elif kind == "parquet":
-                    shards += parquet_shards(path, config.images_per_shard)
+                    shards += parquet_shards(path, config)
                 elif kind == "list":
-                    shards += list_shards(path, config.images_per_shard)
+                    shards += list_shards(path, config)
                 else:
                     shards += dataset_shards(path, config)
     check_options(config, kinds)
@@ -251,16 +252,21 @@ def local_stamp(path: str) -> str:
 # Parquet
 
 
-def parquet_shards(path: str, images_per_shard: int) -> list[InputShard]:
-    """Rows of one file; a file that cannot be read is a shard, whose only row says so."""
+def parquet_shards(path: str, config: InputConfig) -> list[InputShard]:
+    """Rows of one file; a file that cannot be read is a shard, whose only row says so.
+
+    Raises:
+        ValueError: it has no column of images, or of keys.
+    """
     stamp, size = stamp_of_place(path)
     fingerprint = hash_of([path, stamp])
     try:
         with open_parquet(path) as file:
-            num_rows = file.metadata.num_rows
+            num_rows, schema = file.metadata.num_rows, file.schema_arrow
     except ValueError:
         return [InputShard(0, "parquet", path, fingerprint=fingerprint, num_bytes=size)]
-    count = max(1, round(num_rows / images_per_shard))
+    _check_columns(schema.names, config, path, schema)
+    count = max(1, round(num_rows / config.images_per_shard))
     edges = [num_rows * index // count for index in range(count + 1)]
     return [
         InputShard(0, "parquet", path, start, stop, fingerprint=fingerprint, num_bytes=(size or 0) // count or None)
@@ -269,11 +275,20 @@ def parquet_shards(path: str, images_per_shard: int) -> list[InputShard]:
     ]
 
 
+def _check_columns(names: Sequence[str], config: InputConfig, source: str, schema: Any = None) -> None:
+    image_column_of(names, config.image_column, source, schema)
+    key_column_of(names, config.key_column, source)
+
+
 # Lists
 
 
-def list_shards(path: str, images_per_shard: int) -> list[InputShard]:
-    """Rows of a list of paths or URLs; its shards know where they begin, so that nobody reads it to there."""
+def list_shards(path: str, config: InputConfig) -> list[InputShard]:
+    """Rows of a list of paths or URLs; its shards know where they begin, so that nobody reads it to there.
+
+    Raises:
+        ValueError: a row cannot be read, or the first has no column of images, or of keys.
+    """
     shards = []
     with open_list(path) as file:
         if file.read(2) in UTF16:
@@ -285,7 +300,11 @@ def list_shards(path: str, images_per_shard: int) -> list[InputShard]:
         while True:
             offset = lines.offset
             lines.digest = hashlib.sha256()
-            number = sum(1 for _ in islice(rows, images_per_shard))
+            number = 0
+            for row in islice(rows, config.images_per_shard):
+                if start == number == 0:
+                    _check_columns([name for name in row if name is not None], config, path)
+                number += 1
             if not number:
                 break
             fingerprint = lines.digest.hexdigest()
@@ -375,6 +394,8 @@ def header_of(path: str) -> list[str] | None:
 def dataset_shards(name: str, config: InputConfig) -> list[InputShard]:
     """Rows of a dataset; of one that is streamed its files."""
     dataset = open_dataset(name, config.split, config.dataset_config, config.revision, config.streaming)
+    if dataset.column_names:  # which are not known of every stream
+        columns_of_dataset(dataset, config, name)
     if config.streaming and hasattr(dataset, "num_shards"):  # those of `save_to_disk` lie on the disk already
         parts = dataset.num_shards
         said = (config.dataset_config, config.split, config.revision, _builder_hash(name, config))
@@ -392,6 +413,21 @@ def dataset_shards(name: str, config: InputConfig) -> list[InputShard]:
         )
         for start in starts
     ]
+
+
+def columns_of_dataset(dataset: Any, config: InputConfig, source: str) -> tuple[str, str | None, bool]:
+    """The columns of images and of keys, and whether `datasets` knows the first for images.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from datasets import Image
+
+    names = list(dataset.column_names or [])
+    of_images = [name for name, kind in (dataset.features or {}).items() if isinstance(kind, Image)]
+    image = of_images[0] if of_images and not config.image_column else None
+    image = image or image_column_of(names, config.image_column, source)
+    return image, key_column_of(names, config.key_column, source), image in of_images
 
 
 def _builder_hash(name: str, config: InputConfig) -> str:

@@ -67,8 +67,10 @@ def named(place: str) -> Iterator[None]:
         yield
     except (ValueError, ImportError, MemoryError):
         raise
-    except FileNotFoundError:
-        raise ValueError(f"{printable(place, 300)}: no such file or folder") from None
+    except FileNotFoundError as error:
+        # A server that does not answer is no file either to fsspec.
+        said = "" if error.__cause__ is None else f" ({printable(reason_of(error.__cause__), 200)})"
+        raise ValueError(f"{printable(place, 300)}: no such file or folder{said}") from None
     except Exception as error:  # of aiohttp, botocore, gcsfs .., each with classes of its own
         said = reason_of(error).removeprefix(f"{printable(place, 300)}: ")
         raise ValueError(f"{printable(place, 300)}: cannot be read ({printable(said, 200)})") from None

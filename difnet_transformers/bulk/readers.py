@@ -18,17 +18,23 @@ from modeling_difnet.images_difnet import MAX_FILE_SIZE, UnreadableImage, is_url
 from ..command_line import reason_of, requires
 from ..data.image_files import IMAGE_SUFFIXES
 from ..files import printable
-from .inputs import CountedLines, InputConfig, InputShard, header_of, list_rows, open_dataset, open_list
+from .columns import image_column_of, key_column_of
+from .inputs import (
+    CountedLines,
+    InputConfig,
+    InputShard,
+    columns_of_dataset,
+    header_of,
+    list_rows,
+    open_dataset,
+    open_list,
+)
 from .places import file_system, is_local, is_web
 
 with requires("data"):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-KEY_COLUMNS = ("key", "__key__", "id", "image_id")
-IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "bytes", "content")
-PLACE_COLUMNS = ("path", "url", "image_path", "image_url", "file_name", "filename", "file", "image")
-FEATURE_COLUMN = "grid_features"
 ROWS_AT_ONCE = 32  # of Parquet: images in memory
 
 
@@ -255,13 +261,9 @@ def read_dataset(shard: InputShard, config: InputConfig) -> Iterator[ImageItem]:
         from datasets import Image
 
     dataset = open_dataset(shard.source, config.split, config.dataset_config, config.revision, config.streaming)
-    names = list(dataset.column_names or [])
-    of_images = [name for name, kind in (dataset.features or {}).items() if isinstance(kind, Image)]
-    image = of_images[0] if of_images and not config.image_column else None
     source = text_of(shard.source)
-    image = image or image_column_of(names, config.image_column, source)
-    key = key_column_of(names, config.key_column, source)
-    if image in of_images:
+    image, key, is_of_images = columns_of_dataset(dataset, config, source)
+    if is_of_images:
         dataset = dataset.cast_column(image, Image(decode=False))
     dataset = dataset.select_columns([image, *([key] if key else [])])
     split = str(config.split or dataset.split or "train")
@@ -281,41 +283,3 @@ def content_of_value(value: Any) -> bytes | str | Exception:
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     return value if isinstance(value, bytes | str) and value else UnreadableImage("the row has no image")
-
-
-def image_column_of(names: Sequence[str], wanted: str | None, source: str, schema: pa.Schema | None = None) -> str:
-    """The column of images, or of their places.
-
-    Raises:
-        ValueError: there is none.
-    """
-    known = [wanted] if wanted else [*IMAGE_COLUMNS, *PLACE_COLUMNS]
-    found = next((name for name in known if name in names), None)
-    if not wanted and FEATURE_COLUMN in names:
-        raise ValueError(
-            f"{printable(source, 300)}: features, where images are expected; difnet caption --features takes them"
-        )
-    if found is None and not wanted:  # such as URL
-        found = next((name for each in known for name in names if name.lower() == each), None)
-    if found is None and not wanted and schema is not None:
-        kinds = (pa.types.is_binary, pa.types.is_large_binary)
-        found = next((each.name for each in schema if any(is_kind(each.type) for is_kind in kinds)), None)
-    if found is None:
-        what = f"column {printable(wanted)}" if wanted else "column of images"
-        raise ValueError(
-            f"{printable(source, 300)}: no {what} among {printable(', '.join(names), 300)}; --image-column names it"
-        )
-    return found
-
-
-def key_column_of(names: Sequence[str], wanted: str | None, source: str) -> str | None:
-    """The column of keys; `None` where there is none and none is asked for.
-
-    Raises:
-        ValueError: there is not the one that is asked for.
-    """
-    if wanted and wanted not in names:
-        raise ValueError(
-            f"{printable(source, 300)}: no column {printable(wanted)} among {printable(', '.join(names), 300)}"
-        )
-    return wanted or next((name for name in KEY_COLUMNS if name in names), None)

@@ -26,9 +26,10 @@ from ..data.feature_records import (
 )
 from ..data.packed_dataset import decode_segmentation
 from .captioning import CaptioningConfig, ImageCaptioner
+from .columns import PLACE_COLUMNS, image_column_of, key_column_of
 from .features import FeatureConfig, FeatureMaker
 from .outputs import table_of
-from .readers import PLACE_COLUMNS, ImageItem, content_of_value, image_column_of, key_column_of
+from .readers import ImageItem, content_of_value
 from .rows import Row, RowMaker
 
 with requires("data"):
