@@ -25,6 +25,7 @@ from .readers import ImageItem, read_shard
 from .records import NUM_LISTED
 from .rows import RowMaker
 from .run import process_shard, readable, unique
+from .stored_features import StoredFeatures
 
 SAMPLED_SHARDS = 4
 WARM_UP = 2  # batches before the measured ones, in which libraries choose their kernels
@@ -215,6 +216,8 @@ def size_of(item: ImageItem) -> int:
     """Bytes of an image file; 0 where it is not known before it is fetched."""
     if isinstance(item.content, bytes):
         return len(item.content)
+    if isinstance(item.content, StoredFeatures):
+        return item.content.num_bytes
     if isinstance(item.content, str) and not is_web(item.content):
         try:
             fs, path = file_system(item.content)

@@ -53,7 +53,7 @@ class InputConfig:
     Args:
         places: images, folders, tars, Parquet files, lists or datasets: paths, or URLs of anything that fsspec opens,
             with `*` for several; names of datasets of the Hub.
-        kind: one of `KINDS`; "auto" goes by names and by what is there.
+        kind: one of `KINDS`, or "features"; "auto" goes by names and by what is there.
         images_per_shard: of folders, lists, Parquet files and datasets. A tar is one shard.
         image_column: of tables: the column of images, or of their paths or URLs; of tars the suffix. By default the
             usual names.
@@ -62,6 +62,8 @@ class InputConfig:
         dataset_config: of datasets that have several.
         revision: of datasets of the Hub.
         streaming: whether datasets are read from where they lie; then each of their files is a shard.
+        segmentation: of the kind "features", which is of feature files in the place of images: where the segmentation
+            features beside grid features in HDF5 are, a folder of `<image id>.npy` or an HDF5 file.
     """
 
     places: tuple[str, ...]
@@ -73,6 +75,7 @@ class InputConfig:
     dataset_config: str | None = None
     revision: str | None = None
     streaming: bool = False
+    segmentation: str | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class InputShard:
 
     Args:
         index: its place among all shards.
-        kind: "images", "tar", "parquet", "list", "dataset", or "stream" of a dataset that is streamed.
+        kind: "images", "tar", "parquet", "list", "features", "dataset", or "stream" of a dataset that is streamed.
         source: the place that it is a part of; of images the first one's path.
         start, stop: rows of a table, or, of a stream, which of its parts; `stop` is `None` where it is not known.
         parts: of a stream: how many there are.
@@ -130,8 +133,12 @@ def plan_shards(config: InputConfig) -> list[InputShard]:
         raise ValueError("images_per_shard must be at least 1")
     images: dict[str, str] = {}  # path to stamp; what is given twice is captioned once
     shards: list[InputShard] = []
-    kinds = set()
-    for place in config.places:
+    kinds = {"features"} if config.kind == "features" else set()
+    if config.kind == "features":
+        from .stored_features import feature_shards
+
+        shards = feature_shards(config)
+    for place in config.places if config.kind != "features" else ():
         for path, kind in expand(place, config.kind):
             kinds.add(kind)
             with named(path):
@@ -170,7 +177,7 @@ def check_options(config: InputConfig, kinds: set[str]) -> None:
         ("--streaming", config.streaming),
     ):
         check_applies(value, option, kinds, ("dataset",), "datasets")
-    check_applies(config.key_column, "--key-column", kinds, tables, "Parquet files, lists and datasets")
+    check_applies(config.key_column, "--key-column", kinds, (*tables, "features"), "Parquet files, lists and datasets")
     check_applies(
         config.image_column, "--image-column", kinds, ("tar", *tables), "tars, Parquet files, lists and datasets"
     )

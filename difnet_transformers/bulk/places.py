@@ -231,5 +231,6 @@ def check_applies(given: object, option: str, kinds: Sequence[str], takes: Seque
     """Raises `ValueError` where an option is given that belongs to kinds of inputs of which there are none."""
     if given and not set(kinds) & set(takes):
         raise ValueError(
-            f"{option} is of {what}, and there are none among the inputs; --input-kind says what they are"
+            f"{option} is of {what}, and there are none among the inputs: leave it out, or say what they are by "
+            "--input-kind"
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -44,7 +44,8 @@ class ImageItem(NamedTuple):
     Args:
         key: path, URL, or the dataset's own key.
         source: the file, folder or dataset that it is in; `None` where it is in none.
-        content: an image file's bytes, the path or URL of one, or what is wrong with it.
+        content: an image file's bytes, the path or URL of one, or what is wrong with it; in the place of an image its
+            `StoredFeatures`.
     """
 
     key: str
@@ -58,6 +59,10 @@ def read_shard(shard: InputShard, config: InputConfig) -> Iterator[ImageItem]:
     Raises:
         OSError: a file cannot be read for now: it is away, or the network is.
     """
+    if shard.kind == "features":
+        from .stored_features import read_features
+
+        return read_features(shard, config)
     readers = {"images": read_images, "tar": read_tar, "parquet": read_parquet, "list": read_list}
     return readers.get(shard.kind, read_dataset)(shard, config)
 
@@ -184,23 +189,48 @@ def images_of_sample(
 
 def read_parquet(shard: InputShard, config: InputConfig) -> Iterator[ImageItem]:
     """Rows of a Parquet file, whose images are bytes, `{"bytes", "path"}` as `datasets` has them, or places."""
-    fs, path = file_system(shard.source)
     source = text_of(shard.source)
+
+    def columns_of(schema: pa.Schema) -> list[str]:
+        image = image_column_of(schema.names, config.image_column, source, schema)
+        key = key_column_of(schema.names, config.key_column, source)
+        return [image] if key is None else [image, key]
+
+    for first, columns in rows_of_parquet(shard, columns_of):
+        if isinstance(columns, Exception):
+            yield ImageItem(source, source, columns)
+            continue
+        for row, value in enumerate(columns[0]):
+            name = key_of(columns[1][row].as_py() if len(columns) > 1 else None, f"{source}#{first + row}")
+            content = content_of_value(value.as_py())
+            yield ImageItem(name, source, beside(shard.source, content) if isinstance(content, str) else content)
+
+
+def rows_of_parquet(
+    shard: InputShard, columns_of: Callable[[pa.Schema], list[str]]
+) -> Iterator[tuple[int, list[pa.Array] | Exception]]:
+    """Rows of a Parquet file, some at a time; of a file that is damaged the last is an error.
+
+    Args:
+        shard: of the file.
+        columns_of: the columns to read, of the file's schema.
+
+    Yields:
+        The number of the first row, and the columns.
+    """
+    fs, path = file_system(shard.source)
     with fs.open(path, "rb") as handle:
         try:
             file = pq.ParquetFile(handle)
-            names = file.schema_arrow.names
-            image = image_column_of(names, config.image_column, source, file.schema_arrow)
-            key = key_column_of(names, config.key_column, source)
-            yield from _parquet_items(file, shard, image, key)
+            yield from _batches(file, shard, columns_of(file.schema_arrow))
         except (pa.ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             said = printable(" ".join(str(error).split()), 200)
-            yield ImageItem(source, source, UnreadableImage(f"damaged or cut off ({said})"))
+            yield 0, UnreadableImage(f"damaged or cut off ({said})")
 
 
-def _parquet_items(file: pq.ParquetFile, shard: InputShard, image: str, key: str | None) -> Iterator[ImageItem]:
+def _batches(file: pq.ParquetFile, shard: InputShard, columns: list[str]) -> Iterator[tuple[int, list[pa.Array]]]:
     stop = file.metadata.num_rows if shard.stop is None else shard.stop
     first, groups = None, []
     row = 0
@@ -210,14 +240,11 @@ def _parquet_items(file: pq.ParquetFile, shard: InputShard, image: str, key: str
             first = row if first is None else first
             groups.append(group)
         row = end
-    row, source = first or 0, text_of(shard.source)
-    columns = list(dict.fromkeys([image, *([key] if key else [])]))
-    for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=groups, columns=columns):
+    row = first or 0
+    for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=groups, columns=list(dict.fromkeys(columns))):
         start, end = max(0, shard.start - row), min(len(batch), stop - row)
-        for number in range(start, end):
-            name = key_of(None if key is None else batch.column(key)[number].as_py(), f"{source}#{row + number}")
-            content = content_of_value(batch.column(image)[number].as_py())
-            yield ImageItem(name, source, beside(shard.source, content) if isinstance(content, str) else content)
+        if start < end:
+            yield row + start, [batch.column(name).slice(start, end - start) for name in columns]
         row += len(batch)
 
 

@@ -232,8 +232,13 @@ def finish(
         summary.errors_of_part += manifest["errors"]
         said = [f"{each['key']}: {each['error']}" for each in manifest["first_errors"]]
         summary.examples += said[: NUM_LISTED - len(summary.examples)]
-    within = [f"{key}, twice in {shards[index].name}" for index, each in sorted(manifests.items())
-              for key in each["duplicates"]]  # fmt: skip
+    within = list(
+        dict.fromkeys(
+            f"{key}, twice in {shards[index].name}"
+            for index, each in sorted(manifests.items())
+            for key in each["duplicates"]
+        )
+    )
     summary.duplicates = within[:NUM_LISTED]
     summary.num_duplicates = sum(each["num_duplicates"] for each in manifests.values())
     if len(manifests) < len(shards):
