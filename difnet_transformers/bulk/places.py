@@ -96,10 +96,11 @@ def expand(place: str, kind: str) -> Iterator[tuple[str, str]]:
         yield place, kind_of_file(place.partition("?")[0], kind)
         return
     with named(place):
-        fs, path = file_system(place)
-        has_pattern = any(character in place for character in "*?[") and not (is_local(fs) and os.path.lexists(path))
-        if "::" in place and not is_local(fs) and (has_pattern or fs.isdir(path)):
+        is_chain = "://" in place and "::" in place
+        fs, path = (None, place) if is_chain and any(each in place for each in "*?[") else file_system(place)
+        if is_chain and (fs is None or fs.isdir(path)):
             raise ValueError(f"{shown}: of chained URLs single files are read, no folders and no patterns")
+        has_pattern = any(each in place for each in "*?[") and not (is_local(fs) and os.path.lexists(path))
         if not has_pattern:
             yield from expand_one(fs, path, place, kind)
             return

@@ -137,7 +137,8 @@ def readable(items: Iterator[ImageItem], shard: InputShard) -> Iterator[ImageIte
     except ValueError:
         raise
     except Exception as error:
-        raise UnreadableShard(f"{shard.name}: {describe(error)}") from error
+        said = describe(error).removeprefix(f"{shard.name}: ")
+        raise UnreadableShard(f"{shard.name}: {said}") from error
 
 
 def unique(items: Iterable[ImageItem], duplicates: list[str]) -> Iterator[ImageItem]:
