@@ -209,6 +209,11 @@ class OutputFolder:
                     found[paths[path.lstrip("/")]] = said
         return found
 
+    def remove(self, name: str) -> None:
+        """Removes a file, if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.rm_file(f"{self.root}/{name}")
+
     def write_json(self, name: str, said: Mapping[str, Any], overwrite: bool = True) -> None:
         """Writes a JSON file, whole or not at all.
 

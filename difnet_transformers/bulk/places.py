@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from tqdm import tqdm
@@ -96,11 +96,14 @@ def expand(place: str, kind: str) -> Iterator[tuple[str, str]]:
         yield place, kind_of_file(place.partition("?")[0], kind)
         return
     with named(place):
-        is_chain = "://" in place and "::" in place
-        fs, path = (None, place) if is_chain and any(each in place for each in "*?[") else file_system(place)
-        if is_chain and (fs is None or fs.isdir(path)):
-            raise ValueError(f"{shown}: of chained URLs single files are read, no folders and no patterns")
-        has_pattern = any(each in place for each in "*?[") and not (is_local(fs) and os.path.lexists(path))
+        is_chain, has_pattern = "://" in place and "::" in place, any(each in place for each in "*?[")
+        of_chains = f"{shown}: of chained URLs single files are read, no folders and no patterns"
+        if is_chain and has_pattern:
+            raise ValueError(of_chains)
+        fs, path = file_system(place)
+        if is_chain and fs.isdir(path):
+            raise ValueError(of_chains)
+        has_pattern = has_pattern and not (is_local(fs) and os.path.lexists(path))
         if not has_pattern:
             yield from expand_one(fs, path, place, kind)
             return
@@ -228,7 +231,7 @@ def stamp_of_place(place: str) -> tuple[str, int | None]:
     return stamp_of(info), info.get("size")
 
 
-def check_applies(given: object, option: str, kinds: Sequence[str], takes: Sequence[str], what: str) -> None:
+def check_applies(given: object, option: str, kinds: Collection[str], takes: Collection[str], what: str) -> None:
     """Raises `ValueError` where an option is given that belongs to kinds of inputs of which there are none."""
     if given and not set(kinds) & set(takes):
         raise ValueError(

@@ -28,7 +28,7 @@ from ..files import printable
 from ..progress import progress_bar
 from .inputs import InputConfig, InputShard, plan_shards
 from .outputs import OutputFolder
-from .records import RunSummary, begin, finish, finished_shards
+from .records import RunSummary, begin, finish, finished_shards, forget
 from .rows import RowMaker
 from .run import each_once, process_shard
 
@@ -118,10 +118,14 @@ def process_shards_on_ray(
             redone = frozenset(shard.index for shard in todo if shard.index in manifests)
             work = replace(work, identity=identity, redone=redone)
             workers = config.num_workers or (_num_that_fit(resources),) * 2
-            for said in _results(work, todo, workers, resources):
-                summary.failures += said["failures"]
-                if said["manifest"] is not None:
-                    summary.add(said["manifest"])
+            try:
+                for said in _results(work, todo, workers, resources):
+                    summary.failures += said["failures"]
+                    if said["manifest"] is not None:
+                        summary.add(said["manifest"])
+            except ValueError:
+                forget(output)
+                raise
     finish(output, shards, shards, identity, format, maker.what, summary)
     return summary
 

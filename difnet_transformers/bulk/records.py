@@ -130,6 +130,12 @@ def begin(
     raise ValueError(f"{shown}: was begun by another version, with other options; {REMEDY}")
 
 
+def forget(output: OutputFolder) -> None:
+    """Removes run.json after a mistake, if nothing is finished: without it the command may be given in another way."""
+    if not output.names("manifests"):
+        output.remove(RUN)
+
+
 def check_apart(output: OutputFolder, inputs: InputConfig, shards: Sequence[InputShard]) -> None:
     """Raises `ValueError` where the output's files would be found among the inputs when the run is resumed."""
     if output.local is None or all(shard.kind in ("images", "tar") for shard in shards):
@@ -246,12 +252,8 @@ def finish(
     if not any(each["images"] for each in manifests.values()):
         kinds = {shard.kind for shard in shards}
         of_tars = "; --image-column names the suffix of a tar's images" if "tar" in kinds else ""
-        raise ValueError(
-            f"nothing to do: there is no image in {printable(shards[0].source, 300)}{of_tars}"
-            if len(shards) == 1
-            else f"nothing to do: there is no image in the {len(shards):,} shards, such as "
-            f"{printable(shards[0].source, 300)}{of_tars}"
-        )
+        several = f"the {len(shards):,} shards, such as " if len(shards) > 1 else ""
+        raise ValueError(f"nothing to do: there is no image in {several}{printable(shards[0].source, 300)}{of_tars}")
     known = output.read_json([SUMMARY]).get(SUMMARY, {})
     sums = {name: sum(each[name] for each in manifests.values()) for name in ("images", "errors", "bytes")}
     content = hash_of(manifests[index]["sha256"] for index in sorted(manifests))
@@ -261,10 +263,15 @@ def finish(
             summary.duplicates, summary.num_duplicates = [str(each) for each in listed], number
             return
     files = [manifests[index]["file"] for index in sorted(manifests)]
-    across = duplicate_keys(output, files) if len(files) > 1 else []
-    summary.duplicates = (within + across)[:NUM_LISTED]
-    summary.num_duplicates += len(across)
-    said = {
+    across = duplicate_keys(output, files) if len(files) > 1 else {}
+    places = {key: list(dict.fromkeys(sources)) for key, sources in across.items()}
+    lines = [
+        f"{key}, in {' and '.join(found[:3])}" + (", in several shards" if len(found) == 1 else "")
+        for key, found in places.items()
+    ]
+    summary.duplicates = (within + lines)[:NUM_LISTED]
+    summary.num_duplicates += sum(len(sources) - 1 for sources in across.values())
+    counts = {
         "shards": len(shards),
         **sums,
         what: sums["images"] - sums["errors"],
@@ -273,11 +280,11 @@ def finish(
         "num_duplicates": summary.num_duplicates,
         "content": content,
     }
-    output.write_json(SUMMARY, said)
+    output.write_json(SUMMARY, counts)
 
 
-def duplicate_keys(output: OutputFolder, files: Sequence[str]) -> list[str]:
-    """Keys that several shards have, with the sources of their images. Memory holds 8 bytes a key.
+def duplicate_keys(output: OutputFolder, files: Sequence[str]) -> dict[str, list[str]]:
+    """Keys that several shards have, each with the sources of its images. Memory holds 8 bytes a key.
 
     Args:
         output: where the files are.
@@ -287,19 +294,14 @@ def duplicate_keys(output: OutputFolder, files: Sequence[str]) -> list[str]:
     values, numbers = np.unique(np.concatenate(hashes), return_counts=True)
     repeated = set(values[numbers > 1].tolist())
     if not repeated:
-        return []
+        return {}
     sources: dict[str, list[str]] = {}
     for file in files:
         columns = _columns(output, file)
         for key, source in zip(columns["key"], columns["source"], strict=True):
             if hash(key) in repeated:
                 sources.setdefault(key, []).append(source)
-    repeats = {key: each for key, each in sources.items() if len(each) > 1}
-    places = {key: list(dict.fromkeys(each)) for key, each in repeats.items()}
-    return [
-        f"{key}, in {' and '.join(found[:3])}" + (", in several shards" if len(found) == 1 else "")
-        for key, found in places.items()
-    ]
+    return {key: each for key, each in sources.items() if len(each) > 1}
 
 
 def _columns(output: OutputFolder, file: str) -> dict[str, list[str]]:

@@ -25,7 +25,7 @@ from ..stage_times import StageTimes
 from .inputs import InputConfig, InputShard, plan_shards
 from .outputs import WRITING, OutputFolder, RowWriter, data_name, manifest_name
 from .readers import ImageItem, read_shard
-from .records import NUM_LISTED, RunSummary, begin, finish, finished_shards
+from .records import NUM_LISTED, RunSummary, begin, finish, finished_shards, forget
 from .rows import RowMaker
 
 ATTEMPTS = 3  # at a shard whose input cannot be read for now
@@ -206,10 +206,14 @@ def process_shards(
             can_be = output.local is not None and shard.index not in redone
             return can_be and bool(finished_shards(output, [shard], len(shards), identity, format, maker.what))
 
-        for shard, manifest in each_once(todo, output, work, is_finished, summary.failures):
-            progress.finished(shard, None if manifest is None else manifest["images"])
-            if manifest is not None:
-                summary.add(manifest)
+        try:
+            for shard, manifest in each_once(todo, output, work, is_finished, summary.failures):
+                progress.finished(shard, None if manifest is None else manifest["images"])
+                if manifest is not None:
+                    summary.add(manifest)
+        except ValueError:
+            forget(output)
+            raise
     if summary.images:
         times.print_summary(summary.images)
     finish(output, shards, mine, identity, format, maker.what, summary)

@@ -27,7 +27,7 @@ from ..data.packed_dataset import decode_segmentation
 from ..data.parquet import open_parquet
 from ..files import printable
 from .columns import FEATURE_COLUMN, key_column_of
-from .inputs import InputConfig, InputShard
+from .inputs import InputConfig, InputShard, local_stamp
 from .places import SUFFIXES_OF, expand, hash_of, stamp_of_place
 from .readers import ImageItem, key_of, rows_of_parquet, text_of
 
@@ -125,19 +125,20 @@ def hdf5_shards(file: str, config: InputConfig) -> list[InputShard]:
         raise ValueError(f"{printable(file, 300)}: no such file or folder")
     stamp, _ = stamp_of_place(file)
     ids = list(_grids(file, stamp).ids)
-    where, names = config.segmentation, {}
+    where, names = config.segmentation, dict[int, str]()
     if where is not None:
         stamp += "" if os.path.isdir(where) else stamp_of_place(where)[0]
-        names = _segmentations(where, _stamp_of_segmentations(where)).index
+        names |= _segmentations(where, _stamp_of_segmentations(where)).name_of
 
     def fingerprint(start: int, stop: int) -> str:
-        parts = [file, stamp, str(where)]
-        for image_id in ids[start:stop]:
-            status = (
-                os.stat(os.path.join(where, names[image_id])) if image_id in names and os.path.isdir(where) else None
-            )
-            parts.append(f"{image_id} {'' if status is None else f'{status.st_size} {status.st_mtime_ns}'}")
-        return hash_of(parts)
+        paths = {
+            image_id: os.path.join(where or "", names[image_id]) for image_id in ids[start:stop] if image_id in names
+        }
+        is_folder = where is not None and os.path.isdir(where)
+        stamps = {image_id: local_stamp(path) for image_id, path in paths.items()} if is_folder else {}
+        return hash_of(
+            [file, stamp, str(where), *(f"{image_id} {stamps.get(image_id)}" for image_id in ids[start:stop])]
+        )
 
     return _cut(file, len(ids), config.images_per_shard, fingerprint)
 
@@ -160,7 +161,7 @@ class _Grids(NamedTuple):
 
 class _Segmentations(NamedTuple):
     files: SegmentationFiles
-    index: Mapping[int, str]
+    name_of: Mapping[int, str]
     record: dict[str, Any] | None
 
 
@@ -266,10 +267,10 @@ def read_hdf5(shard: InputShard, config: InputConfig) -> Iterator[ImageItem]:
     for image_id in grids.ids[shard.start : shard.stop]:
         segmentation: np.ndarray | Exception | None = None
         try:
-            if beside is not None and image_id not in beside.index:
+            if beside is not None and image_id not in beside.name_of:
                 segmentation = ValueError(f"not in {printable(where)}")
             elif beside is not None:
-                segmentation = beside.files.read(beside.index[image_id])[0]
+                segmentation = beside.files.read(beside.name_of[image_id])[0]
         except ValueError as error:
             segmentation = error
         try:
