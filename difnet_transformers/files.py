@@ -274,15 +274,15 @@ def exchange(first: Path, second: Path) -> None:
 def remove_unfinished(output: Path) -> None:
     """Removes what killed runs left of `output`; what another run is writing now stays."""
     for work in output.parent.glob(f".{glob_escape(output.name[:100])}-*{UNFINISHED_SUFFIX}"):
-        if not (work / LOCK_NAME).exists() and time.time() - work.stat().st_mtime < SECONDS_TO_LOCK:
-            continue
         try:
+            if not (work / LOCK_NAME).exists() and time.time() - work.stat().st_mtime < SECONDS_TO_LOCK:
+                continue
             with FileLock(work / LOCK_NAME, timeout=0):
                 previous = work / f"{output.name}.previous"
                 if previous.exists() and not output.exists():
                     previous.rename(output)
                 shutil.rmtree(work, ignore_errors=True)
-        except (Timeout, OSError):
+        except (Timeout, OSError):  # another run's, or gone meanwhile
             continue
 
 
