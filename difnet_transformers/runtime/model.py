@@ -17,7 +17,6 @@ from .beam_search import BeamSearchOutput, DecodingStep, beam_search
 from .captions import CaptionDecoder
 from .features import check_features, make_batch
 from .manifest import EXPORT_AGAIN, GRAPH_FILES, Manifest, is_exported, read_manifest
-from .numpy_network import NumpyConfig, NumpyDecodingStep, NumpyEncoder, read_weights
 from .prompts import prepare_prompts
 from .sessions import Session, load_session
 from .settings import check_logits_settings
@@ -87,6 +86,8 @@ class DifnetRuntimeModel:
     @classmethod
     def _from_checkpoint(cls, folder: Path) -> DifnetRuntimeModel:
         """As `from_pretrained`."""
+        from .numpy_network import NumpyConfig, NumpyDecodingStep, NumpyEncoder, read_weights  # needs safetensors
+
         shown = printable(folder, 300)
         try:
             settings = {name: read_json(folder / f"{name}.json") for name in ("config", "generation_config")}
