@@ -114,6 +114,20 @@ def test_it_says_what_the_loaded_captioner_says(tmp_path, loading, decoding, use
     assert (starting.default_beams, starting.usual_length) == (loaded.default_beams, loaded.usual_length)
 
 
+def test_exports_start_in_their_own_runtime(checkpoint, tmp_path, loading):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    from difnet_transformers.export.captioner import export_checkpoint
+
+    exported = tmp_path / "exported"
+    export_checkpoint(checkpoint, exported, num_check_images=0)
+    (starting,), (loaded,) = starting_captioners([str(exported)], loading), load_captioners([str(exported)])
+    assert starting.model.manifest.format == "onnx"
+    (task,) = tasks_of(1)
+    assert starting.takes(task)
+    assert starting.caption([task])[0].captions == loaded.caption([task])[0].captions
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -1,8 +1,8 @@
-"""Captions from NumPy while PyTorch, Transformers and the captioners load, which takes seconds.
+"""Captions while PyTorch, Transformers and the captioners load, which takes seconds.
 
-A captioner in NumPy (`DifnetRuntimeModel` of a checkpoint, difnet_transformers/runtime) gives the captions that the
-loaded one gives. What it cannot do waits for that one: images, confidences, relevance, beginnings of captions and
-searches other than the original's.
+`DifnetRuntimeModel` (difnet_transformers/runtime) needs neither. Of a checkpoint it runs in NumPy, and gives the
+captions that the loaded captioner gives. What it cannot do waits for that one: images, confidences, relevance,
+beginnings of captions and searches other than the original's.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ SWITCH_INTERVAL = 0.0005
 
 
 class StartingCaptioner:
-    """A captioner in NumPy, until the one of the same name is loaded.
+    """A captioner without torch, until the one of the same name is loaded.
 
     Args:
         name: for users.
-        model: of the checkpoint.
+        model: of the checkpoint, or an export.
         loading: done when the loaded captioners have taken the places of those that start.
         force: as of the loaded captioner.
     """
@@ -125,7 +125,7 @@ def _class_names(record: dict[str, Any] | None) -> list[str] | None:
 def starting_captioners(
     models: Sequence[str], loading: Future[None], force: bool = False
 ) -> list[StartingCaptioner] | None:
-    """Captioners in NumPy, or `None` where one of them is nothing that NumPy runs: then all are loaded first.
+    """Captioners without torch, or `None` where one of them needs it: then all are loaded first.
 
     Args:
         models: folders or repositories.
@@ -140,8 +140,8 @@ def starting_captioners(
             model = DifnetRuntimeModel.from_pretrained(folder)
         except (ValueError, OSError, ImportError, RuntimeError):
             return None  # the error of `load_captioners`, if it is one there too, says more
-        if model.manifest.format != "numpy" or vars(model.config).get("dtype", "float32") != "float32":
-            return None
+        if model.manifest.format == "numpy" and vars(model.config).get("dtype", "float32") != "float32":
+            return None  # PyTorch computes in that type
         captioners.append(StartingCaptioner(name, model, loading, force))
     return captioners
 
