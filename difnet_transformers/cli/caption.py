@@ -56,6 +56,8 @@ Many images, in folders, tars of WebDataset, Parquet files, lists of paths or UR
   difnet caption "s3://bucket/images/*.tar" --model mine --output captions --plan
   difnet caption "s3://bucket/images/*.tar" --model mine --output captions
 
+or features that were made before: --features FILES of difnet extract or difnet pack --parquet, or of HDF5.
+
 OUTPUT gets a Parquet file for each shard of the inputs, with a row for each image: key, source, caption, score, and
 the error of an image that cannot be captioned. --plan measures a sample and says what the whole will take. The program
 can be killed at any time: the same command resumes after the last finished shard. Several processes share the shards:
