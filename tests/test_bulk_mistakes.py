@@ -30,6 +30,7 @@ from difnet_transformers.bulk.readers import ImageItem, read_shard
 from difnet_transformers.bulk.records import RunSummary
 from difnet_transformers.bulk.run import UnreadableShard, process_shards
 from difnet_transformers.cli.caption import main as caption_main
+from difnet_transformers.cli.extract import main as extract_main
 from difnet_transformers.command_line import describe
 
 
@@ -369,3 +370,42 @@ def test_an_input_that_is_away_while_it_is_measured_is_one_line(captioner, image
     with pytest.raises(UnreadableShard) as caught:
         forecast(captioner, inputs, shards, 4)
     assert describe(caught.value) == f"{path}: No such file or directory"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["photos.tar"], "photos.tar: tars, Parquet files and lists of images need --output FOLDER"),
+        (["s3://bucket/*.parquet"], "*.parquet: tars, Parquet files and lists of images need --output FOLDER"),
+        (["images", "--output", "out", "--sample", "4"], "--sample belongs to --plan"),
+        (["images", "--output", "out", "--price-per-hour", "2"], "--price-per-hour belongs to --plan"),
+        (
+            ["images", "--output", "out", "--plan", "--price-per-hour", "-2"],
+            "--price-per-hour must be a price, not -2",
+        ),
+        (["images", "--output", "out", "--plan", "--shard", "0/2"], "--plan is of all images: leave --shard out"),
+        (["images", "--output", "out", "--plan", "--retry-errors"], "leave --retry-errors out"),
+    ],
+)
+def test_options_that_belong_to_others(capsys, words, message):
+    with pytest.raises(SystemExit) as ended:
+        caption_main([*words, "--model", "mine"])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["photos.tar", "--output", "out"],
+            "photos.tar: tars, Parquet files and lists of images need --format parquet",
+        ),
+        (["images", "--output", ""], "--output has an empty name; give a folder"),
+    ],
+)
+def test_options_of_extract(capsys, words, message):
+    with pytest.raises(SystemExit) as ended:
+        extract_main([*words, "--untrained"])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err

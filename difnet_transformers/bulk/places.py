@@ -23,13 +23,12 @@ from ..command_line import reason_of, requires
 from ..data.image_files import IMAGE_SUFFIXES
 from ..data.parquet import hub_name
 from ..files import printable
+from .options import LIST_SUFFIXES, TAR_SUFFIXES
 
 with requires("data"):
     import fsspec
     from fsspec.implementations.local import LocalFileSystem
 
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-LIST_SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl")
 FEATURE_SUFFIXES = (".hdf5", ".h5", ".npy", ".npz")
 # What people give and no reader takes, nor Pillow; other names may be an image's.
 FOREIGN_SUFFIXES = (

@@ -134,7 +134,7 @@ class CaptionOptions(ManyImagesOptions):
     debug: bool = debug_option()
 
     def __post_init__(self) -> None:
-        self.check_many(needs="--output" if self.output is None else None)
+        self.check_many(needs="--output FOLDER" if self.output is None else None, places=self.images)
         if self.output is None and self.save_features:
             raise ValueError("--save-features belongs to --output")
         if self.output is not None:
