@@ -10,6 +10,7 @@ import functools
 import http.server
 import io
 import json
+import os
 import tarfile
 import threading
 from collections.abc import Callable
@@ -112,8 +113,24 @@ class TestPlaces:
             (images / name).write_bytes(b"x")
         assert len(items_of(images)) == 6
         said = capsys.readouterr().err
-        assert "its images are taken, not its 1 tars and Parquet files, such as more.tar; name these" in said
+        assert f"note: {images}: its images are taken, not its 1 tars; name these too" in said
         assert "left out are 2 .heic, 1 .dng; convert them" in said
+
+    def test_a_folder_whose_tars_lie_below_says_how_to_take_them(self, tmp_path, capsys):
+        (tmp_path / "shards" / "train").mkdir(parents=True)
+        tar_of(tmp_path / "shards" / "train" / "0.tar", {"1.jpg": image_file(1)})
+        with pytest.raises(ValueError, match=r"no images in this folder .*; --input-kind tar takes its tars"):
+            plan_shards(InputConfig((str(tmp_path / "shards"),)))
+        assert len(items_of(tmp_path / "shards", kind="tar")) == 1
+        table_of(tmp_path / "shards" / "0.parquet", image=[image_file(2)])
+        assert len(items_of(tmp_path / "shards")) == 1
+        assert "its Parquet files are taken, not its 1 tars; name these too" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("name", ["0.tar", "0.parquet", "0.txt"])
+    def test_a_pipe_is_not_waited_for(self, tmp_path, name):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(ValueError, match=rf"{name}: not a regular file"):
+            plan_shards(InputConfig((str(tmp_path / name),)))
 
     @pytest.mark.parametrize(
         ("place", "options", "message"),

@@ -27,7 +27,7 @@ from ..command_line import reason_of, requires
 from ..data.image_files import IMAGE_SUFFIXES, leads_out
 from ..data.packed_dataset import quiet_datasets
 from ..data.parquet import open_parquet
-from ..files import printable
+from ..files import check_regular_file, printable
 from .columns import image_column_of, key_column_of
 from .places import (
     check_applies,
@@ -37,7 +37,8 @@ from .places import (
     is_local,
     is_web,
     named,
-    note_unread,
+    no_images,
+    note_left_out,
     stamp_of,
     stamp_of_place,
 )
@@ -216,14 +217,14 @@ def list_images(place: str) -> dict[str, str]:
         return {place: stamp_of(fs.info(path))}
     length = len(path.rstrip("/"))
     files = fs.find(path, detail=True)
-    note_unread(place, files)
     found = {
         f"{place.rstrip('/')}{name[length:]}": stamp_of(info)
         for name, info in sorted(files.items())
         if name.lower().endswith(IMAGE_SUFFIXES)
     }
     if not found:
-        raise ValueError(f"{printable(place, 300)}: no images in this folder ({' '.join(IMAGE_SUFFIXES)})")
+        raise no_images(place, files)
+    note_left_out(place, "images", files)
     return found
 
 
@@ -242,9 +243,9 @@ def local_images(place: str) -> dict[str, str]:
                 os.path.islink(path) and leads_out(Path(path), Path(place))
             ):
                 found.append(path)
-    note_unread(place, others)
     if not found:
-        raise ValueError(f"{printable(place, 300)}: no images in this folder ({' '.join(IMAGE_SUFFIXES)})")
+        raise no_images(place, others)
+    note_left_out(place, "images", others)
     return {path: local_stamp(path) for path in sorted(found)}
 
 
@@ -323,6 +324,8 @@ def list_shards(path: str, config: InputConfig) -> list[InputShard]:
 def open_list(path: str) -> IO[bytes]:
     """A list as a file in which places can be found again; what a server sends without its size is read whole."""
     fs, inner = file_system(path)
+    if is_local(fs):
+        check_regular_file(inner)
     file = fs.open(inner, "rb")
     if is_web(path) and getattr(file, "size", None) is None:
         file.close()

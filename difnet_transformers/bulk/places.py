@@ -22,7 +22,7 @@ from modeling_difnet.images_difnet import is_url
 from ..command_line import reason_of, requires
 from ..data.image_files import IMAGE_SUFFIXES
 from ..data.parquet import hub_name
-from ..files import printable
+from ..files import check_regular_file, printable
 from .options import LIST_SUFFIXES, TAR_SUFFIXES
 
 with requires("data"):
@@ -51,6 +51,7 @@ FOREIGN_SUFFIXES = (
 # Photographs in formats that are not read, which a folder should not lose without a word.
 UNREAD_IMAGE_SUFFIXES = (".heic", ".heif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".psd")
 SUFFIXES_OF = {"tar": TAR_SUFFIXES, "parquet": (".parquet",), "list": LIST_SUFFIXES}
+WORDS_OF = {"images": "images", "tar": "tars", "parquet": "Parquet files", "list": "lists"}
 STAMPS = ("size", "mtime", "ETag", "etag", "md5Hash", "md5", "sha256", "LastModified", "last_modified", "updated")
 """What file systems say of a file that changes with it."""
 
@@ -133,17 +134,12 @@ def expand_one(fs: Any, path: str, name: str, kind: str) -> Iterator[tuple[str, 
         files = sorted(file for file in within if file.lower().endswith(SUFFIXES_OF[other]))
         is_of_images = any(child.lower().endswith(IMAGE_SUFFIXES) for child in children)
         if files and not (kind == "auto" and (is_of_images or other == "list")):
+            note_left_out(name, other, within)
             for file in files:
                 yield f"{name.rstrip('/')}{file[len(path.rstrip('/')) :]}", other
             return
     if kind not in ("auto", "images"):
         raise ValueError(f"{printable(name, 300)}: no {' or '.join(SUFFIXES_OF[kind])} in this folder")
-    others = [child for child in children if child.lower().endswith((*TAR_SUFFIXES, ".parquet"))]
-    if others and kind == "auto":
-        note(
-            f"{printable(name, 300)}: its images are taken, not its {len(others):,} tars and Parquet files, such as "
-            f"{printable(min(others))}; name these to take them"
-        )
     yield name, "images"
 
 
@@ -169,13 +165,39 @@ def kind_of_file(name: str, kind: str) -> str:
     return "images"
 
 
-def note_unread(place: str, names: Iterable[str]) -> None:
-    """Says which photographs of a folder are of formats that are not read."""
-    counts = Counter(os.path.splitext(name)[1].lower() for name in names)
-    unread = {suffix: counts[suffix] for suffix in UNREAD_IMAGE_SUFFIXES if counts[suffix]}
-    if unread:
-        said = ", ".join(f"{number:,} {suffix}" for suffix, number in unread.items())
-        note(f"{printable(place, 300)}: left out are {said}; convert them, for example to .jpg")
+def note_left_out(place: str, taken: str, names: Iterable[str]) -> None:
+    """Says what of a folder is not taken: inputs of another kind, and photographs in formats that are not read.
+
+    Args:
+        place: the folder.
+        taken: the kind of what is taken.
+        names: of all files that are known.
+    """
+    lower = [name.lower() for name in names]
+    kinds = {"images": IMAGE_SUFFIXES, "tar": TAR_SUFFIXES, "parquet": SUFFIXES_OF["parquet"]}
+    others = {
+        kind: sum(name.endswith(suffixes) for name in lower) for kind, suffixes in kinds.items() if kind != taken
+    }
+    said = [f"{number:,} {WORDS_OF[kind]}" for kind, number in others.items() if number]
+    if said:
+        note(f"{printable(place, 300)}: its {WORDS_OF[taken]} are taken, not its {' and '.join(said)}; name these too")
+    unread = Counter(os.path.splitext(name)[1] for name in lower)
+    said = [f"{unread[suffix]:,} {suffix}" for suffix in UNREAD_IMAGE_SUFFIXES if unread[suffix]]
+    if said:
+        note(f"{printable(place, 300)}: left out are {', '.join(said)}; convert them, for example to .jpg")
+
+
+def no_images(place: str, names: Iterable[str]) -> ValueError:
+    """What to say of a folder without images.
+
+    Args:
+        place: the folder.
+        names: of the files in it and below.
+    """
+    lower = [name.lower() for name in names]
+    kinds = [kind for kind, suffixes in SUFFIXES_OF.items() if any(name.endswith(suffixes) for name in lower)]
+    remedy = f"; --input-kind {kinds[0]} takes its {WORDS_OF[kinds[0]]}" if kinds else ""
+    return ValueError(f"{printable(place, 300)}: no images in this folder ({' '.join(IMAGE_SUFFIXES)}){remedy}")
 
 
 def note(line: str) -> None:
@@ -226,6 +248,8 @@ def stamp_of(info: Mapping[str, Any]) -> str:
 def stamp_of_place(place: str) -> tuple[str, int | None]:
     """The stamp of a file, and its size where it is known."""
     fs, path = file_system(place)
+    if is_local(fs) and not os.path.isdir(path):
+        check_regular_file(path)
     info = fs.info(path)
     return stamp_of(info), info.get("size")
 
