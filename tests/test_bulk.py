@@ -730,7 +730,7 @@ class TestCommand:
 
 @pytest.mark.parametrize(
     ("num_images", "per_tar", "kills", "mean"),
-    [(300, 10, 3, 0.1), pytest.param(5000, 50, 30, 0.3, marks=pytest.mark.slow)],
+    [(300, 10, 3, 0.1), pytest.param(10_000, 100, 30, 0.3, marks=pytest.mark.slow)],
 )
 def test_killed_processes_leave_what_others_complete(model, tmp_path, num_images, per_tar, kills, mean):
     broken = make_tars(tmp_path / "tars", num_images, per_tar)
