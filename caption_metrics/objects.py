@@ -1,9 +1,10 @@
 """Which object classes a caption names: words of a table, in the singular and the plural, the longest match first.
 
 Corresponds to `caption_to_words` of Rohrbach et al. (EMNLP 2018; LisaAnne/Hallucination), with its rules for pairs of
-words. What differs: plurals are made from the table, in place of singulars that the package pattern makes from captions
-(its "bu" of "bus" and "ty" of "ties" name nothing there); every name of several words is found, not only those of a
-list of pairs, and with hyphens too. Tokens are the Penn Treebank tokenizer's; no name reaches across punctuation.
+words. What differs: plurals are made from the table, in place of singulars that the package pattern makes from the
+words of captions (its "bu" of "bus" and "ty" of "ties" name nothing there); every name of several words is found, not
+only those of a list of pairs, and with hyphens too. Tokens are the Penn Treebank tokenizer's; no name reaches across
+punctuation.
 """
 
 from __future__ import annotations

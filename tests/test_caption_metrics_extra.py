@@ -97,12 +97,14 @@ def golden() -> dict:
 
 class TestChair:
     def test_it_equals_the_authors_script(self, golden):
-        words, images = ObjectWords(golden["synonyms"]), golden["images"]
-        captions, objects, references = ([each[key] for each in images] for key in ("caption", "objects", "references"))
-        for each in images:
+        words, rows = ObjectWords(golden["synonyms"]), golden["images"]
+        captions, objects, references = (
+            [each[key] for each in rows] for key in ("caption", "objects", "references")
+        )
+        for each in rows:
             assert [name for _, name in words.mentions(each["caption"])] == each["named"], each["caption"]
         found = chair(captions, objects, references, words)
-        assert found.hallucinations.tolist() == [len(each["hallucinated"]) for each in images]
+        assert found.hallucinations.tolist() == [len(each["hallucinated"]) for each in rows]
         assert found.chair_s.corpus == pytest.approx(golden["chair_s"], abs=TOLERANCE)
         assert found.chair_i.corpus == pytest.approx(golden["chair_i"], abs=TOLERANCE)
 
