@@ -98,9 +98,7 @@ def golden() -> dict:
 class TestChair:
     def test_it_equals_the_authors_script(self, golden):
         words, rows = ObjectWords(golden["synonyms"]), golden["images"]
-        captions, objects, references = (
-            [each[key] for each in rows] for key in ("caption", "objects", "references")
-        )
+        captions, objects, references = ([each[key] for each in rows] for key in ("caption", "objects", "references"))
         for each in rows:
             assert [name for _, name in words.mentions(each["caption"])] == each["named"], each["caption"]
         found = chair(captions, objects, references, words)
