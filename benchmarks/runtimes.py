@@ -1,6 +1,6 @@
-"""Speed of exported captioners at full size (10,201 words): ONNX Runtime and OpenVINO beside PyTorch.
+"""Speed of captioners without torch at full size (10,201 words): ONNX Runtime, OpenVINO and NumPy beside PyTorch.
 
-    python benchmarks/runtimes.py                        # PyTorch, ONNX Runtime and OpenVINO in all precisions
+    python benchmarks/runtimes.py                        # PyTorch, NumPy, ONNX Runtime and OpenVINO in all precisions
     python benchmarks/runtimes.py --original ../DIFNet   # with a clone of mrwu-mac/DIFNet: beside the original
 
 All rows decode the same features by the original's beam search, five beams and up to 20 tokens, with weights that are
@@ -72,9 +72,11 @@ def full_size_captioner() -> tuple[DifnetForConditionalGeneration, DifnetProcess
 
 
 def export_all(folder: Path) -> dict[str, Path]:
-    """An export in each format and precision, by its name in the table."""
+    """The checkpoint, which NumPy runs, and an export in each format and precision, by their names in the table."""
     model, processor = full_size_captioner()
-    exports = {}
+    exports = {"NumPy, fp32": folder / "checkpoint"}
+    for part in (model, processor):
+        part.save_pretrained(folder / "checkpoint")
     for format, precisions in PRECISIONS.items():
         for precision in precisions:
             name = f"{NAMES[format]}, {precision}"
@@ -91,7 +93,8 @@ def caption_rows(
     model = full_size_captioner()[0]
     models = {"PyTorch, fp32": model, "PyTorch, bf16": full_size_captioner()[0].to(torch.bfloat16)}
     runtime_models = {
-        name: DifnetRuntimeModel.from_pretrained(folder, num_threads) for name, folder in exports.items()
+        name: DifnetRuntimeModel.from_pretrained(folder, None if name.startswith("NumPy") else num_threads)
+        for name, folder in exports.items()
     }
     rows = []
     for batch_size in batch_sizes:
@@ -159,7 +162,7 @@ def first_caption_table(exports: dict[str, Path], folder: Path, repeats: int) ->
             seconds.append(time.perf_counter() - start)
         size = sum(path.stat().st_size for path in export.iterdir()) / 1e6
         lines.append([name, f"{statistics.median(seconds[1:]):.2f}", f"{size:.0f}"])
-    return markdown_table(["export", "seconds to the first caption", "MB"], lines)
+    return markdown_table(["what runs", "seconds to the first caption", "MB"], lines)
 
 
 @torch.no_grad()

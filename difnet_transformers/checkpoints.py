@@ -94,12 +94,6 @@ def load_ensemble(
     return models[0] if len(models) == 1 else DifnetEnsemble(models).eval(), processor
 
 
-def short_name(model: str) -> str:
-    """The name of a checkpoint's folder; of a run's best or last checkpoint with the run's."""
-    *_, run, last = ["", *Path(model).parts]
-    return f"{run}/{last}" if last in ("best", "best_xe", "last") else last
-
-
 def check_device(name: str | None) -> None:
     """Refuses a device that this machine or this build of PyTorch does not have; `None` is none in particular.
 

@@ -350,3 +350,9 @@ def folder_lock(folder: str | os.PathLike, purpose: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def short_name(model: str) -> str:
+    """The name of a checkpoint's folder; of a run's best or last checkpoint with the run's."""
+    *_, run, last = ["", *Path(model).parts]
+    return f"{run}/{last}" if last in ("best", "best_xe", "last") else last

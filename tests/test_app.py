@@ -28,11 +28,10 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("starlette")
 
 from difnet_transformers.app.batching import Batcher
-from difnet_transformers.app.captioners import CaptionTask, DecodingOptions
 from difnet_transformers.app.inputs import CaptionInput, RequestError, decode_base64, read_input
-from difnet_transformers.app.load import captioner_names
 from difnet_transformers.app.server import running_server
-from difnet_transformers.app.startup import listen
+from difnet_transformers.app.startup import captioner_names, listen
+from difnet_transformers.app.tasks import CaptionTask, DecodingOptions
 from difnet_transformers.cli import app
 from modeling_difnet import original_beam_search
 

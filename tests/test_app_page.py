@@ -17,11 +17,11 @@ from test_images import file_of, noise
 
 pytest.importorskip("gradio")
 
-from difnet_transformers.app.captioners import CaptionResult
 from difnet_transformers.app.inputs import CaptionInput
 from difnet_transformers.app.page import make_page_application
 from difnet_transformers.app.rendering import class_color, results_html
 from difnet_transformers.app.server import running_server
+from difnet_transformers.app.tasks import CaptionResult
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 20

@@ -110,6 +110,7 @@ def test_scripts_are_entry_points() -> None:
         *sorted(
             f"difnet_transformers.cli.{path.stem}" for path in (ROOT / "difnet_transformers/cli").glob("[a-z]*.py")
         ),
+        "difnet_transformers.app.server",
         "difnet_transformers.data",
         "difnet_transformers.evaluation",
         "difnet_transformers.export",

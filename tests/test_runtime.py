@@ -20,7 +20,7 @@ from processing_difnet import DifnetFeatureExtractor, DifnetProcessor, DifnetTok
 for package in ("onnx", "onnxruntime", "openvino"):
     pytest.importorskip(package)
 
-FORMATS = ["onnx", "openvino"]
+FORMATS = ["onnx", "openvino", "numpy"]
 
 
 def processor_of(config: DifnetConfig, grid_size: Any = (3, 4)) -> DifnetProcessor:
@@ -38,6 +38,10 @@ def processor_of(config: DifnetConfig, grid_size: Any = (3, 4)) -> DifnetProcess
 def exported(
     model: DifnetForConditionalGeneration, folder: Path, format: str, precision: str = "fp32"
 ) -> DifnetRuntimeModel:
+    if format == "numpy":  # the checkpoint as it is
+        model.save_pretrained(folder)
+        processor_of(model.config).save_pretrained(folder)
+        return DifnetRuntimeModel.from_pretrained(folder)
     export_captioner(model, processor_of(model.config), folder, format=format, precision=precision)
     return DifnetRuntimeModel.from_pretrained(folder, num_threads=1)
 

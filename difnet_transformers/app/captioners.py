@@ -8,136 +8,32 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 import torch
 
 from modeling_difnet import original_beam_search
-from modeling_difnet.confidence_difnet import CaptionConfidence, end_ids
+from modeling_difnet.confidence_difnet import end_ids
 from modeling_difnet.pipeline_difnet import DifnetImageCaptioningPipeline
 from modeling_difnet.segmentation_difnet import pool_channel_map
 
 from ..command_line import reason_of
-from ..data.feature_records import (
-    difference_of_backbones,
-    difference_of_classes,
-    order_of_classes,
-    recorded_classes,
-)
+from ..data.feature_records import difference_of_classes, order_of_classes, recorded_classes
 from ..files import printable
-from ..reports.relevance import ExplainedImage, explain_captions
+from ..reports.relevance import explain_captions
 from ..vision.image_batches import grid_features_of, load_image
 from .inputs import CaptionInput, RequestError
-
-SEARCHES = {
-    "beam": "beam search",
-    "original": "the original's beam search",
-    "sample": "sampling",
-}
-MAX_BEAMS, MAX_TEMPERATURE = 20, 5.0
-MAX_PROMPT_CHARACTERS = 1000
-
-
-@dataclass(frozen=True)
-class DecodingOptions:
-    """How captions are searched for.
-
-    Args:
-        search: a key of `SEARCHES`; by default the original's, which is faster, unless the checkpoint's settings mean
-            something else.
-        num_beams: hypotheses of a beam search, 1 for greedy decoding; by default the checkpoint's. Of sampling the
-            number of captions.
-        num_captions: of these, returned; the best first.
-        max_new_tokens: longest caption; by default the checkpoint's.
-        temperature: of sampling.
-
-    Raises:
-        RequestError: a value out of range.
-    """
-
-    search: str | None = None
-    num_beams: int | None = None
-    num_captions: int = 1
-    max_new_tokens: int | None = None
-    temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.search is not None and self.search not in SEARCHES:
-            raise RequestError(f"search must be one of {', '.join(SEARCHES)}, not {printable(self.search)}")
-        for name, highest in (("num_beams", MAX_BEAMS), ("num_captions", MAX_BEAMS), ("max_new_tokens", 10_000)):
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or not 1 <= value <= highest):
-                raise RequestError(f"{name} must be a whole number from 1 to {highest:,}, not {printable(value)}")
-        if self.num_captions > (self.num_beams or MAX_BEAMS):
-            raise RequestError(f"{self.num_captions} captions need as many beams, not {self.num_beams}")
-        if type(self.temperature) not in (int, float) or not 0 < self.temperature <= MAX_TEMPERATURE:
-            raise RequestError(f"temperature must be above 0 and at most {MAX_TEMPERATURE:g}")
-
-    def arguments(self, default_beams: int, default_search: str) -> dict[str, Any]:
-        """Of `generate`.
-
-        Args:
-            default_beams, default_search: of the checkpoint.
-        """
-        search = self.search or default_search
-        lengths = {} if self.max_new_tokens is None else {"max_new_tokens": self.max_new_tokens}
-        if search == "sample":
-            sampling = {"do_sample": True, "num_beams": 1, "early_stopping": False, "temperature": self.temperature}
-            return sampling | lengths | {"num_return_sequences": self.num_captions}
-        num_beams = max(self.num_beams or default_beams, self.num_captions)
-        options = lengths | {"num_beams": num_beams, "num_return_sequences": self.num_captions}
-        if num_beams == 1 and search == "beam":
-            options |= {"early_stopping": False}
-        return options | ({"custom_generate": original_beam_search} if search == "original" else {})
-
-
-@dataclass(frozen=True)
-class CaptionTask:
-    """One image for one captioner.
-
-    Args:
-        given: the image, or its features.
-        prompt: how the caption begins.
-        decoding: how it is searched for.
-        with_confidence: whether captions come with their confidences.
-        with_relevance: whether the best caption's words are explained.
-    """
-
-    given: CaptionInput
-    prompt: str = ""
-    decoding: DecodingOptions = DecodingOptions()
-    with_confidence: bool = False
-    with_relevance: bool = False
-
-
-@dataclass
-class CaptionResult:
-    """What a captioner says of an image.
-
-    Args:
-        model: name of the captioner.
-        captions: the best first.
-        confidences: of the captions, if asked for.
-        is_complete: of each caption whether it ended by itself, not at the longest length.
-        num_tokens: of the prompt and of all captions, `<eos>` included.
-        explained: the relevance of the best caption's words, if asked for and if there is one.
-        remark: why there is none.
-        label_map (`(H, W)`): the class of each pixel, or of each cell where there are only features, as an index of
-            `class_names`; -1 for no class. `None` for a captioner with one flow.
-        class_names: of the segmentation features, where they are known.
-    """
-
-    model: str
-    captions: list[str]
-    confidences: list[CaptionConfidence] | None
-    is_complete: list[bool]
-    num_tokens: tuple[int, int] = (0, 0)
-    explained: ExplainedImage | None = None
-    remark: str | None = None
-    label_map: np.ndarray | None = None
-    class_names: Sequence[str] | None = None
+from .tasks import (
+    MAX_PROMPT_CHARACTERS,
+    CaptionResult,
+    CaptionTask,
+    check_feature_input,
+    classes_of_cells,
+    of_user,
+    usual_length,
+    usual_search,
+)
 
 
 class ServedCaptioner:
@@ -177,18 +73,12 @@ class ServedCaptioner:
     @property
     def usual_search(self) -> str:
         """The search that captions are decoded by unless another is asked for, a key of `SEARCHES`."""
-        settings = self.captioner.model.generation_config
-        if settings.do_sample:
-            return "sample"
-        is_original = settings.length_penalty == 0 and settings.early_stopping == "never"
-        return "original" if is_original and settings.repetition_penalty in (None, 1.0) else "beam"
+        return usual_search(self.captioner.model.generation_config)
 
     @property
     def usual_length(self) -> int:
         """The checkpoint's longest caption, in tokens."""
-        settings = self.captioner.model.generation_config
-        usual = settings.max_new_tokens or (settings.max_length or self.longest_caption) - 1
-        return max(1, min(usual, self.longest_caption - 1))
+        return usual_length(self.captioner.model.generation_config, self.longest_caption)
 
     def load_networks(self) -> None:
         """Loads the networks that the captioner needs for images, unless they are there.
@@ -230,7 +120,8 @@ class ServedCaptioner:
         key = self.batch_key(task)
         given = task.given
         if given.features is not None:
-            self._check_features(given)
+            use_segmentation = self.captioner.model.config.use_segmentation
+            check_feature_input(self.name, given, self.captioner.recorded_backbone, use_segmentation, self.force)
             return key
         self.load_networks()
         backbone = self.captioner.grid_backbone
@@ -239,15 +130,6 @@ class ServedCaptioner:
             # The segmentation of a captioner beside this one may need the image itself.
             given.computed[place] = load_image(cast(Any, given.image), backbone)
         return key
-
-    def _check_features(self, given: CaptionInput) -> None:
-        """As `feature_items` does for files."""
-        assert given.features is not None
-        difference = difference_of_backbones(self.captioner.recorded_backbone, given.grid_backbone)
-        if difference is not None and not self.force:
-            raise RequestError(f"{self.name} was trained on other grid features: {difference}")
-        if self.captioner.model.config.use_segmentation and "segmentation_features" not in given.features:
-            raise RequestError(f"{self.name} needs segmentation_features beside grid_features")
 
     # In the thread of the model
 
@@ -282,7 +164,7 @@ class ServedCaptioner:
                 prompt = {"prompt": task.prompt} if task.prompt.strip() else {}
                 inputs.append(self.captioner.preprocess({**self._features_of(task.given), **prompt}))
             except Exception as error:
-                inputs.append(_of_user(error))
+                inputs.append(of_user(error))
         return inputs
 
     def _features_of(self, given: CaptionInput) -> dict[str, Any]:
@@ -325,7 +207,7 @@ class ServedCaptioner:
             results = self._caption_together(tasks, inputs)
         except Exception as error:
             if len(tasks) == 1:
-                return [_of_user(error)]
+                return [of_user(error)]
             return [self._caption_inputs([task], [each])[0] for task, each in zip(tasks, inputs, strict=True)]
         for task, each, result in zip(tasks, inputs, results, strict=True):
             result.label_map, result.class_names = self._label_map(task.given, each), self.captioner.class_names
@@ -334,9 +216,10 @@ class ServedCaptioner:
     def _caption_together(self, tasks: Sequence[CaptionTask], inputs: Sequence[Any]) -> list[CaptionResult]:
         batch = {name: torch.cat([each[name] for each in inputs]) for name in inputs[0]}
         decoding, with_confidence = tasks[0].decoding, tasks[0].with_confidence
-        outputs = self.captioner.forward(
-            batch, return_confidence=with_confidence, **decoding.arguments(self.default_beams, self.usual_search)
-        )
+        arguments = decoding.arguments(self.default_beams, self.usual_search)
+        if (decoding.search or self.usual_search) == "original":
+            arguments["custom_generate"] = original_beam_search
+        outputs = self.captioner.forward(batch, return_confidence=with_confidence, **arguments)
         sequences = outputs["sequences"]  # (B, captions, L)
         prompt_length = batch["decoder_input_ids"].shape[1] if "decoder_input_ids" in batch else 1
         pad_token_id = self.captioner.model.config.pad_token_id
@@ -392,16 +275,9 @@ class ServedCaptioner:
         shares = inputs["segmentation_features"][0].cpu().numpy()  # (classes, rows, columns)
         labels = given.computed.get(("label_map", id(self.captioner.segmenter)))
         if given.features is not None or labels is None:
-            return np.where(shares.max(0) > 0, shares.argmax(0), -1)
+            return classes_of_cells(shares)
         labels = labels.astype(np.int64)
         return np.where((labels >= 0) & (labels < len(shares)), labels, -1)
-
-
-def _of_user(error: Exception) -> Exception:
-    """The checks of processor and `generate` are about what was sent; whatever else is raised is ours."""
-    if isinstance(error, ValueError) and not isinstance(error, RequestError):
-        return RequestError(reason_of(error).replace(" of image 0", ""))
-    return error
 
 
 def share_networks(captioners: Sequence[DifnetImageCaptioningPipeline]) -> None:

@@ -17,9 +17,9 @@ from typing import Any
 from ..command_line import requires
 from ..files import printable
 from .answers import answer, finite, read_json
-from .captioners import MAX_BEAMS, CaptionResult, CaptionTask, DecodingOptions
 from .inputs import CaptionInput, RequestError, decode_base64, read_input
 from .service import CaptionService
+from .tasks import MAX_BEAMS, CaptionResult, CaptionTask, DecodingOptions
 
 with requires("app"):
     from starlette.requests import Request

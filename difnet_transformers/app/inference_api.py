@@ -18,9 +18,9 @@ from .. import __version__
 from ..command_line import requires
 from ..files import printable
 from .answers import answer, finite, read_body, read_json
-from .captioners import CaptionResult, CaptionTask, DecodingOptions
 from .inputs import FEATURES, CaptionInput, RequestError, decode_base64, read_input
 from .service import CaptionService
+from .tasks import CaptionResult, CaptionTask, DecodingOptions
 
 with requires("app"):
     from starlette.requests import Request

@@ -20,8 +20,6 @@ from typing import Any
 
 import numpy as np
 
-from modeling_difnet.images_difnet import is_url, open_image
-
 from ..command_line import describe, requires
 from ..data.feature_files import GridFiles, SegmentationFiles, read_npy
 from ..files import printable
@@ -88,6 +86,8 @@ def read_input(files: Sequence[bytes], name: str = "the image", image_id: int | 
             return _read_features(files, kinds, name, image_id)
         if len(files) > 1:
             raise RequestError("give one image, or the feature files of one image")
+        from modeling_difnet.images_difnet import open_image  # takes seconds to import; features do without
+
         return CaptionInput(open_image(files[0], name=name), name=name)
     except RequestError:
         raise
@@ -109,7 +109,7 @@ def decode_base64(text: str, limit: int) -> bytes:
         header, comma, text = text.partition(",")
         if not comma or not header.lower().endswith(";base64"):
             raise RequestError("a data URL must hold base64: data:image/png;base64,..")
-    elif is_url(text[:100]):
+    elif _is_url(text[:100]):
         raise RequestError("URLs are not fetched: send the image itself, as base64 or as a data URL")
     text = "".join(text.split())
     if len(text) * 3 // 4 > limit + 3:
@@ -121,6 +121,14 @@ def decode_base64(text: str, limit: int) -> bytes:
     if len(content) > limit:
         raise too_large(limit)
     return content
+
+
+def _is_url(text: str) -> bool:
+    if ":" not in text:  # as in all base64
+        return False
+    from modeling_difnet.images_difnet import is_url  # takes seconds to import
+
+    return is_url(text)
 
 
 def too_large(limit: int) -> RequestError:

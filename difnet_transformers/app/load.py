@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from ..checkpoints import checkpoint_folder, read_config, short_name
+from ..checkpoints import checkpoint_folder, read_config
 from ..evaluation.image_captions import load_pipeline
 from .captioners import ServedCaptioner, share_networks
+from .startup import captioner_names
 
 
 def load_captioners(models: Sequence[str], *, force: bool = False, **options: Any) -> list[ServedCaptioner]:
@@ -26,19 +26,6 @@ def load_captioners(models: Sequence[str], *, force: bool = False, **options: An
     pipelines = [load_pipeline(model, force=force, **_own_options(model, options, len(models))) for model in models]
     share_networks(pipelines)
     return [ServedCaptioner(name, each, force) for name, each in zip(names, pipelines, strict=True)]
-
-
-def captioner_names(models: Sequence[str]) -> list[str]:
-    """Short names: of folders the last parts, as many as make them differ; equal ones are numbered."""
-    names = [short_name(model) for model in models]
-    length = 1
-    while len(set(names)) < len(names) and length < max(len(Path(model).parts) for model in models):
-        length += 1
-        names = ["/".join(Path(model).parts[-length:]) for model in models]
-    return [
-        name if names.count(name) == 1 else f"{name} {names[:place].count(name) + 1}"
-        for place, name in enumerate(names)
-    ]
 
 
 def _own_options(model: str, options: dict[str, Any], num_models: int) -> dict[str, Any]:

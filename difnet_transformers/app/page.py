@@ -20,11 +20,12 @@ from ..command_line import requires
 from ..reports.pages import HEAT_COLORS, render_part
 from ..reports.relevance import FLOW_NAMES
 from .answers import unforeseen
-from .captioners import SEARCHES, CaptionResult, CaptionTask, DecodingOptions, ServedCaptioner
+from .captioners import ServedCaptioner
 from .gallery import Example, make_examples, takes_examples, wants_features
 from .inputs import CaptionInput, RequestError, read_input, too_large
 from .rendering import message_html, result_json, results_html
 from .service import CaptionService
+from .tasks import SEARCHES, CaptionResult, CaptionTask, DecodingOptions
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 with requires("app"):
@@ -95,7 +96,7 @@ def make_page(service: CaptionService, examples: Sequence[Example], warnings: Se
         examples: shown where all captioners can caption them.
         warnings: shown above everything else.
     """
-    captioners = list(service.captioners.values())
+    captioners = [each for each in service.captioners.values() if isinstance(each, ServedCaptioner)]
     takes_images = any(each.takes_images for each in captioners)
     shown = list(examples) if all(map(takes_examples, captioners)) else []
     longest = min(each.longest_caption for each in captioners)

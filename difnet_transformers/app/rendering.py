@@ -16,8 +16,8 @@ from ..reports.pages import jpeg_url, relevance_values, render_part
 from ..reports.relevance import FLOWS
 from ..vision.images import thumbnail
 from .answers import finite
-from .captioners import CaptionResult
 from .inputs import CaptionInput
+from .tasks import CaptionResult
 
 MAX_IMAGE_SIDE, MAX_MAP_SIDE = 640, 160  # pixels on the page
 MAX_LEGEND = 24  # classes, the largest first

@@ -9,14 +9,17 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 from ..command_line import describe, requires
 from .chat_api import chat_routes
 from .inference_api import inference_routes
 from .service import CaptionService
+from .starting import load_in_their_place
 from .startup import address_of, listen
+from .tasks import Captioner
 
 with requires("app"):
     import uvicorn
@@ -41,10 +44,11 @@ class LatePage:
     Args:
         make: imports Gradio and returns an ASGI application with a lifespan; runs in a thread.
         debug: whether an error in it is printed with its traceback.
+        loading: of the captioners, which `make` needs; without it they are loaded already.
     """
 
-    def __init__(self, make: Callable[[], Any], debug: bool = False) -> None:
-        self.make, self.debug = make, debug
+    def __init__(self, make: Callable[[], Any], debug: bool = False, loading: Future[None] | None = None) -> None:
+        self.make, self.debug, self.loading = make, debug, loading
         self.page: Any = None
         self.problem: str | None = None
         self.is_ready = threading.Event()
@@ -52,6 +56,8 @@ class LatePage:
     async def load(self, stack: contextlib.AsyncExitStack) -> None:
         """Makes the page, and starts it within the server's own loop."""
         try:
+            if self.loading is not None and await asyncio.to_thread(self.loading.exception) is not None:
+                return  # the server ends
             page = await asyncio.to_thread(self.make)
             await stack.enter_async_context(page.router.lifespan_context(page))
             self.page = page
@@ -123,26 +129,49 @@ class CaptionServer(uvicorn.Server):
 
 
 def serve(
-    service: CaptionService, sock: socket.socket, make_page: Callable[[], Any] | None, debug: bool = False
+    service: CaptionService,
+    sock: socket.socket,
+    make_page: Callable[[], Any] | None,
+    debug: bool = False,
+    load: Callable[[], Sequence[Captioner]] | None = None,
+    loading: Future[None] | None = None,
 ) -> None:
     """Serves until SIGTERM or Ctrl-C; then what runs is finished, and the function returns.
 
     Args:
         service: captions.
         sock: of `listen`.
-        make_page: see `LatePage`; `None` for the endpoints alone.
+        make_page: see `LatePage`; `None` for the endpoints alone. Is called when the captioners are loaded.
         debug: whether errors that nobody foresaw are printed with their traceback.
+        load, loading: of a service whose captioners start in NumPy, see `load_in_their_place`.
+
+    Raises:
+        Exception: what `load` has raised.
     """
-    page = None if make_page is None else LatePage(make_page, debug)
+    page = None if make_page is None else LatePage(make_page, debug, loading)
     server = CaptionServer(service, make_application(service, page, debug))
     # What is loaded stays until the end; collections need not walk through it.
     gc.freeze()
+    loader = None
+    if load is not None and loading is not None:
+        loading.add_done_callback(lambda done: _end_if_failed(server, done))
+        loader = threading.Thread(target=load_in_their_place, args=(service.captioners, load, loading), name="loading")
+        loader.start()
     try:
         server.run(sockets=[sock])
     except KeyboardInterrupt:  # uvicorn raises its signals again when it is through
         pass
     finally:
+        if loader is not None:  # nothing can be imported once the main thread has ended
+            loader.join()
         service.close()
+    if loading is not None and (problem := loading.exception()) is not None:
+        raise problem
+
+
+def _end_if_failed(server: CaptionServer, loading: Future[None]) -> None:
+    if loading.exception() is not None:
+        server.should_exit = True
 
 
 @contextlib.contextmanager

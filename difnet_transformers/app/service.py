@@ -12,8 +12,9 @@ from typing import Any
 
 from ..files import printable
 from .batching import Batcher
-from .captioners import CaptionResult, CaptionTask, ServedCaptioner
 from .inputs import CaptionInput, RequestError
+from .starting import StartingCaptioner
+from .tasks import Captioner, CaptionResult, CaptionTask
 
 NUM_DECODERS = max(1, min(4, (os.cpu_count() or 1) // 2))
 
@@ -31,7 +32,7 @@ class CaptionService:
 
     def __init__(
         self,
-        captioners: Sequence[ServedCaptioner],
+        captioners: Sequence[Captioner],
         *,
         queue_size: int = 100,
         timeout: float = 60,
@@ -39,7 +40,7 @@ class CaptionService:
         batch_size: int = 8,
         batch_wait: float = 0.01,
     ) -> None:
-        self.captioners = {each.name: each for each in captioners}
+        self.captioners: dict[str, Captioner] = {each.name: each for each in captioners}
         self.queue_size, self.timeout, self.max_upload = queue_size, timeout, max_upload
         self.decoders = ThreadPoolExecutor(NUM_DECODERS, thread_name_prefix="decoding")
         self.batcher = Batcher(self._run, batch_size=batch_size, batch_wait=batch_wait)
@@ -47,10 +48,10 @@ class CaptionService:
         self.lock = threading.Lock()
 
     @property
-    def default(self) -> ServedCaptioner:
+    def default(self) -> Captioner:
         return next(iter(self.captioners.values()))
 
-    def captioner(self, name: str | None) -> ServedCaptioner:
+    def captioner(self, name: str | None) -> Captioner:
         """The captioner of a name; by default the first.
 
         Raises:
@@ -100,23 +101,39 @@ class CaptionService:
                 return
             try:
                 with self.batcher.arriving():
-                    task = make_task(read())
-                    key = captioner.prepare(task)
-                    running = self.batcher.submit(key, task)
+                    self._enqueue(captioner.name, make_task(read()), result)
             except Exception as error:
                 _finish(result, error=error)
-                return
-            running.add_done_callback(
-                lambda done: (
-                    None
-                    if done.cancelled()
-                    else _finish(result, error=done.exception(), value=None if done.exception() else done.result())
-                )
-            )
-            result.add_done_callback(lambda done: running.cancel() if done.cancelled() else None)
 
         self.decoders.submit(prepare)
         return result
+
+    def _enqueue(self, name: str, task: CaptionTask, result: Future) -> None:
+        """Hands a task to the model's thread, as soon as there is a captioner that does it."""
+        captioner = self.captioners[name]
+        if isinstance(captioner, StartingCaptioner) and not captioner.takes(task) and not captioner.loading.done():
+            captioner.loading.add_done_callback(lambda _: self._enqueue_later(name, task, result))
+            return
+        running = self.batcher.submit(captioner.prepare(task), task)
+        running.add_done_callback(
+            lambda done: (
+                None
+                if done.cancelled()
+                else _finish(result, error=done.exception(), value=None if done.exception() else done.result())
+            )
+        )
+        result.add_done_callback(lambda done: running.cancel() if done.cancelled() else None)
+
+    def _enqueue_later(self, name: str, task: CaptionTask, result: Future) -> None:
+        def enqueue() -> None:
+            if result.cancelled():
+                return
+            try:
+                self._enqueue(name, task, result)
+            except Exception as error:
+                _finish(result, error=error)
+
+        self.decoders.submit(enqueue)
 
     async def caption(
         self, name: str | None, read: Callable[[], CaptionInput], make_task: Callable[[CaptionInput], CaptionTask]
@@ -124,7 +141,7 @@ class CaptionService:
         """The same for coroutines. Cancelling it takes the request out of the queue."""
         return await asyncio.wrap_future(self.submit(name, read, make_task))
 
-    def _run(self, key: tuple, tasks: list[CaptionTask]) -> list[CaptionResult | Exception]:
+    def _run(self, key: tuple, tasks: list[CaptionTask]) -> Sequence[CaptionResult | Exception]:
         return self.captioners[key[0]].caption(tasks)
 
     def close(self) -> None:

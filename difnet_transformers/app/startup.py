@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import gc
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from ..command_line import requires
-from ..files import printable
+from ..files import printable, short_name
 
 with requires("app"):  # the first of the server's packages that is looked for
     import uvicorn  # noqa: F401
@@ -55,3 +56,16 @@ def address_of(sock: socket.socket) -> str:
     host, port = sock.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     return f"http://{host}:{port}"
+
+
+def captioner_names(models: Sequence[str]) -> list[str]:
+    """Short names: of folders the last parts, as many as make them differ; equal ones are numbered."""
+    names = [short_name(model) for model in models]
+    length = 1
+    while len(set(names)) < len(names) and length < max(len(Path(model).parts) for model in models):
+        length += 1
+        names = ["/".join(Path(model).parts[-length:]) for model in models]
+    return [
+        name if names.count(name) == 1 else f"{name} {names[:place].count(name) + 1}"
+        for place, name in enumerate(names)
+    ]

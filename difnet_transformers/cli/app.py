@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from simple_parsing import field
 
@@ -22,6 +22,9 @@ from ..options import (
     segmentation_size_option,
     sides_of,
 )
+
+if TYPE_CHECKING:
+    from ..app.captioners import ServedCaptioner
 
 DESCRIPTION = """\
 Serve captioners: a page for people, endpoints for programs.
@@ -87,18 +90,20 @@ def main(argv: Sequence[str] | None = None, prog: str = "app.py") -> int:
     options = parse_options(AppOptions, argv, prog=prog, description=DESCRIPTION)
 
     def command() -> int:
+        from concurrent.futures import Future
+
         from ..app.startup import address_of, listen, without_collections
 
         sock = listen(options.host, options.port)
-        with without_collections():
+        warnings: list[str] = []
+
+        def load() -> list[ServedCaptioner]:
             from ..app.load import load_captioners
-            from ..app.server import serve
-            from ..app.service import CaptionService
             from ..evaluation.image_captions import warn_of_untrained
 
             quiet_transformers()
-            warnings = warn_of_untrained(options.untrained)
-            captioners = load_captioners(
+            warnings.extend(warn_of_untrained(options.untrained))
+            return load_captioners(
                 options.model,
                 grid_backbone=options.grid_backbone,
                 layer=options.layer,
@@ -112,22 +117,34 @@ def main(argv: Sequence[str] | None = None, prog: str = "app.py") -> int:
                 device=options.device,
                 runtime=options.runtime,
             )
-            service = CaptionService(
-                captioners,
-                queue_size=options.queue_size,
-                timeout=options.timeout,
-                max_upload=int(options.max_upload_mb * 2**20),
-                batch_size=options.batch_size,
-                batch_wait=options.batch_wait,
-            )
 
         def make_page() -> Any:
             from ..app.page import make_page_application
 
             return make_page_application(service, warnings)
 
+        with without_collections():
+            from ..app.server import serve
+            from ..app.service import CaptionService
+            from ..app.starting import starting_captioners
+
+            loading: Future[None] = Future()
+            is_usual = options.runtime in (None, "torch") and not options.untrained
+            starting = starting_captioners(options.model, loading, options.force) if is_usual else None
+            service = CaptionService(
+                load() if starting is None else starting,
+                queue_size=options.queue_size,
+                timeout=options.timeout,
+                max_upload=int(options.max_upload_mb * 2**20),
+                batch_size=options.batch_size,
+                batch_wait=options.batch_wait,
+            )
         print(f"{', '.join(service.captioners)}: open {address_of(sock)} (Ctrl-C ends it)", flush=True)
-        serve(service, sock, None if options.no_page else make_page, options.debug)
+        page = None if options.no_page else make_page
+        if starting is None:
+            serve(service, sock, page, options.debug)
+        else:
+            serve(service, sock, page, options.debug, load, loading)
         return 0
 
     return run_command(prog, command, options.debug)

@@ -16,10 +16,8 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import GenerationConfig
 
 from modeling_difnet import DifnetForConditionalGeneration
 from modeling_difnet.calibration_difnet import save_calibration
@@ -34,24 +32,10 @@ from ..files import atomic_output, printable
 from ..runtime.manifest import GRAPH_FILES, PRECISIONS, is_exported, write_manifest
 from ..runtime.model import DifnetRuntimeModel
 from ..runtime.sessions import openvino_core
+from ..runtime.settings import check_logits_settings
 from .checks import check_export
 
 RUNTIME_PACKAGES = {"onnx": ("onnx", "onnxruntime"), "openvino": ("onnx", "openvino")}
-
-# Settings of generation_config.json that change the log-probabilities, with the values that change nothing.
-LOGITS_SETTINGS: dict[str, tuple[Any, ...]] = {
-    "repetition_penalty": (1.0,),
-    "no_repeat_ngram_size": (0,),
-    "min_length": (0,),
-    "min_new_tokens": (0,),
-    "bad_words_ids": (),
-    "sequence_bias": (),
-    "forced_bos_token_id": (),
-    "forced_eos_token_id": (),
-    "suppress_tokens": (),
-    "begin_suppress_tokens": (),
-    "exponential_decay_length_penalty": (),
-}
 
 
 def export_captioner(
@@ -84,7 +68,7 @@ def export_captioner(
         OSError: the folder exists, or cannot be written.
     """
     check_format(format, precision)
-    check_generation(model.generation_config)
+    check_logits_settings(model.generation_config.to_dict())
     from .graphs import decoding_step_graph, encoder_graph  # needs onnx
 
     with atomic_output(output, overwrite) as unfinished:
@@ -175,17 +159,6 @@ def check_format(format: str, precision: str) -> None:
     with requires(format):
         for package in RUNTIME_PACKAGES[format]:
             importlib.import_module(package)
-
-
-def check_generation(settings: GenerationConfig) -> None:
-    """Raises ValueError for stored settings of `generate` that the runtime's beam search would have to ignore."""
-    for name, neutral in LOGITS_SETTINGS.items():
-        value = getattr(settings, name, None)
-        if value is not None and value not in neutral:
-            raise ValueError(
-                f"generation_config.json: an exported captioner does not know `{name}` ({value}); remove it from the "
-                "checkpoint"
-            )
 
 
 def write_onnx(graph: Path, output: Path, precision: str) -> None:

@@ -26,10 +26,10 @@ from modeling_difnet.pipeline_difnet import DifnetImageCaptioningPipeline, recor
 from modeling_difnet.relevance_difnet import check_captions
 from processing_difnet import DifnetProcessor, DifnetTokenizer
 
-from ..checkpoints import load_captioner, short_name
+from ..checkpoints import load_captioner
 from ..command_line import LeftOut, describe, requires
 from ..data import ReferenceBatches, load_packed_split
-from ..files import atomic_write, path_inside, printable
+from ..files import atomic_write, path_inside, printable, short_name
 from ..progress import progress_bar
 
 with requires("images"):

@@ -1,4 +1,4 @@
-"""`DifnetRuntimeModel`: captions from features by ONNX Runtime or OpenVINO, without torch and Transformers.
+"""`DifnetRuntimeModel`: captions from features by ONNX Runtime, OpenVINO or NumPy, without torch and Transformers.
 
 What it computes is defined by `DifnetForConditionalGeneration` and `original_beam_search` (modeling_difnet).
 """
@@ -16,13 +16,14 @@ from ..files import printable, read_json
 from .beam_search import BeamSearchOutput, DecodingStep, beam_search
 from .captions import CaptionDecoder
 from .features import check_features, make_batch
-from .manifest import EXPORT_AGAIN, GRAPH_FILES, Manifest, read_manifest
+from .manifest import EXPORT_AGAIN, GRAPH_FILES, Manifest, is_exported, read_manifest
 from .prompts import prepare_prompts
 from .sessions import Session, load_session
+from .settings import check_logits_settings
 
 
 class DifnetRuntimeModel:
-    """An exported captioner. `from_pretrained` loads one.
+    """An exported captioner, or a checkpoint in NumPy. `from_pretrained` loads either.
 
     ```python
     >>> from difnet_transformers import DifnetRuntimeModel
@@ -55,17 +56,21 @@ class DifnetRuntimeModel:
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, num_threads: int | None = None) -> DifnetRuntimeModel:
-        """Loads what `difnet export` wrote.
+        """Loads what `difnet export` wrote, or a checkpoint, which NumPy runs: slower, in float32.
 
         Args:
-            folder: of the export. Nothing is downloaded.
-            num_threads: of the runtime; by default as many as there are cores.
+            folder: of the export or the checkpoint. Nothing is downloaded.
+            num_threads: of the runtime; by default as many as there are cores. Those of NumPy are set outside, by
+                OMP_NUM_THREADS.
 
         Raises:
             ImportError: onnxruntime or openvino is not installed.
-            ValueError: a file is missing, damaged, changed or of another format version; the text names it.
+            ValueError: a file is missing, damaged, changed or of another format version, or the checkpoint has
+                weights or settings that NumPy does not take; the text names it.
         """
         folder = Path(folder)
+        if not is_exported(folder) and (folder / "config.json").is_file():
+            return cls._from_checkpoint(folder)
         manifest = read_manifest(folder)
         encoder, decoding_step = (
             load_session(folder / name, manifest.format, manifest.precision, num_threads)
@@ -77,6 +82,29 @@ class DifnetRuntimeModel:
             raise ValueError(
                 f"{printable(folder, 300)}: its settings are incomplete ({printable(repr(error))}); {EXPORT_AGAIN}"
             ) from error
+
+    @classmethod
+    def _from_checkpoint(cls, folder: Path) -> DifnetRuntimeModel:
+        """As `from_pretrained`."""
+        from .numpy_network import NumpyConfig, NumpyDecodingStep, NumpyEncoder, read_weights  # needs safetensors
+
+        shown = printable(folder, 300)
+        try:
+            settings = {name: read_json(folder / f"{name}.json") for name in ("config", "generation_config")}
+        except OSError as error:
+            raise ValueError(f"{shown} is no checkpoint of a captioner ({printable(str(error), 200)})") from None
+        if not all(isinstance(each, dict) for each in settings.values()):
+            raise ValueError(f"{shown}: config.json and generation_config.json must be objects")
+        check_logits_settings(settings["generation_config"])
+        if settings["config"].get("model_type") != "difnet" or "quantization_config" in settings["config"]:
+            raise ValueError(f"{shown}: NumPy runs captioners of the type difnet whose weights are not quantised")
+        try:
+            config = NumpyConfig.from_settings(settings["config"])
+            weights = read_weights(folder, config)
+            manifest = Manifest("numpy", "fp32", {"name": os.fspath(folder)}, {"numpy": np.__version__}, {})
+            return cls(folder, manifest, NumpyEncoder(config, weights), NumpyDecodingStep(config, weights))
+        except (KeyError, TypeError, AttributeError, OSError) as error:
+            raise ValueError(f"{shown}: its settings are incomplete ({printable(repr(error), 200)})") from error
 
     def generate(
         self,
