@@ -208,15 +208,33 @@ def atomic_output(output: str | os.PathLike, overwrite: bool = False) -> Iterato
         output.parent.mkdir(parents=True, exist_ok=True)
     remove_unfinished(output)
     with name_file_in_errors(output):
-        work = Path(tempfile.mkdtemp(prefix=f".{output.name[:100]}-", suffix=UNFINISHED_SUFFIX, dir=output.parent))
+        work, lock = _work_folder(output)
     try:
-        # Held for as long as the work goes on: `remove_unfinished` of another process takes it when this one is dead.
-        with FileLock(work / LOCK_NAME, timeout=0), name_file_in_errors(output):
+        with name_file_in_errors(output):
             unfinished = work / output.name
             yield unfinished
             _put_in_place(unfinished, output, overwrite)
     finally:
+        lock.release()
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _work_folder(output: Path) -> tuple[Path, FileLock]:
+    """A folder beside `output`, with its lock, which is held for as long as the work goes on.
+
+    `remove_unfinished` of another process takes the lock when this one is dead. Between the making of the lock's file
+    and the locking it may do so too early: the folder is then left to it, and another one is made.
+    """
+    while True:
+        work = Path(tempfile.mkdtemp(prefix=f".{output.name[:100]}-", suffix=UNFINISHED_SUFFIX, dir=output.parent))
+        lock = FileLock(work / LOCK_NAME, timeout=0)
+        try:
+            lock.acquire()
+        except (Timeout, FileNotFoundError):
+            continue
+        if (work / LOCK_NAME).exists():
+            return work, lock
+        lock.release()
 
 
 def _check_free(output: Path, overwrite: bool) -> None:
@@ -274,15 +292,15 @@ def exchange(first: Path, second: Path) -> None:
 def remove_unfinished(output: Path) -> None:
     """Removes what killed runs left of `output`; what another run is writing now stays."""
     for work in output.parent.glob(f".{glob_escape(output.name[:100])}-*{UNFINISHED_SUFFIX}"):
-        if not (work / LOCK_NAME).exists() and time.time() - work.stat().st_mtime < SECONDS_TO_LOCK:
-            continue
         try:
+            if not (work / LOCK_NAME).exists() and time.time() - work.stat().st_mtime < SECONDS_TO_LOCK:
+                continue
             with FileLock(work / LOCK_NAME, timeout=0):
                 previous = work / f"{output.name}.previous"
                 if previous.exists() and not output.exists():
                     previous.rename(output)
                 shutil.rmtree(work, ignore_errors=True)
-        except (Timeout, OSError):
+        except (Timeout, OSError):  # another run's, or gone meanwhile
             continue
 
 

@@ -227,9 +227,10 @@ def test_a_damaged_export_is_refused_with_one_line(copied: Path, name: str) -> N
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_without_a_manifest_is_no_export(checkpoint: Path) -> None:
+def test_a_folder_without_a_manifest_is_no_export(copied: Path) -> None:
+    (copied / "manifest.json").unlink()
     with pytest.raises(ValueError, match=r"it has no manifest\.json"):
-        DifnetRuntimeModel.from_pretrained(checkpoint)
+        DifnetRuntimeModel.from_pretrained(copied)
 
 
 def test_a_file_outside_the_folder_is_not_read(copied: Path) -> None:

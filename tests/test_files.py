@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,13 @@ def test_an_output_appears_whole_or_not_at_all(tmp_path):
         assert not output.exists()
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
     assert (output / "a").read_text() == "whole"
+
+
+def test_runs_that_write_one_file_at_once_do_not_disturb_each_other(tmp_path):
+    """Each looks for what killed runs have left while the others make and remove their folders."""
+    with ThreadPoolExecutor(4) as executor:
+        list(executor.map(lambda number: atomic_write(tmp_path / "out", str(number)), range(200)))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])

@@ -101,7 +101,10 @@ def change_json(name: str, **changes) -> Callable[[Path], object]:
             f"{EMBEDDING} is of type BF16; NumPy reads F32 and F16: difnet export takes the others",
         ),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"short"), "model.safetensors: cannot be read"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors: cannot be read"),
+        (
+            lambda folder: (folder / "model.safetensors").unlink(),
+            "it has no manifest.json. Make one of a checkpoint with",
+        ),
         (lambda folder: (folder / "vocab.json").write_text('{"a": 0}'), "vocab.json: has"),
         (lambda folder: (folder / "processor_config.json").unlink(), "its settings are incomplete"),
         (change_json("config.json", d_model="wide"), "config.json: `d_model` must be int, not wide"),

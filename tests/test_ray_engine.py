@@ -13,8 +13,10 @@ import time
 from pathlib import Path
 
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from bulk_campaign import config_of, make_tars, rows_of, save_captioner
+from bulk_campaign import WIDTH, config_of, make_tars, rows_of, save_captioner
 
 from difnet_transformers.bulk import ImageCaptioner, InputConfig, process_shards
 from difnet_transformers.cli.main import main
@@ -172,3 +174,16 @@ def free_port() -> int:
     with socket.socket() as server:
         server.bind(("localhost", 0))
         return server.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_a_mistake_that_a_worker_finds_is_one_line(tmp_path, capsys):
+    """The features lack what the captioner's second flow needs, which shows when they are read."""
+    pytest.importorskip("ray")
+    both = save_captioner(tmp_path / "both", use_segmentation=True, encoder_layers=2)
+    pq.write_table(pa.table({"key": ["1"], "grid_features": [[[0.5] * WIDTH] * 49]}), tmp_path / "features.parquet")
+    words = ["caption", "--features", str(tmp_path / "features.parquet"), "--model", str(both), "--device", "cpu"]
+    assert main([*words, "--output", str(tmp_path / "out"), "--engine", "ray", "--num-workers", "1"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("difnet caption: error:")]
+    assert "features.parquet: this captioner needs the segmentation features too: give --segmentation" in line
+    assert not (tmp_path / "out" / "run.json").exists()

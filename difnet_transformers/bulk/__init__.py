@@ -6,6 +6,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "captioning": ["CaptioningConfig", "ImageCaptioner"],
+        "feature_captioner": ["FeatureCaptioner"],
         "features": ["FeatureConfig", "FeatureMaker"],
         "inputs": ["InputConfig", "InputShard", "plan_shards"],
         "outputs": ["OutputFolder", "caption_schema"],

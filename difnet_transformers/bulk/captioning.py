@@ -180,18 +180,24 @@ class ImageCaptioner:
             "captioner": weights,
             "vocabulary": digest_of(pipeline.processor.tokenizer.get_vocab()),
             "generation settings": digest_of({**settings, "num_beams": None}),
-            "grid backbone": provenance_of(pipeline.grid_backbone, None),
             "--num-captions": self.config.num_captions,
             "--num-beams": options["num_beams"],
             "--original-beam-search": self.config.original_beam_search,
             "--confidence": self.config.confidence,
             "--save-features": self.config.save_features,
+            **self.identity_of_networks(),
         }
-        if pipeline.segmenter is not None:
-            said["segmentation model"] = segmentation_provenance_of(pipeline.segmenter, None)
         if self.config.confidence and pipeline.calibration is not None:
             said["calibration"] = digest_of(asdict(pipeline.calibration))
         return json.loads(json.dumps(said))
+
+    def identity_of_networks(self) -> dict[str, Any]:
+        """What `identity` says of the networks that make the features."""
+        pipeline = self.pipeline
+        said = {"grid backbone": provenance_of(pipeline.grid_backbone, None)}
+        if pipeline.segmenter is not None:
+            said["segmentation model"] = segmentation_provenance_of(pipeline.segmenter, None)
+        return said
 
     def __call__(self, images: Iterable[Mapping[str, Any]]) -> list[Row]:
         """Captions a batch of images.

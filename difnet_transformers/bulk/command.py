@@ -79,12 +79,21 @@ def report(summary: RunSummary, output: str, strict: bool = False) -> int:
     shown = printable(output, 300)
     for line in summary.examples:
         print(f"error: {printable(line, 500)}")
-    more = summary.errors - len(summary.examples)
+    images, errors = summary.images_of_part, summary.errors_of_part
+    more = errors - len(summary.examples)
     if more > 0:
         print(f"and {more:,} more rows with an error")
+    if errors:
+        print("--retry-errors does the shards with errors again")
     for line in summary.duplicates:
         print(f"duplicate: {printable(line, 500)}")
-    print(f"{summary.images:,} images, {summary.errors:,} of them with an error, in {shown}")
+    if summary.num_duplicates:
+        print(
+            f"{summary.num_duplicates:,} images have the key of another one: within a shard the first is done, in "
+            "several shards each; --key-column names a column of other keys"
+        )
+    now = "" if summary.images == images else f" ({summary.images:,} of them now)"
+    print(f"{images:,} images{now}, {errors:,} of them with an error, in {shown}")
     left = summary.shards - summary.finished
     print(f"{summary.finished:,} of {summary.shards:,} shards are finished" + (f", {left:,} are left" if left else ""))
     if summary.failures:
@@ -92,9 +101,9 @@ def report(summary: RunSummary, output: str, strict: bool = False) -> int:
             f"{len(summary.failures):,} shards could not be read; the same command tries them again: "
             + "; ".join(summary.failures[:3])
         )
-    if summary.images and summary.errors == summary.images:
-        raise ValueError(f"nothing could be done: all {summary.images:,} images have an error")
-    return 2 if strict and summary.errors else 0
+    if images and errors == images:
+        raise ValueError(f"nothing could be done: all {images:,} images have an error")
+    return 2 if strict and errors else 0
 
 
 def print_plan(maker: RowMaker, inputs: InputConfig, *, sample: int, price_per_hour: float | None = None) -> int:
@@ -108,9 +117,14 @@ def print_plan(maker: RowMaker, inputs: InputConfig, *, sample: int, price_per_h
 
     Returns:
         The exit code.
+
+    Raises:
+        ValueError: there is nothing to measure: no image of the sample can be used.
     """
     shards = plan_shards(inputs)
     found = forecast(maker, inputs, shards, sample)
+    for line in found.examples:
+        print(f"error: {printable(line, 500)}")
     print(f"{found.images:,} images in {found.shards:,} shards, {size_text(found.images * found.bytes_in)}")
     print(f"measured: {found.sampled:,} images, {found.errors:,} with an error, on {maker.device}")
     for name, seconds in sorted(found.seconds.items(), key=lambda each: -each[1]):

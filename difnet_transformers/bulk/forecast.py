@@ -14,14 +14,18 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
+from ..files import printable
 from ..progress import progress_bar
 from ..stage_times import StageTimes
 from ..vision.image_batches import NUM_THREADS
-from .inputs import InputConfig, InputShard, file_system, is_local
+from .inputs import InputConfig, InputShard
 from .outputs import WRITING, OutputFolder, RowWriter
+from .places import file_system, is_local, is_web
 from .readers import ImageItem, read_shard
+from .records import NUM_LISTED
 from .rows import RowMaker
 from .run import process_shard, readable, unique
+from .stored_features import StoredFeatures
 
 SAMPLED_SHARDS = 4
 WARM_UP = 2  # batches before the measured ones, in which libraries choose their kernels
@@ -42,6 +46,7 @@ class Forecast:
         seconds_of_shard: to open and close one, without its images.
         sampled: images that were measured.
         errors: how many of these cannot be captioned.
+        examples: `key: error` of the first of these.
         num_processes: that share the shards.
         bandwidth: bytes a second that the storage gives to all processes together; `None` for no limit.
     """
@@ -57,6 +62,7 @@ class Forecast:
     seconds_of_shard: float = 0.0
     sampled: int = 0
     errors: int = 0
+    examples: tuple[str, ...] = ()
     num_processes: int = 1
     bandwidth: float | None = None
 
@@ -132,7 +138,8 @@ def forecast(maker: RowMaker, inputs: InputConfig, shards: Sequence[InputShard],
         sample: number of images, taken from a few shards; a few more come before them.
 
     Raises:
-        UnreadableShard, ValueError: as `process_shard`.
+        UnreadableShard: as `process_shard`.
+        ValueError: as `process_shard`, or no image of the sample can be used.
     """
     begun = time.perf_counter()
     maker.identity()  # loads the networks
@@ -152,6 +159,7 @@ def forecast(maker: RowMaker, inputs: InputConfig, shards: Sequence[InputShard],
             yield item
 
     errors, measured = 0, 0
+    examples: list[str] = []
     with (
         tempfile.TemporaryDirectory(prefix="difnet-") as work,
         progress_bar(total=sample, unit=" images", desc="measuring") as bar,
@@ -174,12 +182,17 @@ def forecast(maker: RowMaker, inputs: InputConfig, shards: Sequence[InputShard],
                 items = counted(unique(readable(read_shard(shard, inputs), shard), []))
                 for row in maker.rows(islice(items, per_shard), times):
                     writer.write(row)
-                    errors += row["error"] is not None
+                    if row["error"] is not None:
+                        errors += 1
+                        examples.append(f"{row['key']}: {row['error']}")
                     measured += 1
                     bar.update()
             writer.flush()
             total = times.total
         bytes_out = path.stat().st_size / max(1, measured)
+    if errors == measured:
+        said = f"all {measured:,} of the sample have an error, such as {examples[0]}" if examples else "no image"
+        raise ValueError(f"nothing to measure in {printable(inputs.places[0], 300)}: {said}")
     stages = {name: each / max(1, measured) for name, each in times.seconds.items()}
     # What is between the stages: queues, rows, the loop itself.
     stages["other"] = max(0.0, total / max(1, measured) - sum(stages.values()))
@@ -195,6 +208,7 @@ def forecast(maker: RowMaker, inputs: InputConfig, shards: Sequence[InputShard],
         seconds_of_shard=seconds_of_shard,
         sampled=measured,
         errors=errors,
+        examples=tuple(examples[:NUM_LISTED]),
     )
 
 
@@ -202,7 +216,9 @@ def size_of(item: ImageItem) -> int:
     """Bytes of an image file; 0 where it is not known before it is fetched."""
     if isinstance(item.content, bytes):
         return len(item.content)
-    if isinstance(item.content, str) and not item.content.startswith(("http://", "https://")):
+    if isinstance(item.content, StoredFeatures):
+        return item.content.num_bytes
+    if isinstance(item.content, str) and not is_web(item.content):
         try:
             fs, path = file_system(item.content)
             return fs.size(path) or 0

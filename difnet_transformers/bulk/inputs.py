@@ -8,11 +8,13 @@ its feature file only.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
+import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice, pairwise
@@ -24,17 +26,25 @@ from modeling_difnet.images_difnet import is_url
 from ..command_line import reason_of, requires
 from ..data.image_files import IMAGE_SUFFIXES, leads_out
 from ..data.packed_dataset import quiet_datasets
-from ..data.parquet import hub_name, open_parquet
-from ..files import printable
+from ..data.parquet import open_parquet
+from ..files import check_regular_file, printable
+from .columns import image_column_of, key_column_of
+from .places import (
+    check_applies,
+    expand,
+    file_system,
+    hash_of,
+    is_local,
+    is_web,
+    named,
+    no_images,
+    note_left_out,
+    stamp_of,
+    stamp_of_place,
+)
 
-with requires("data"):
-    import fsspec
-
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-LIST_SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl")
 KINDS = ("auto", "images", "tar", "parquet", "list", "dataset")
-STAMPS = ("size", "mtime", "ETag", "etag", "md5Hash", "md5", "sha256", "LastModified", "last_modified", "updated")
-"""What file systems say of a file that changes with it."""
+UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,7 @@ class InputConfig:
     Args:
         places: images, folders, tars, Parquet files, lists or datasets: paths, or URLs of anything that fsspec opens,
             with `*` for several; names of datasets of the Hub.
-        kind: one of `KINDS`; "auto" goes by names and by what is there.
+        kind: one of `KINDS`, or "features"; "auto" goes by names and by what is there.
         images_per_shard: of folders, lists, Parquet files and datasets. A tar is one shard.
         image_column: of tables: the column of images, or of their paths or URLs; of tars the suffix. By default the
             usual names.
@@ -53,6 +63,8 @@ class InputConfig:
         dataset_config: of datasets that have several.
         revision: of datasets of the Hub.
         streaming: whether datasets are read from where they lie; then each of their files is a shard.
+        segmentation: of the kind "features", which is of feature files in the place of images: where the segmentation
+            features beside grid features in HDF5 are, a folder of `<image id>.npy` or an HDF5 file.
     """
 
     places: tuple[str, ...]
@@ -64,6 +76,7 @@ class InputConfig:
     dataset_config: str | None = None
     revision: str | None = None
     streaming: bool = False
+    segmentation: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +85,7 @@ class InputShard:
 
     Args:
         index: its place among all shards.
-        kind: "images", "tar", "parquet", "list", "dataset", or "stream" of a dataset that is streamed.
+        kind: "images", "tar", "parquet", "list", "features", "dataset", or "stream" of a dataset that is streamed.
         source: the place that it is a part of; of images the first one's path.
         start, stop: rows of a table, or, of a stream, which of its parts; `stop` is `None` where it is not known.
         parts: of a stream: how many there are.
@@ -121,18 +134,26 @@ def plan_shards(config: InputConfig) -> list[InputShard]:
         raise ValueError("images_per_shard must be at least 1")
     images: dict[str, str] = {}  # path to stamp; what is given twice is captioned once
     shards: list[InputShard] = []
-    for place in config.places:
+    kinds = {"features"} if config.kind == "features" else set()
+    if config.kind == "features":
+        from .stored_features import feature_shards
+
+        shards = feature_shards(config)
+    for place in config.places if config.kind != "features" else ():
         for path, kind in expand(place, config.kind):
-            if kind == "images":
-                images |= list_images(path)
-            elif kind == "tar":
-                shards.append(whole_file(path))
-            elif kind == "parquet":
-                shards += parquet_shards(path, config.images_per_shard)
-            elif kind == "list":
-                shards += list_shards(path, config.images_per_shard)
-            else:
-                shards += dataset_shards(path, config)
+            kinds.add(kind)
+            with named(path):
+                if kind == "images":
+                    images |= list_images(path)
+                elif kind == "tar":
+                    shards.append(whole_file(path))
+                elif kind == "parquet":
+                    shards += parquet_shards(path, config)
+                elif kind == "list":
+                    shards += list_shards(path, config)
+                else:
+                    shards += dataset_shards(path, config)
+    check_options(config, kinds)
     paths = list(images)
     chunks = [
         paths[start : start + config.images_per_shard] for start in range(0, len(paths), config.images_per_shard)
@@ -148,6 +169,21 @@ def plan_shards(config: InputConfig) -> list[InputShard]:
     return found
 
 
+def check_options(config: InputConfig, kinds: set[str]) -> None:
+    """Raises `ValueError` where an option is given that no input heeds."""
+    tables = ("parquet", "list", "dataset")
+    for option, value in (
+        ("--split", config.split),
+        ("--dataset-config", config.dataset_config),
+        ("--streaming", config.streaming),
+    ):
+        check_applies(value, option, kinds, ("dataset",), "datasets")
+    check_applies(config.key_column, "--key-column", kinds, (*tables, "features"), "Parquet files, lists and datasets")
+    check_applies(
+        config.image_column, "--image-column", kinds, ("tar", *tables), "tars, Parquet files, lists and datasets"
+    )
+
+
 def check_places(shards: Sequence[InputShard]) -> None:
     """Raises `ValueError` where a file is given twice: each key is captioned once."""
     seen = set()
@@ -158,116 +194,12 @@ def check_places(shards: Sequence[InputShard]) -> None:
         seen.add(place)
 
 
-# Places
-
-
-def expand(place: str, kind: str) -> Iterator[tuple[str, str]]:
-    """The files, folders and datasets that a place means, each with its kind.
-
-    Raises:
-        ValueError: there is no such place, or nothing in it.
-    """
-    shown = printable(place, 300)
-    if kind == "dataset":
-        yield place, kind
-        return
-    is_hub_name = kind == "auto" and not is_url(place) and hub_name(place) is not None
-    if is_hub_name and not place.lower().endswith((*IMAGE_SUFFIXES, *TAR_SUFFIXES, *LIST_SUFFIXES, ".parquet")):
-        yield place, "dataset"
-        return
-    if place.startswith(("http://", "https://")):  # which have no folders
-        yield place, kind_of_file(place.partition("?")[0], kind)
-        return
-    fs, path = file_system(place)
-    try:
-        if any(character in place for character in "*?[") and not (is_local(fs) and os.path.lexists(path)):
-            matches = sorted(fs.glob(path))
-            if not matches:
-                raise ValueError(f"{shown}: no such files")
-            for match in matches:
-                name = match if is_local(fs) and not is_url(place) else fs.unstrip_protocol(match)
-                yield from expand_one(fs, match, name, kind)
-        else:
-            yield from expand_one(fs, path, place, kind)
-    except FileNotFoundError:
-        raise ValueError(f"{shown}: no such file or folder") from None
-
-
-def expand_one(fs: Any, path: str, name: str, kind: str) -> Iterator[tuple[str, str]]:
-    """See `expand`; `name` is what messages and keys call `path`."""
-    if not fs.isdir(path):
-        if not fs.exists(path) and not (is_local(fs) and os.path.lexists(path)):
-            raise FileNotFoundError(name)
-        yield name, kind_of_file(name, kind)
-        return
-    children = {entry["name"].rstrip("/").rpartition("/")[2]: entry["type"] for entry in fs.ls(path, detail=True)}
-    if kind == "auto" and {"dataset_dict.json", "dataset_info.json"} & set(children):
-        yield name, "dataset"
-        return
-    suffixes = {"tar": TAR_SUFFIXES, "parquet": (".parquet",), "list": LIST_SUFFIXES}
-    for other in suffixes if kind == "auto" else [kind] if kind in suffixes else []:
-        within = fs.find(path) if other == "parquet" or kind != "auto" else [f"{path}/{child}" for child in children]
-        files = sorted(file for file in within if file.lower().endswith(suffixes[other]))
-        is_of_images = any(child.lower().endswith(IMAGE_SUFFIXES) for child in children)
-        if files and not (kind == "auto" and (is_of_images or other == "list")):
-            for file in files:
-                yield f"{name.rstrip('/')}{file[len(path.rstrip('/')) :]}", other
-            return
-    if kind not in ("auto", "images"):
-        raise ValueError(f"{printable(name, 300)}: no {' or '.join(suffixes[kind])} in this folder")
-    yield name, "images"
-
-
-def kind_of_file(name: str, kind: str) -> str:
-    """The kind of a file by its name, unless it is said."""
-    if kind != "auto":
-        return kind
-    name = name.lower()
-    for suffixes, found in ((TAR_SUFFIXES, "tar"), ((".parquet",), "parquet"), (LIST_SUFFIXES, "list")):
-        if name.endswith(suffixes):
-            return found
-    return "images"
-
-
-def file_system(place: str) -> tuple[Any, str]:
-    """The fsspec file system of a place, and its path there.
-
-    Raises:
-        ValueError: no installed package knows such places.
-    """
-    try:
-        return fsspec.core.url_to_fs(place)
-    except (ImportError, ValueError) as error:
-        raise ValueError(f"{printable(place, 300)}: cannot be opened ({printable(reason_of(error), 200)})") from None
-
-
-def is_local(fs: Any) -> bool:
-    return isinstance(fs, fsspec.implementations.local.LocalFileSystem)
-
-
-# Fingerprints
-
-
-def hash_of(parts: Iterable[str]) -> str:
-    """SHA-256 of texts, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part.encode("utf-8", "backslashreplace") + b"\n")
-    return digest.hexdigest()
-
-
-def stamp_of(info: dict[str, Any]) -> str:
-    """What a file system says of a file that changes with it, such as its size and time."""
-    return json.dumps({key: str(info[key]) for key in STAMPS if info.get(key) is not None})
+# Files and images
 
 
 def whole_file(path: str) -> InputShard:
-    fs, inner = file_system(path)
-    info = fs.info(inner)
-    return InputShard(0, "tar", path, fingerprint=hash_of([path, stamp_of(info)]), num_bytes=info.get("size"))
-
-
-# Images
+    stamp, size = stamp_of_place(path)
+    return InputShard(0, "tar", path, fingerprint=hash_of([path, stamp]), num_bytes=size)
 
 
 def list_images(place: str) -> dict[str, str]:
@@ -276,21 +208,23 @@ def list_images(place: str) -> dict[str, str]:
     Raises:
         ValueError: a folder holds none.
     """
-    fs, path = file_system(place) if not place.startswith(("http://", "https://")) else (None, place)
-    if fs is None:
+    if is_web(place):
         return {place: ""}
+    fs, path = file_system(place)
     if is_local(fs):
         return local_images(place if not is_url(place) else path)
     if not fs.isdir(path):
         return {place: stamp_of(fs.info(path))}
     length = len(path.rstrip("/"))
+    files = fs.find(path, detail=True)
     found = {
         f"{place.rstrip('/')}{name[length:]}": stamp_of(info)
-        for name, info in sorted(fs.find(path, detail=True).items())
+        for name, info in sorted(files.items())
         if name.lower().endswith(IMAGE_SUFFIXES)
     }
     if not found:
-        raise ValueError(f"{printable(place, 300)}: no images in this folder ({' '.join(IMAGE_SUFFIXES)})")
+        raise no_images(place, files)
+    note_left_out(place, "images", files)
     return found
 
 
@@ -299,8 +233,10 @@ def local_images(place: str) -> dict[str, str]:
     if not os.path.isdir(place):
         return {place: local_stamp(place)}
     found: list[str] = []
+    others: list[str] = []
     for folder, folders, files in os.walk(place):
         folders.sort()
+        others += (file for file in files if not file.lower().endswith(IMAGE_SUFFIXES))
         for file in files:
             path = os.path.join(folder, file)
             if file.lower().endswith(IMAGE_SUFFIXES) and not (
@@ -308,7 +244,8 @@ def local_images(place: str) -> dict[str, str]:
             ):
                 found.append(path)
     if not found:
-        raise ValueError(f"{printable(place, 300)}: no images in this folder ({' '.join(IMAGE_SUFFIXES)})")
+        raise no_images(place, others)
+    note_left_out(place, "images", others)
     return {path: local_stamp(path) for path in sorted(found)}
 
 
@@ -323,17 +260,21 @@ def local_stamp(path: str) -> str:
 # Parquet
 
 
-def parquet_shards(path: str, images_per_shard: int) -> list[InputShard]:
-    """Rows of one file; a file that cannot be read is a shard, whose only row says so."""
-    fs, inner = file_system(path)
-    info = fs.info(inner)
-    fingerprint, size = hash_of([path, stamp_of(info)]), info.get("size")
+def parquet_shards(path: str, config: InputConfig) -> list[InputShard]:
+    """Rows of one file; a file that cannot be read is a shard, whose only row says so.
+
+    Raises:
+        ValueError: it has no column of images, or of keys.
+    """
+    stamp, size = stamp_of_place(path)
+    fingerprint = hash_of([path, stamp])
     try:
         with open_parquet(path) as file:
-            num_rows = file.metadata.num_rows
+            num_rows, schema = file.metadata.num_rows, file.schema_arrow
     except ValueError:
         return [InputShard(0, "parquet", path, fingerprint=fingerprint, num_bytes=size)]
-    count = max(1, round(num_rows / images_per_shard))
+    _check_columns(schema.names, config, path, schema)
+    count = max(1, round(num_rows / config.images_per_shard))
     edges = [num_rows * index // count for index in range(count + 1)]
     return [
         InputShard(0, "parquet", path, start, stop, fingerprint=fingerprint, num_bytes=(size or 0) // count or None)
@@ -342,27 +283,54 @@ def parquet_shards(path: str, images_per_shard: int) -> list[InputShard]:
     ]
 
 
+def _check_columns(names: Sequence[str], config: InputConfig, source: str, schema: Any = None) -> None:
+    image_column_of(names, config.image_column, source, schema)
+    key_column_of(names, config.key_column, source)
+
+
 # Lists
 
 
-def list_shards(path: str, images_per_shard: int) -> list[InputShard]:
-    """Rows of a list of paths or URLs; its shards know where they begin, so that nobody reads it to there."""
+def list_shards(path: str, config: InputConfig) -> list[InputShard]:
+    """Rows of a list of paths or URLs; its shards know where they begin, so that nobody reads it to there.
+
+    Raises:
+        ValueError: a row cannot be read, or the first has no column of images, or of keys.
+    """
     shards = []
-    fs, inner = file_system(path)
-    with fs.open(inner, "rb") as file:
+    with open_list(path) as file:
+        if file.read(2) in UTF16:
+            raise ValueError(f"{printable(path, 300)}: text in UTF-16; save it as UTF-8")
+        file.seek(0)
         lines = CountedLines(file)
         rows = list_rows(lines, path)
         start, number = 0, 0
         while True:
             offset = lines.offset
             lines.digest = hashlib.sha256()
-            number = sum(1 for _ in islice(rows, images_per_shard))
+            number = 0
+            for row in islice(rows, config.images_per_shard):
+                if start == number == 0:
+                    _check_columns([name for name in row if name is not None], config, path)
+                number += 1
             if not number:
                 break
             fingerprint = lines.digest.hexdigest()
             shards.append(InputShard(0, "list", path, start, start + number, offset=offset, fingerprint=fingerprint))
             start += number
     return shards
+
+
+def open_list(path: str) -> IO[bytes]:
+    """A list as a file in which places can be found again; what a server sends without its size is read whole."""
+    fs, inner = file_system(path)
+    if is_local(fs):
+        check_regular_file(inner)
+    file = fs.open(inner, "rb")
+    if is_web(path) and getattr(file, "size", None) is None:
+        file.close()
+        return io.BytesIO(fs.cat_file(inner))
+    return file
 
 
 class CountedLines:
@@ -425,8 +393,7 @@ def header_of(path: str) -> list[str] | None:
     suffix = path.partition("?")[0].rpartition(".")[2].lower()
     if suffix not in ("csv", "tsv"):
         return None
-    fs, inner = file_system(path)
-    with fs.open(inner, "rb") as file:
+    with open_list(path) as file:
         names = csv.DictReader(CountedLines(file), delimiter="\t" if suffix == "tsv" else ",").fieldnames
     return list(names or [])
 
@@ -437,7 +404,9 @@ def header_of(path: str) -> list[str] | None:
 def dataset_shards(name: str, config: InputConfig) -> list[InputShard]:
     """Rows of a dataset; of one that is streamed its files."""
     dataset = open_dataset(name, config.split, config.dataset_config, config.revision, config.streaming)
-    if config.streaming:
+    if dataset.column_names:  # which are not known of every stream
+        columns_of_dataset(dataset, config, name)
+    if config.streaming and hasattr(dataset, "num_shards"):  # those of `save_to_disk` lie on the disk already
         parts = dataset.num_shards
         said = (config.dataset_config, config.split, config.revision, _builder_hash(name, config))
         fingerprint = hash_of([name, *map(str, said)])
@@ -454,6 +423,21 @@ def dataset_shards(name: str, config: InputConfig) -> list[InputShard]:
         )
         for start in starts
     ]
+
+
+def columns_of_dataset(dataset: Any, config: InputConfig, source: str) -> tuple[str, str | None, bool]:
+    """The columns of images and of keys, and whether `datasets` knows the first for images.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from datasets import Image
+
+    names = list(dataset.column_names or [])
+    of_images = [name for name, kind in (dataset.features or {}).items() if isinstance(kind, Image)]
+    image = of_images[0] if of_images and not config.image_column else None
+    image = image or image_column_of(names, config.image_column, source)
+    return image, key_column_of(names, config.key_column, source), image in of_images
 
 
 def _builder_hash(name: str, config: InputConfig) -> str:
@@ -491,10 +475,13 @@ def open_dataset(
                 loaded = load_dataset(name, config, revision=revision, streaming=streaming)
     except Exception as error:
         # Loading reaches datasets, huggingface_hub, fsspec, YAML and the network, each with errors of its own.
+        cause = error.__cause__ or error  # "An error occurred while generating the dataset" says nothing
         raise ValueError(
-            f"{shown}: no such file, and no dataset that can be loaded ({printable(reason_of(error), 300)})"
+            f"{shown}: no such file, and no dataset that can be loaded ({printable(reason_of(cause), 300)})"
         ) from None
     if isinstance(loaded, Dataset | IterableDataset):
+        if split is not None and str(loaded.split or "train") != split:
+            raise ValueError(f"{shown}: has no splits; leave --split out")
         return loaded
     if split is None and len(loaded) == 1:
         return next(iter(loaded.values()))

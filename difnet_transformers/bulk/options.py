@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path  # noqa: F401  (simple_parsing looks up the annotations of subclasses here)
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from simple_parsing import field
 
+from ..files import printable
 from ..options import check_at_least, option_name
 
 if TYPE_CHECKING:
@@ -16,7 +18,10 @@ if TYPE_CHECKING:
     from .ray_engine import RayConfig
 
 MANY = "many images"
+OF_PLAN = ("sample", "price_per_hour")
 OF_RAY = ("address", "num_workers", "cpus_per_worker", "gpus_per_worker")
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+LIST_SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl")
 
 
 @dataclass(kw_only=True)
@@ -84,11 +89,12 @@ class ManyImagesOptions:
         default=False, group=MANY, help="let URLs of lists lead to this machine or a private network"
     )
 
-    def check_many(self, needs: str | None) -> None:
+    def check_many(self, needs: str | None, places: list[str]) -> None:
         """For `__post_init__`.
 
         Args:
             needs: the option without which there are no shards, where it is not given.
+            places: the inputs.
 
         Raises:
             ValueError: a number is too small, or an option belongs to another that is not given.
@@ -98,6 +104,16 @@ class ManyImagesOptions:
         for entry in fields(ManyImagesOptions) if needs is not None else ():
             if getattr(self, entry.name) != entry.default:
                 raise ValueError(f"{option_name(entry.name)} belongs to {needs}")
+        for place in places if needs is not None else ():
+            if place.lower().endswith((*TAR_SUFFIXES, *LIST_SUFFIXES, ".parquet")):
+                raise ValueError(f"{printable(place, 300)}: tars, Parquet files and lists of images need {needs}")
+        for entry in fields(ManyImagesOptions):
+            if not self.plan and entry.name in OF_PLAN and getattr(self, entry.name) != entry.default:
+                raise ValueError(f"{option_name(entry.name)} belongs to --plan")
+            if self.plan and entry.name in ("shard", "retry_errors") and getattr(self, entry.name):
+                raise ValueError(f"--plan is of all images: leave {option_name(entry.name)} out")
+        if self.price_per_hour is not None and not 0 <= self.price_per_hour < math.inf:
+            raise ValueError(f"--price-per-hour must be a price, not {self.price_per_hour}")
 
         if self.engine == "local":
             for entry in fields(ManyImagesOptions):

@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from ..command_line import requires
 from ..files import atomic_output, make_folder, printable
 from ..stage_times import StageTimes
-from .inputs import file_system, is_local
+from .places import file_system, is_local, is_web
 
 with requires("data"):
     import pyarrow as pa
@@ -156,6 +156,12 @@ class OutputFolder:
 
     def __init__(self, place: str) -> None:
         self.place = place
+        if not place:
+            raise ValueError("--output has an empty name; give a folder, or a URL such as s3://BUCKET/FOLDER")
+        if is_web(place):
+            raise ValueError(
+                f"{printable(place, 300)}: a web server, which is not written to; choose another --output"
+            )
         self.fs, self.root = file_system(place)
         self.local = Path(self.root) if is_local(self.fs) else None
         self.is_object_store = bool(OBJECT_STORES & set(np.atleast_1d(self.fs.protocol)))
@@ -177,6 +183,14 @@ class OutputFolder:
         wanted = set(names)
         return {name: size for name, size in found.items() if name in wanted}
 
+    def names(self, folder: str) -> list[str]:
+        """The names of the files in one of its folders, from this one on; none where there is no such folder."""
+        try:
+            entries = self.fs.ls(f"{self.root}/{folder}", detail=False, refresh=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return [f"{folder}/{entry.rstrip('/').rpartition('/')[2]}" for entry in sorted(entries)]
+
     def read_json(self, names: Collection[str]) -> dict[str, dict[str, Any]]:
         """JSON objects by the names of their files; those that are not there, or are damaged, are left out."""
         paths = {f"{self.root}/{name}".lstrip("/"): name for name in names}
@@ -194,6 +208,11 @@ class OutputFolder:
                 if isinstance(said, dict):
                     found[paths[path.lstrip("/")]] = said
         return found
+
+    def remove(self, name: str) -> None:
+        """Removes a file, if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.rm_file(f"{self.root}/{name}")
 
     def write_json(self, name: str, said: Mapping[str, Any], overwrite: bool = True) -> None:
         """Writes a JSON file, whole or not at all.
@@ -241,7 +260,7 @@ class OutputFolder:
             yield True
             return
         folder = self.local / ".locks"
-        folder.mkdir(exist_ok=True)
+        make_folder(folder)
         lock = FileLock(folder / f"{name}.lock", timeout=0)
         try:
             lock.acquire()

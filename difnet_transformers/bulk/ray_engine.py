@@ -16,6 +16,7 @@ import os
 import re
 import socket
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,8 +29,9 @@ from ..files import printable
 from ..progress import progress_bar
 from .inputs import InputConfig, InputShard, plan_shards
 from .outputs import OutputFolder
+from .records import RunSummary, begin, finish, finished_shards, forget
 from .rows import RowMaker
-from .run import RunSummary, begin, each_once, finish, finished_shards, process_shard
+from .run import each_once, process_shard
 
 # Read when Ray is imported or started. What it would say of itself is in its logs, under /tmp/ray.
 QUIET = {
@@ -117,11 +119,15 @@ def process_shards_on_ray(
             redone = frozenset(shard.index for shard in todo if shard.index in manifests)
             work = replace(work, identity=identity, redone=redone)
             workers = config.num_workers or (_num_that_fit(resources),) * 2
-            for said in _results(work, todo, workers, resources):
-                summary.failures += said["failures"]
-                if said["manifest"] is not None:
-                    summary.add(said["manifest"])
-    finish(output, shards, identity, format, maker.what, summary)
+            try:
+                for said in _results(work, todo, workers, resources):
+                    summary.failures += said["failures"]
+                    if said["manifest"] is not None:
+                        summary.add(said["manifest"])
+            except ValueError:
+                forget(output)
+                raise
+    finish(output, shards, shards, identity, format, maker.what, summary)
     return summary
 
 
@@ -244,6 +250,8 @@ def _results(
         try:
             for row in results.iter_rows():
                 said = json.loads(row["said"])
+                if said["error"] is not None:
+                    raise ValueError(said["error"]) from RuntimeError(said["traceback"])
                 images += said["manifest"]["images"] if said["manifest"] else 0
                 bar.set_postfix_str(f"{images:,} images", refresh=False)
                 bar.update()
@@ -323,9 +331,21 @@ class _ShardActor:
         return {"said": [json.dumps(self.done(shard_of(text))) for text in batch["shard"]]}
 
     def done(self, shard: InputShard) -> dict[str, Any]:
-        """Does a shard, unless a worker that Ray takes for dead, or another driver's, has done it."""
+        """Does a shard, unless a worker that Ray takes for dead, or another driver's, has done it.
+
+        Returns:
+            Its "manifest", or "failures" to read it, or the "error" that ends the run: of what a worker raises Ray
+            would tell the driver the traceback alone.
+        """
+        found: dict[str, Any] = {"failures": [], "manifest": None, "error": None, "traceback": None}
+        try:
+            found["manifest"] = self._manifest_of(shard, found["failures"])
+        except Exception as error:
+            found |= {"error": describe(error), "traceback": traceback.format_exc()}
+        return found
+
+    def _manifest_of(self, shard: InputShard, failures: list[str]) -> dict[str, Any] | None:
         work, output = self.work, self.output
-        failures: list[str] = []
 
         def do(shard: InputShard) -> dict[str, Any]:
             return process_shard(
@@ -340,5 +360,5 @@ class _ShardActor:
             return shard.index not in work.redone and manifest_of(shard) is not None
 
         for _, manifest in each_once([shard], output, do, is_finished, failures):
-            return {"failures": failures, "manifest": manifest or manifest_of(shard)}
-        return {"failures": failures, "manifest": None}
+            return manifest or manifest_of(shard)
+        return None

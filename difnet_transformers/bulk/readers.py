@@ -9,24 +9,32 @@ from __future__ import annotations
 
 import os
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
 from modeling_difnet.images_difnet import MAX_FILE_SIZE, UnreadableImage, is_url
 
-from ..command_line import requires
+from ..command_line import reason_of, requires
 from ..data.image_files import IMAGE_SUFFIXES
 from ..files import printable
-from .inputs import CountedLines, InputConfig, InputShard, file_system, header_of, is_local, list_rows, open_dataset
+from .columns import image_column_of, key_column_of
+from .inputs import (
+    CountedLines,
+    InputConfig,
+    InputShard,
+    columns_of_dataset,
+    header_of,
+    list_rows,
+    open_dataset,
+    open_list,
+)
+from .places import file_system, is_local, is_web
 
 with requires("data"):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-KEY_COLUMNS = ("key", "__key__", "id", "image_id")
-IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "bytes", "content")
-PLACE_COLUMNS = ("path", "url", "image_path", "image_url", "file_name", "filename", "file", "image")
 ROWS_AT_ONCE = 32  # of Parquet: images in memory
 
 
@@ -36,7 +44,8 @@ class ImageItem(NamedTuple):
     Args:
         key: path, URL, or the dataset's own key.
         source: the file, folder or dataset that it is in; `None` where it is in none.
-        content: an image file's bytes, the path or URL of one, or what is wrong with it.
+        content: an image file's bytes, the path or URL of one, or what is wrong with it; in the place of an image its
+            `StoredFeatures`.
     """
 
     key: str
@@ -50,6 +59,10 @@ def read_shard(shard: InputShard, config: InputConfig) -> Iterator[ImageItem]:
     Raises:
         OSError: a file cannot be read for now: it is away, or the network is.
     """
+    if shard.kind == "features":
+        from .stored_features import read_features
+
+        return read_features(shard, config)
     readers = {"images": read_images, "tar": read_tar, "parquet": read_parquet, "list": read_list}
     return readers.get(shard.kind, read_dataset)(shard, config)
 
@@ -71,15 +84,18 @@ def content_of(place: str) -> str | bytes:
         UnreadableImage: it is too large.
         OSError: there is no such file.
     """
-    if place.startswith(("http://", "https://")) or not is_url(place):
+    if is_web(place) or not (is_url(place) or "://" in place):
         return place
     fs, path = file_system(place)
     if is_local(fs):
         return path
-    size = fs.size(path)
-    if size is not None and size > MAX_FILE_SIZE:
-        raise UnreadableImage(f"{size:,} bytes; at most {MAX_FILE_SIZE:,} are read")
-    return fs.cat_file(path)
+    try:
+        size = fs.size(path)
+        if size is not None and size > MAX_FILE_SIZE:
+            raise UnreadableImage(f"{size:,} bytes; at most {MAX_FILE_SIZE:,} are read")
+        return fs.cat_file(path)
+    except (LookupError, TypeError, AttributeError) as error:  # of URLs that are no whole ones, such as data:
+        raise UnreadableImage(f"cannot be read ({reason_of(error)})") from None
 
 
 # Tars
@@ -102,7 +118,7 @@ def read_tar(shard: InputShard, config: InputConfig) -> Iterator[ImageItem]:
         try:
             with tarfile.open(fileobj=file, mode="r|*", tarinfo=_CheckedMember) as tar:
                 for member in tar:
-                    if not member.isreg():
+                    if not (member.isreg() or member.islnk() or member.issym()):
                         continue
                     name = text_of(member.name.removeprefix("./"))
                     if stem_of(name) != stem:
@@ -136,6 +152,8 @@ class _CheckedMember(tarfile.TarInfo):
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | Exception:
+    if not member.isreg():  # of a stream nothing is read twice
+        return UnreadableImage(f"a link to {printable(member.linkname, 200)}, which is not followed in a tar")
     if member.size > MAX_FILE_SIZE:
         return UnreadableImage(f"{member.size:,} bytes; at most {MAX_FILE_SIZE:,} are read")
     extracted = tar.extractfile(member)
@@ -171,23 +189,48 @@ def images_of_sample(
 
 def read_parquet(shard: InputShard, config: InputConfig) -> Iterator[ImageItem]:
     """Rows of a Parquet file, whose images are bytes, `{"bytes", "path"}` as `datasets` has them, or places."""
-    fs, path = file_system(shard.source)
     source = text_of(shard.source)
+
+    def columns_of(schema: pa.Schema) -> list[str]:
+        image = image_column_of(schema.names, config.image_column, source, schema)
+        key = key_column_of(schema.names, config.key_column, source)
+        return [image] if key is None else [image, key]
+
+    for first, columns in rows_of_parquet(shard, columns_of):
+        if isinstance(columns, Exception):
+            yield ImageItem(source, source, columns)
+            continue
+        for row, value in enumerate(columns[0]):
+            name = key_of(columns[1][row].as_py() if len(columns) > 1 else None, f"{source}#{first + row}")
+            content = content_of_value(value.as_py())
+            yield ImageItem(name, source, beside(shard.source, content) if isinstance(content, str) else content)
+
+
+def rows_of_parquet(
+    shard: InputShard, columns_of: Callable[[pa.Schema], list[str]]
+) -> Iterator[tuple[int, list[pa.Array] | Exception]]:
+    """Rows of a Parquet file, some at a time; of a file that is damaged the last is an error.
+
+    Args:
+        shard: of the file.
+        columns_of: the columns to read, of the file's schema.
+
+    Yields:
+        The number of the first row, and the columns.
+    """
+    fs, path = file_system(shard.source)
     with fs.open(path, "rb") as handle:
         try:
             file = pq.ParquetFile(handle)
-            names = file.schema_arrow.names
-            image = image_column_of(names, config.image_column, source, file.schema_arrow)
-            key = key_column_of(names, config.key_column, source)
-            yield from _parquet_items(file, shard, image, key)
+            yield from _batches(file, shard, columns_of(file.schema_arrow))
         except (pa.ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             said = printable(" ".join(str(error).split()), 200)
-            yield ImageItem(source, source, UnreadableImage(f"damaged or cut off ({said})"))
+            yield 0, UnreadableImage(f"damaged or cut off ({said})")
 
 
-def _parquet_items(file: pq.ParquetFile, shard: InputShard, image: str, key: str | None) -> Iterator[ImageItem]:
+def _batches(file: pq.ParquetFile, shard: InputShard, columns: list[str]) -> Iterator[tuple[int, list[pa.Array]]]:
     stop = file.metadata.num_rows if shard.stop is None else shard.stop
     first, groups = None, []
     row = 0
@@ -197,35 +240,38 @@ def _parquet_items(file: pq.ParquetFile, shard: InputShard, image: str, key: str
             first = row if first is None else first
             groups.append(group)
         row = end
-    row, source = first or 0, text_of(shard.source)
-    columns = [image, *([key] if key else [])]
-    for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=groups, columns=columns):
+    row = first or 0
+    for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=groups, columns=list(dict.fromkeys(columns))):
         start, end = max(0, shard.start - row), min(len(batch), stop - row)
-        for number in range(start, end):
-            name = f"{source}#{row + number}" if key is None else str(batch.column(key)[number].as_py())
-            yield ImageItem(name, source, content_of_value(batch.column(image)[number].as_py()))
+        if start < end:
+            yield row + start, [batch.column(name).slice(start, end - start) for name in columns]
         row += len(batch)
 
 
 def read_list(shard: InputShard, config: InputConfig) -> Iterator[ImageItem]:
     """Rows of a list. Paths that are not absolute begin in the list's folder; keys are what the list says."""
-    fs, path = file_system(shard.source)
     source = text_of(shard.source)
     header = header_of(shard.source) if shard.offset else None
     assert shard.stop is not None
-    with fs.open(path, "rb") as file:
+    with open_list(shard.source) as file:
         file.seek(shard.offset)
         rows = list_rows(CountedLines(file, shard.offset), shard.source, header)
-        for row in islice(rows, shard.stop - shard.start):
+        for number, row in enumerate(islice(rows, shard.stop - shard.start), start=shard.start):
             names = [name for name in row if name is not None]  # which the cells beyond the header have
             image = image_column_of(names, config.image_column, source)
             key = key_column_of(names, config.key_column, source)
             place = row[image]
-            name = place if key is None else row[key]
             if not isinstance(place, str) or not place:
-                yield ImageItem(str(name), source, UnreadableImage("the list names no file"))
+                name = key_of(None if key is None else row[key], f"{source}#{number}")
+                yield ImageItem(name, source, UnreadableImage("the list names no file"))
                 continue
-            yield ImageItem(text_of(str(name)), source, beside(shard.source, place))
+            name = key_of(None if key is None else row[key], text_of(place))
+            yield ImageItem(name, source, beside(shard.source, place))
+
+
+def key_of(value: Any, otherwise: str) -> str:
+    """A key as text; `otherwise` in the place of one that is missing, so that no image is lost with it."""
+    return otherwise if value is None or value == "" else text_of(str(value))
 
 
 def beside(file: str, place: str) -> str:
@@ -242,13 +288,9 @@ def read_dataset(shard: InputShard, config: InputConfig) -> Iterator[ImageItem]:
         from datasets import Image
 
     dataset = open_dataset(shard.source, config.split, config.dataset_config, config.revision, config.streaming)
-    names = list(dataset.column_names or [])
-    of_images = [name for name, kind in (dataset.features or {}).items() if isinstance(kind, Image)]
-    image = of_images[0] if of_images and not config.image_column else None
     source = text_of(shard.source)
-    image = image or image_column_of(names, config.image_column, source)
-    key = key_column_of(names, config.key_column, source)
-    if image in of_images:
+    image, key, is_of_images = columns_of_dataset(dataset, config, source)
+    if is_of_images:
         dataset = dataset.cast_column(image, Image(decode=False))
     dataset = dataset.select_columns([image, *([key] if key else [])])
     split = str(config.split or dataset.split or "train")
@@ -259,7 +301,7 @@ def read_dataset(shard: InputShard, config: InputConfig) -> Iterator[ImageItem]:
         rows, start = (dataset[row] for row in range(shard.start, shard.stop or len(dataset))), shard.start
         prefix = f"{split}/"
     for number, row in enumerate(rows, start=start):
-        name = f"{prefix}{number}" if key is None else str(row[key])
+        name = key_of(None if key is None else row[key], f"{prefix}{number}")
         yield ImageItem(name, source, content_of_value(row[image]))
 
 
@@ -268,35 +310,3 @@ def content_of_value(value: Any) -> bytes | str | Exception:
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     return value if isinstance(value, bytes | str) and value else UnreadableImage("the row has no image")
-
-
-def image_column_of(names: Sequence[str], wanted: str | None, source: str, schema: pa.Schema | None = None) -> str:
-    """The column of images, or of their places.
-
-    Raises:
-        ValueError: there is none.
-    """
-    known = [wanted] if wanted else [*IMAGE_COLUMNS, *PLACE_COLUMNS]
-    found = next((name for name in known if name in names), None)
-    if found is None and not wanted and schema is not None:
-        kinds = (pa.types.is_binary, pa.types.is_large_binary)
-        found = next((each.name for each in schema if any(is_kind(each.type) for is_kind in kinds)), None)
-    if found is None:
-        what = f"column {printable(wanted)}" if wanted else "column of images"
-        raise ValueError(
-            f"{printable(source, 300)}: no {what} among {printable(', '.join(names), 300)}; --image-column names it"
-        )
-    return found
-
-
-def key_column_of(names: Sequence[str], wanted: str | None, source: str) -> str | None:
-    """The column of keys; `None` where there is none and none is asked for.
-
-    Raises:
-        ValueError: there is not the one that is asked for.
-    """
-    if wanted and wanted not in names:
-        raise ValueError(
-            f"{printable(source, 300)}: no column {printable(wanted)} among {printable(', '.join(names), 300)}"
-        )
-    return wanted or next((name for name in KEY_COLUMNS if name in names), None)

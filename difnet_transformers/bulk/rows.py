@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 
 from modeling_difnet.feature_networks_difnet import GridBackbone, Segmenter
-from modeling_difnet.images_difnet import open_image
+from modeling_difnet.images_difnet import UnreadableImage, open_image
 
 from ..stage_times import StageTimes
 from ..vision.image_batches import LoadedImage, load_image
@@ -72,7 +72,10 @@ def load_item(
     if isinstance(item.content, Exception):
         raise item.content
     content = content_of(item.content) if isinstance(item.content, str) else item.content
-    image = open_image(content, name=item.key, allow_private_hosts=allow_private_hosts)
+    try:
+        image = open_image(content, name=item.key, allow_private_hosts=allow_private_hosts)
+    except UnreadableImage as error:
+        raise UnreadableImage(str(error).replace("allow_private_hosts=True", "--allow-private-hosts")) from None
     return load_image(image, backbone, segmenter, keep)._replace(
         remark=None
     )  # of one image in a million nobody reads it

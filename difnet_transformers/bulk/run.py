@@ -11,67 +11,31 @@ import platform
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from importlib.metadata import version
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
-from ..command_line import describe, requires
-from ..files import printable, sha256_of
+from ..command_line import describe
+from ..files import sha256_of
 from ..progress import progress_bar
 from ..stage_times import StageTimes
-from .inputs import InputConfig, InputShard, hash_of, plan_shards
+from .inputs import InputConfig, InputShard, plan_shards
 from .outputs import WRITING, OutputFolder, RowWriter, data_name, manifest_name
 from .readers import ImageItem, read_shard
+from .records import NUM_LISTED, RunSummary, begin, finish, finished_shards, forget
 from .rows import RowMaker
 
-with requires("data"):
-    import pyarrow.json as pj
-    import pyarrow.parquet as pq
-
-RUN, SUMMARY = "run.json", "summary.json"
 ATTEMPTS = 3  # at a shard whose input cannot be read for now
 SECONDS_BETWEEN_ATTEMPTS = 2.0
 SECONDS_BETWEEN_LOOKS = 1.0  # at shards that other processes are working on
-NUM_LISTED = 20
 PACKAGES = ("torch", "transformers", "pillow", "pyarrow")
 
 
-class UnreadableShard(Exception):
+class UnreadableShard(OSError):
     """The input of a shard cannot be read for now."""
-
-
-@dataclass
-class RunSummary:
-    """What a process has done, and what all have.
-
-    Args:
-        shards: of the inputs.
-        finished: how many of them are finished.
-        images, errors: rows that this process has made, and how many of them have an error.
-        examples: `key: error` of the first errors.
-        failures: what kept shards from being read.
-        duplicates: keys that occur more than once in all shards, as far as they are finished.
-    """
-
-    shards: int
-    finished: int = 0
-    images: int = 0
-    errors: int = 0
-    examples: list[str] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)
-    duplicates: list[str] = field(default_factory=list)
-
-    def add(self, manifest: Mapping[str, Any]) -> None:
-        """Counts a shard that is done."""
-        self.images += manifest["images"]
-        self.errors += manifest["errors"]
-        said = [f"{each['key']}: {each['error']}" for each in manifest["first_errors"]]
-        self.examples += said[: NUM_LISTED - len(self.examples)]
 
 
 # One shard
@@ -173,7 +137,8 @@ def readable(items: Iterator[ImageItem], shard: InputShard) -> Iterator[ImageIte
     except ValueError:
         raise
     except Exception as error:
-        raise UnreadableShard(f"{shard.name}: {describe(error)}") from error
+        said = describe(error).removeprefix(f"{shard.name}: ")
+        raise UnreadableShard(f"{shard.name}: {said}") from error
 
 
 def unique(items: Iterable[ImageItem], duplicates: list[str]) -> Iterator[ImageItem]:
@@ -241,13 +206,17 @@ def process_shards(
             can_be = output.local is not None and shard.index not in redone
             return can_be and bool(finished_shards(output, [shard], len(shards), identity, format, maker.what))
 
-        for shard, manifest in each_once(todo, output, work, is_finished, summary.failures):
-            progress.finished(shard, None if manifest is None else manifest["images"])
-            if manifest is not None:
-                summary.add(manifest)
+        try:
+            for shard, manifest in each_once(todo, output, work, is_finished, summary.failures):
+                progress.finished(shard, None if manifest is None else manifest["images"])
+                if manifest is not None:
+                    summary.add(manifest)
+        except ValueError:
+            forget(output)
+            raise
     if summary.images:
         times.print_summary(summary.images)
-    finish(output, shards, identity, format, maker.what, summary)
+    finish(output, shards, mine, identity, format, maker.what, summary)
     return summary
 
 
@@ -337,168 +306,3 @@ class _Progress:
             return None
         mean = self.images_known / max(1, self.shards_known)
         return round(self.done + self.left_known + self.left_unknown * mean)
-
-
-# What all shards have in common
-
-
-def run_identity(inputs: InputConfig, shards: Sequence[InputShard], maker: RowMaker, format: str) -> dict:
-    """What decides about the output of a run, in words that say what changed."""
-    plan = (
-        f"{shard.kind} {shard.source} {shard.start} {shard.stop} {shard.offset} {shard.parts} {shard.fingerprint}"
-        for shard in shards
-    )
-    return {
-        "--format": format,
-        "--image-column": inputs.image_column,
-        "--key-column": inputs.key_column,
-        **maker.identity(),
-        "number of shards (inputs, --images-per-shard)": len(shards),
-        "inputs": hash_of(plan),
-    }
-
-
-def begin(
-    output: OutputFolder,
-    inputs: InputConfig,
-    shards: Sequence[InputShard],
-    maker: RowMaker,
-    format: str,
-) -> str:
-    """Writes what all shards have in common, or compares it with what an earlier process wrote.
-
-    Returns:
-        A hash of it, for the manifests.
-
-    Raises:
-        ValueError: it is another run's output; the text names what changed.
-    """
-    said = run_identity(inputs, shards, maker, format)
-    identity = hash_of([repr(sorted(said.items()))])
-    record = {
-        "made_by": f"DIFNet for Transformers, {maker.what}",
-        "version": version("difnet-transformers"),
-        "identity": identity,
-        "inputs": list(inputs.places[:100]),
-        "compared": said,
-    }
-    try:
-        output.write_json(RUN, record, overwrite=False)
-        return identity
-    except FileExistsError:
-        known = output.read_json([RUN]).get(RUN)
-    shown = printable(output.place, 300)
-    if known is None or not isinstance(known.get("compared"), dict):
-        raise ValueError(f"{shown}/{RUN} is damaged; restore it, or choose another --output")
-    if known["compared"] == said:
-        return identity
-    remedy = "give what it was begun with, or choose another --output"
-    for name, value in said.items():
-        earlier = known["compared"].get(name)
-        if earlier == value:
-            continue
-        if name == "inputs":
-            raise ValueError(f"{shown}: the inputs have changed: {_changed_input(output, shards)}; {remedy}")
-        if isinstance(value, dict) and isinstance(earlier, dict):
-            value, earlier = _difference(value, earlier)
-        raise ValueError(f"{shown}: another {name}: {_short(value)}, begun with {_short(earlier)}; {remedy}")
-    raise ValueError(f"{shown}: was begun by another version, with other options; {remedy}")
-
-
-def _difference(value: dict[str, Any], earlier: dict[str, Any]) -> tuple[str, str]:
-    names = {**value, **earlier}
-    name = next(each for each in names if value.get(each) != earlier.get(each))
-    return f"{name} {_short(value.get(name))}", _short(earlier.get(name))
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    is_hash = len(text) == 64 and set(text) <= set("0123456789abcdef")
-    return f"{text[:12]}.." if is_hash else printable(text, 200)
-
-
-def _changed_input(output: OutputFolder, shards: Sequence[InputShard]) -> str:
-    """Which input is another than a finished shard was made of."""
-    names = {manifest_name(shard.index): shard for shard in shards}
-    for name, manifest in sorted(output.read_json(names).items()):
-        shard = names[name]
-        if (manifest.get("input"), manifest.get("input_fingerprint")) != (shard.name, shard.fingerprint):
-            same = manifest.get("input") == shard.name
-            return shard.name if same else f"{shard.name} where {printable(manifest.get('input'), 300)} was"
-    return "in a shard that is not finished yet"
-
-
-def finished_shards(
-    output: OutputFolder, shards: Sequence[InputShard], num_shards: int, identity: str, format: str, what: str
-) -> dict[int, dict[str, Any]]:
-    """The manifests of finished shards by their numbers: those whose file is there in full length."""
-    files = {shard.index: data_name(shard.index, num_shards, format, what) for shard in shards}
-    names = {manifest_name(shard.index): shard.index for shard in shards}
-    sizes = output.sizes([*files.values(), *names])
-    found = {}
-    for name, manifest in output.read_json([name for name in names if name in sizes]).items():
-        counts = [manifest.get(each) for each in ("images", "errors", "num_duplicates", "bytes")]
-        is_whole = all(isinstance(count, int) for count in counts) and sizes.get(files[names[name]]) == counts[-1]
-        if is_whole and manifest.get("identity") == identity:
-            found[names[name]] = manifest
-    return found
-
-
-def finish(
-    output: OutputFolder, shards: Sequence[InputShard], identity: str, format: str, what: str, summary: RunSummary
-) -> None:
-    """Counts the finished shards; after the last one looks for keys that several have, and writes the summary."""
-    manifests = finished_shards(output, shards, len(shards), identity, format, what)
-    summary.finished = len(manifests)
-    within = [f"{key}, twice in {shards[index].name}" for index, each in sorted(manifests.items())
-              for key in each["duplicates"]]  # fmt: skip
-    summary.duplicates = within[:NUM_LISTED]
-    if len(manifests) < len(shards):
-        return
-    known = output.read_json([SUMMARY]).get(SUMMARY, {})
-    sums = {name: sum(each[name] for each in manifests.values()) for name in ("images", "errors", "bytes")}
-    content = hash_of(manifests[index]["sha256"] for index in sorted(manifests))
-    if known.get("content") == content:
-        summary.duplicates = list(known.get("duplicates") or [])
-        return
-    files = [manifests[index]["file"] for index in sorted(manifests)]
-    across = duplicate_keys(output, files) if len(files) > 1 else []
-    summary.duplicates = (within + across)[:NUM_LISTED]
-    said = {
-        "shards": len(shards),
-        **sums,
-        what: sums["images"] - sums["errors"],
-        "seconds": round(sum(each["seconds"] for each in manifests.values()), 1),
-        "duplicates": summary.duplicates,
-        "num_duplicates": sum(each["num_duplicates"] for each in manifests.values()) + len(across),
-        "content": content,
-    }
-    output.write_json(SUMMARY, said)
-
-
-def duplicate_keys(output: OutputFolder, files: Sequence[str]) -> list[str]:
-    """Keys that several shards have, with the sources of their images. Memory holds 8 bytes a key.
-
-    Args:
-        output: where the files are.
-        files: of the shards.
-    """
-    hashes = [np.fromiter(map(hash, _columns(output, file)["key"]), np.int64) for file in files]
-    values, numbers = np.unique(np.concatenate(hashes), return_counts=True)
-    repeated = set(values[numbers > 1].tolist())
-    if not repeated:
-        return []
-    sources: dict[str, list[str]] = {}
-    for file in files:
-        columns = _columns(output, file)
-        for key, source in zip(columns["key"], columns["source"], strict=True):
-            if hash(key) in repeated:
-                sources.setdefault(key, []).append(source)
-    return [f"{key}, in {' and '.join(each[:3])}" for key, each in sources.items() if len(each) > 1]
-
-
-def _columns(output: OutputFolder, file: str) -> dict[str, list[str]]:
-    with output.fs.open(f"{output.root}/{file}", "rb") as handle:
-        if file.endswith(".parquet"):
-            return pq.read_table(handle, columns=["key", "source"]).to_pydict()
-        return pj.read_json(handle).select(["key", "source"]).to_pydict()

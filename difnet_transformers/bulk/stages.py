@@ -10,31 +10,21 @@ actor. The original (mrwu-mac/DIFNet, CVPR 2022) has nothing that corresponds.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
-import numpy as np
-
 from ..command_line import requires
-from ..data.feature_records import (
-    difference_of_backbones,
-    difference_of_classes,
-    order_of_classes,
-    recorded_classes,
-)
-from ..data.packed_dataset import decode_segmentation
 from .captioning import CaptioningConfig, ImageCaptioner
+from .columns import PLACE_COLUMNS, image_column_of, key_column_of
+from .feature_captioner import FeatureCaptioner
 from .features import FeatureConfig, FeatureMaker
 from .outputs import table_of
-from .readers import PLACE_COLUMNS, ImageItem, content_of_value, image_column_of, key_column_of
-from .rows import Row, RowMaker
+from .readers import ImageItem, content_of_value
+from .rows import RowMaker
+from .stored_features import FEATURE_COLUMNS, features_of_row, records_of_table
 
 with requires("data"):
     import pyarrow as pa
-
-FEATURES = ("grid_features", "grid_cells", "segmentation_features")
 
 
 class CaptionImages:
@@ -108,7 +98,7 @@ class CaptionFeatures:
     """
 
     def __init__(self, config: CaptioningConfig) -> None:
-        self.captioner = _FeatureCaptioner(replace(config, grid_backbone=None, segmentation_model=None))
+        self.captioner = FeatureCaptioner(config)
         _ = self.captioner.pipeline
 
     def __call__(self, features: pa.Table) -> pa.Table:
@@ -123,60 +113,16 @@ class CaptionFeatures:
         Raises:
             ValueError: they are of other networks than the captioner was trained with.
         """
-        order = self.captioner.order_of_classes(records_of(features.schema))
-        rows = [self.captioner.features_of_row(row, order) for row in features.select(_present(features)).to_pylist()]
-        items = (ImageItem(row["key"], row.get("source"), cast(Any, row["features"])) for row in rows)
-        return _beside(features, self.captioner, items, FEATURES)
-
-
-class _FeatureCaptioner(ImageCaptioner):
-    """An `ImageCaptioner` of features in the place of images."""
-
-    needs_images = False
-
-    def order_of_classes(self, records: Mapping[str, Any]) -> tuple[int, ...] | None:
-        """Where features have each class of the captioner; `None` for the same order, or one that is not known.
-
-        Raises:
-            ValueError: the features are of another grid backbone, or of other classes.
-        """
-        backbone = difference_of_backbones(self.pipeline.recorded_backbone, records.get("grid_backbone"))
-        if backbone is not None and not self.config.force:
-            raise ValueError(f"this captioner was trained on other grid features: {backbone}")
-        expected, found = self.pipeline.class_names, recorded_classes(records.get("segmentation_model"))
-        if not self.pipeline.model.config.use_segmentation or expected is None or found is None:
-            return None
-        classes = difference_of_classes(expected, found)
-        if classes is not None:
-            raise ValueError(f"other segmentation classes than the captioner's: {classes}")
-        return order_of_classes(expected, found)
-
-    def features_of_row(self, row: Row, order: tuple[int, ...] | None) -> Row:
-        """The key of a row with its features, or with what is wrong with it."""
-        features: Any
-        if row.get("error") is not None or row.get("grid_features") is None:
-            features = ValueError(row.get("error") or "the row has no grid_features")
-        else:
-            features = {"grid_features": np.asarray(row["grid_features"], dtype=np.float32)}  # (cells, C)
-            if self.pipeline.model.config.use_segmentation and row.get("segmentation_features") is not None:
-                shares = decode_segmentation([row["segmentation_features"]], np.float32)[0]  # (classes, rows, columns)
-                features["segmentation_features"] = shares if order is None else shares[list(order)]
-        return {"key": str(row["key"]), "source": row.get("source"), "features": features}
-
-    def _load(self, item: ImageItem) -> Any:
-        if isinstance(item.content, Exception):
-            raise item.content
-        return item.content
-
-
-def records_of(schema: pa.Schema) -> dict[str, Any]:
-    """What a schema of `MakeFeatures` says of the networks; nothing where it has lost that on its way."""
-    said = json.loads((schema.metadata or {}).get(b"difnet", b"{}"))
-    return said if isinstance(said, dict) else {}
+        records = records_of_table(features.schema)
+        rows = features.select(_present(features)).to_pylist()
+        items = (
+            ImageItem(str(row["key"]), row.get("source"), cast(Any, features_of_row(row, records))) for row in rows
+        )
+        return _beside(features, self.captioner, items, FEATURE_COLUMNS)
 
 
 def _present(features: pa.Table) -> list[str]:
-    return [name for name in ("key", "source", "error", *FEATURES) if name in features.column_names]
+    return [name for name in ("key", "source", "error", *FEATURE_COLUMNS) if name in features.column_names]
 
 
 def _with_rows(maker: RowMaker, images: pa.Table, image_column: str | None, key_column: str | None) -> pa.Table:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from simple_parsing import field
@@ -56,13 +56,15 @@ Many images, in folders, tars of WebDataset, Parquet files, lists of paths or UR
   difnet caption "s3://bucket/images/*.tar" --model mine --output captions --plan
   difnet caption "s3://bucket/images/*.tar" --model mine --output captions
 
+or features that were made before: --features FILES of difnet extract or difnet pack --parquet, or of HDF5.
+
 OUTPUT gets a Parquet file for each shard of the inputs, with a row for each image: key, source, caption, score, and
 the error of an image that cannot be captioned. --plan measures a sample and says what the whole will take. The program
 can be killed at any time: the same command resumes after the last finished shard. Several processes share the shards:
 torchrun, accelerate launch and array jobs of SLURM say which part is whose, or --shard does; with --engine ray the
 workers of a Ray cluster do them (docs/large_scale.md)."""
 
-OUTPUTS_OF_FEW = ("json", "contact_sheet", "explain", "features")
+OUTPUTS_OF_FEW = ("json", "contact_sheet", "explain", "ids")
 NETWORKS_AND_CAPTIONS = (
     *("grid_backbone", "layer", "precision", "force", "segmentation_model", "segmentation_size", "untrained", "seed"),
     *("device", "runtime", "num_captions", "num_beams", "batch_size", "original_beam_search", "confidence"),
@@ -88,7 +90,11 @@ class CaptionOptions(ManyImagesOptions):
     force: bool = field(default=False, help="take other networks than the model was trained with")
     segmentation_model: str | None = field(default=None, metavar="NAME", help="folder or repository")
     segmentation_size: int | None = segmentation_size_option()
-    features: list[str] | None = field(default=None, metavar="HDF5", help="grid features, instead of images")
+    features: list[str] | None = field(
+        default=None,
+        metavar="FILE",
+        help="grid features in HDF5, instead of images; with --output also Parquet of difnet extract or pack",
+    )
     segmentation: str | None = field(default=None, metavar="PATH", help="folder of <image id>.npy, or HDF5 file")
     ids: list[int] | None = field(default=None, metavar="ID", help="of --features: these images alone")
     json: Path | None = field(default=None, metavar="FILE", help="write COCO's results format")
@@ -128,7 +134,7 @@ class CaptionOptions(ManyImagesOptions):
     debug: bool = debug_option()
 
     def __post_init__(self) -> None:
-        self.check_many(needs="--output" if self.output is None else None)
+        self.check_many(needs="--output FOLDER" if self.output is None else None, places=self.images)
         if self.output is None and self.save_features:
             raise ValueError("--save-features belongs to --output")
         if self.output is not None:
@@ -137,6 +143,8 @@ class CaptionOptions(ManyImagesOptions):
                 raise ValueError(f"{given[0]} and --output do not go together")
             if self.format == "jsonl" and self.save_features:
                 raise ValueError("--save-features needs --format parquet")
+            if self.features and self.input_kind != "auto":
+                raise ValueError("--input-kind is of images; --features are Parquet or HDF5, by their names")
         if bool(self.images) == bool(self.features):
             raise ValueError("give images, or --features")
         if not self.features and (self.segmentation or self.ids):
@@ -217,6 +225,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "caption.py") -> int:
     def many() -> int:
         from ..bulk.captioning import CaptioningConfig, ImageCaptioner
         from ..bulk.command import print_plan, process_many
+        from ..bulk.feature_captioner import FeatureCaptioner
 
         assert options.output is not None
         quiet_transformers()
@@ -225,8 +234,12 @@ def main(argv: Sequence[str] | None = None, prog: str = "caption.py") -> int:
             image_size=None if options.image_size is None else sides_of(options.image_size),
             **{name: getattr(options, name) for name in NETWORKS_AND_CAPTIONS},
         )
-        inputs = options.inputs(options.images)
-        maker = ImageCaptioner(config)
+        maker: ImageCaptioner
+        if options.features:
+            maker = FeatureCaptioner(config, options.segmentation)
+            inputs = replace(options.inputs(options.features), kind="features", segmentation=options.segmentation)
+        else:
+            maker, inputs = ImageCaptioner(config), options.inputs(options.images)
         if options.plan:
             return print_plan(maker, inputs, sample=options.sample, price_per_hour=options.price_per_hour)
         return process_many(

@@ -151,7 +151,9 @@ class ExtractOptions(ManyImagesOptions):
             raise ValueError(f"{' and '.join(given)} are two sources of segmentation: give one")
         check_at_least(self, 1, "batch_size")
         check_at_least(self, 32, "segmentation_size")
-        self.check_many(needs="--format parquet" if self.format == "original" else None)
+        self.check_many(needs="--format parquet" if self.format == "original" else None, places=self.images)
+        if not self.output:
+            raise ValueError("--output has an empty name; give a folder")
         if self.format == "parquet":
             given = [name for name in OF_THE_ORIGINAL if getattr(self, name) is not None]
             if given:

@@ -145,13 +145,13 @@ class FeatureTable:
             except (OSError, pa.ArrowException) as error:
                 said = printable(" ".join(str(error).split()), 200)
                 raise DataError(f"{printable(self.path)}: damaged or cut off ({said})") from None
-            self._groups[group] = {name: _arrays(table.column(name)) for name in names}
+            self._groups[group] = {name: arrays_of(table.column(name)) for name in names}
             while len(self._groups) > GROUPS_KEPT:
                 self._groups.popitem(last=False)
         return self._groups[group][column][row]
 
 
-def _arrays(column: pa.ChunkedArray) -> list[Any]:
+def arrays_of(column: pa.ChunkedArray) -> list[Any]:
     """The values of a column: bytes as they are, lists of lists as arrays (cells, C) without a copy of each number."""
     if pa.types.is_binary(column.type):
         return column.to_pylist()

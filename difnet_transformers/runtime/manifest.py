@@ -26,6 +26,7 @@ PRECISIONS = {"onnx": ("fp32", "int8"), "openvino": ("fp32", "bf16", "int8")}
 """Precisions that each format has."""
 GRAPH_FILES = {"onnx": ("encoder.onnx", "decoding_step.onnx"), "openvino": ("encoder.xml", "decoding_step.xml")}
 """The two graphs of each format. Those of OpenVINO have their weights in a `.bin` beside them."""
+WEIGHTS_NAME = "model.safetensors"
 EXPORT_AGAIN = "export again with difnet export"
 
 
@@ -54,8 +55,13 @@ def is_exported(folder: str | os.PathLike) -> bool:
         content = read_json(Path(folder, MANIFEST_NAME))
     except (OSError, ValueError):
         # A damaged manifest belongs to an export, if there is no checkpoint beside it.
-        return Path(folder, MANIFEST_NAME).is_file() and not Path(folder, "model.safetensors").exists()
+        return Path(folder, MANIFEST_NAME).is_file() and not has_weights(folder)
     return isinstance(content, dict) and content.get("kind") == KIND
+
+
+def has_weights(folder: str | os.PathLike) -> bool:
+    """Whether a folder is a checkpoint, by the files of its weights."""
+    return any(Path(folder, f"{WEIGHTS_NAME}{ending}").exists() for ending in ("", ".index.json"))
 
 
 def write_manifest(

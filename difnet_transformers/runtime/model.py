@@ -16,7 +16,7 @@ from ..files import printable, read_json
 from .beam_search import BeamSearchOutput, DecodingStep, beam_search
 from .captions import CaptionDecoder
 from .features import check_features, make_batch
-from .manifest import EXPORT_AGAIN, GRAPH_FILES, Manifest, is_exported, read_manifest
+from .manifest import EXPORT_AGAIN, GRAPH_FILES, Manifest, has_weights, is_exported, read_manifest
 from .prompts import prepare_prompts
 from .sessions import Session, load_session
 from .settings import check_logits_settings
@@ -69,7 +69,7 @@ class DifnetRuntimeModel:
                 weights or settings that NumPy does not take; the text names it.
         """
         folder = Path(folder)
-        if not is_exported(folder) and (folder / "config.json").is_file():
+        if not is_exported(folder) and has_weights(folder):
             return cls._from_checkpoint(folder)
         manifest = read_manifest(folder)
         encoder, decoding_step = (

@@ -20,9 +20,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ..files import printable, read_json
+from .manifest import WEIGHTS_NAME
 
 HIDDEN = np.float32(-1e30)  # added to scores that a softmax must not see
-WEIGHTS_NAME = "model.safetensors"
 FLOATS = ("F32", "F16")  # types of safetensors that NumPy has
 
 
