@@ -30,10 +30,11 @@ Score captions: BLEU-1 to 4, ROUGE-L and CIDEr-D, without Java; METEOR, SPICE an
 Other options add the metrics whose inputs they name: CHAIR, diversity, novel captions, self-CIDEr, CLIPScore.
 
 PREDICTIONS is a results file as for the COCO server, [{"image_id": 42, "caption": "a dog runs"}, ...], or plain
-JSON: {"42": "a dog runs"} or ["a dog runs", ...]. REFERENCES is a COCO annotation file (captions_val2014.json), or
-plain JSON: {"42": ["a dog on grass", ...]} or [["a dog on grass", ...], ...]. Two lists belong together by position,
-everything else by image id. Images without a prediction are left out, which is reported; --all-images makes it an
-error."""
+JSON: {"42": "a dog runs"} or ["a dog runs", ...]; what pycocoevalcap takes, {"42": ["a dog runs"]}, what
+coco-caption's evaluation saves, and a row in each line are read too. REFERENCES is a COCO annotation file
+(captions_val2014.json), or plain JSON: {"42": ["a dog on grass", ...]} or [["a dog on grass", ...], ...]. Two lists
+belong together by position, everything else by image id. Images without a prediction are left out, which is reported;
+--all-images makes it an error."""
 
 
 def _pairs(

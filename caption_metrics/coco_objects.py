@@ -10,11 +10,11 @@ from __future__ import annotations
 COCO_OBJECTS: dict[str, tuple[str, ...]] = {
     "person": (
         "adult", "athlete", "baby", "batter", "bicyclist", "biker", "bowler", "boy", "bride", "brother", "catcher",
-        "chef", "child", "cook", "couple", "cowboy", "crowd", "customer", "cyclist", "daughter", "diner", "doctor",
+        "chef", "child", "couple", "cowboy", "crowd", "customer", "cyclist", "daughter", "doctor",
         "driver", "family", "farmer", "father", "female", "firefighter", "fireman", "fisherman", "friend", "gentleman",
         "girl", "goalie", "golfer", "groom", "guy", "infant", "jockey", "kid", "lady", "male", "man", "motorcyclist",
         "mother", "musician", "officer", "passenger", "pedestrian", "photographer", "pilot", "pitcher", "player",
-        "police", "policeman", "policewoman", "referee", "rider", "sailor", "shopper", "sister", "skater",
+        "policeman", "policewoman", "referee", "rider", "sailor", "shopper", "sister", "skater",
         "skateboarder", "skier", "snowboarder", "soldier", "son", "spectator", "student", "surfer", "swimmer",
         "teacher", "team", "teenager", "toddler", "tourist", "umpire", "waiter", "waitress", "woman", "worker",
     ),
@@ -23,7 +23,7 @@ COCO_OBJECTS: dict[str, tuple[str, ...]] = {
     "motorcycle": ("dirt bike", "moped", "motor bike", "motor cycle", "motorbike", "motor scooter", "scooter",
                    "vespa"),
     "airplane": ("aeroplane", "air plane", "aircraft", "airliner", "biplane", "jet", "jetliner", "plane", "seaplane"),
-    "bus": ("coach", "double decker", "minibus", "school bus", "trolleybus"),
+    "bus": ("double decker", "minibus", "school bus", "trolleybus"),
     "train": ("commuter train", "freight train", "locomotive", "passenger train", "steam engine", "subway train",
               "tramcar"),
     "truck": ("dump truck", "fire engine", "fire truck", "firetruck", "lorry", "pickup", "semi", "tow truck",
@@ -35,7 +35,7 @@ COCO_OBJECTS: dict[str, tuple[str, ...]] = {
     "stop sign": (),
     "parking meter": (),
     "bench": ("park bench", "pew"),
-    "bird": ("cardinal", "chicken", "cockatoo", "crane", "crow", "dove", "duck", "duckling", "eagle", "flamingo",
+    "bird": ("cardinal", "chicken", "cockatoo", "crow", "dove", "duck", "duckling", "eagle", "flamingo",
              "goose", "gull", "hawk", "hen", "heron", "hummingbird", "ostrich", "owl", "parakeet", "parrot", "peacock",
              "pelican", "penguin", "pigeon", "robin", "rooster", "seagull", "sparrow", "stork", "swan", "turkey",
              "woodpecker"),
@@ -58,7 +58,7 @@ COCO_OBJECTS: dict[str, tuple[str, ...]] = {
     "frisbee": (),
     "skis": ("ski",),
     "snowboard": ("snow board",),
-    "sports ball": ("ball", "baseball", "basketball", "football", "soccer ball", "tennis ball", "volleyball"),
+    "sports ball": ("ball", "soccer ball", "tennis ball"),
     "kite": (),
     "baseball bat": ("bat",),
     "baseball glove": ("catcher's mitt", "mitt"),
@@ -107,19 +107,21 @@ COCO_OBJECTS: dict[str, tuple[str, ...]] = {
     "hair drier": ("blow dryer", "hair dryer", "hairdryer"),
     "toothbrush": ("tooth brush",),
 }
-# fmt: on
 
-# "A baby elephant" and "a passenger jet" name no person (Rohrbach et al.): these words before those.
-QUALIFIERS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
-    (("adult", "baby"), ("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe")),
-    (("passenger",), ("airplane", "train", "boat")),
-)
-
-# Phrases whose words name an object that is not there; a phrase with a class names that one.
-OTHER_MEANINGS: dict[str, str | None] = {
-    "adult animal": None,
-    "baby animal": None,
-    "home plate": None,
-    "train track": None,
-    "toilet seat": "toilet",
+# Phrases, and the word that each is read as: "" where its words name no object of the table. "A baby duck" and "a
+# passenger plane" name no person, "a couple of dogs" neither.
+OTHER_MEANINGS: dict[str, str] = {
+    "couple of": "", "crowd of": "", "family of": "", "team of": "",
+    "cd player": "", "dvd player": "", "mp3 player": "", "record player": "",
+    "flower bed": "", "jet ski": "", "pickup truck": "truck", "police officer": "officer", "semi truck": "truck",
+} | {
+    f"{qualifier} {word}": word
+    for qualifiers, classes in (
+        (("adult", "baby"), ("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe")),
+        (("passenger",), ("airplane", "train", "boat")),
+    )
+    for qualifier in qualifiers
+    for name in classes
+    for word in (name, *COCO_OBJECTS[name])
 }
+# fmt: on

@@ -52,9 +52,22 @@ def _read(path: Path) -> Any:
     except UnicodeDecodeError:
         raise UserError(f"{shown}: not UTF-8 text; save it as UTF-8") from None
     except ValueError as error:  # JSONDecodeError, a number of too many digits, a NUL character in the name
-        raise UserError(f"{shown}: not JSON ({printable(str(error))})") from None
+        rows = _json_lines(path)
+        if rows is None:
+            raise UserError(f"{shown}: not JSON ({printable(str(error))})") from None
+        return rows
     except RecursionError:
         raise UserError(f"{shown}: nested too deeply to be captions") from None
+
+
+def _json_lines(path: Path) -> list[Any] | None:
+    """The objects of a file that has one in each line; None for other files."""
+    try:
+        lines = path.read_text("utf-8-sig").splitlines() if "\0" not in str(path) else []
+        rows = [json.loads(line) for line in lines if line.strip()]
+    except (OSError, ValueError, RecursionError):
+        return None
+    return rows if len(rows) > 1 and all(isinstance(row, dict) for row in rows) else None
 
 
 def image_key(value: int | str) -> str:
@@ -86,6 +99,8 @@ def _rows(rows: Sequence[Any], path: Path) -> list[tuple[str, str]]:
         if not isinstance(row, dict) or "image_id" not in row or "caption" not in row:
             raise UserError(f'{path}: entry {position} has no "image_id" and "caption": {_shown(row)}')
         image = row["image_id"]
+        if isinstance(image, float) and image.is_integer():  # as tables write ids
+            image = int(image)
         if isinstance(image, bool) or not isinstance(image, int | str):
             raise UserError(f"{path}: the image_id of entry {position} is no number and no name: {_shown(image)}")
         pairs.append((image_key(image), _caption(row["caption"], path, image)))
@@ -93,17 +108,33 @@ def _rows(rows: Sequence[Any], path: Path) -> list[tuple[str, str]]:
 
 
 def read_predictions(path: Path) -> dict[str, str] | list[str]:
-    """One caption by image id, or a list. Raises UserError."""
+    """One caption by image id, or a list. Raises UserError.
+
+    Read are results of the COCO server (also a row in each line), objects of captions by image id (also in lists of
+    one, as pycocoevalcap takes them), what coco-caption's evaluation saves ("imgToEval"), and lists of captions.
+    """
     data = _read(path)
     if isinstance(data, dict):
         if "annotations" in data:
-            raise UserError(f"{path}: this is an annotation file; --predictions takes results (see --help)")
-        return _by_image(((image, _caption(value, path, image)) for image, value in data.items()), path)
+            raise UserError(
+                f"{path}: this is an annotation file; give results, such as a list of "
+                '{"image_id": .., "caption": ..}'
+            )
+        if isinstance(data.get("imgToEval"), dict):
+            data = data["imgToEval"]
+        return _by_image(((image, _caption(_single(value), path, image)) for image, value in data.items()), path)
     if not isinstance(data, list):
         raise UserError(f"{path}: neither a list nor an object; see --help for the formats")
     if data and isinstance(data[0], dict):
         return _by_image(_rows(data, path), path)
     return [_caption(value, path, position) for position, value in enumerate(data)]
+
+
+def _single(value: Any) -> Any:
+    """The caption in a list of one, or in an object; other values as they are."""
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    return value["caption"] if isinstance(value, dict) and "caption" in value else value
 
 
 def read_references(path: Path) -> dict[str, list[str]] | list[list[str]]:

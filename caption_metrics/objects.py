@@ -1,19 +1,33 @@
 """Which object classes a caption names: words of a table, in the singular and the plural, the longest match first.
 
-Corresponds to `caption_to_words` of Rohrbach et al. (EMNLP 2018; LisaAnne/Hallucination). What differs: tokens are the
-Penn Treebank tokenizer's without punctuation, in place of NLTK's; plurals are made from the table, in place of
-singulars that the package pattern makes from captions (its "glas" of "glass"); every name of several words is found,
-not only those of a list of pairs.
+Corresponds to `caption_to_words` of Rohrbach et al. (EMNLP 2018; LisaAnne/Hallucination), with its rules for pairs of
+words. What differs: plurals are made from the table, in place of singulars that the package pattern makes from the
+words of captions (its "bu" of "bus" and "ty" of "ties" name nothing there); every name of several words is found, not
+only those of a list of pairs, and with hyphens too. Tokens are the Penn Treebank tokenizer's; no name reaches across
+punctuation.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from .captions import Caption
-from .coco_objects import COCO_OBJECTS, OTHER_MEANINGS, QUALIFIERS
+from .coco_objects import COCO_OBJECTS, OTHER_MEANINGS
 from .tokenizer import PTBTokenizer
 
+# Pairs of words and what the paper reads them as: "a baby elephant" and "a passenger jet" name no person.
+READ_AS: dict[str, str] = {
+    f"{qualifier} {word}": word
+    for qualifiers, words in (
+        ("adult baby", "bird cat dog horse sheep cow elephant bear zebra giraffe animal cub"),
+        ("passenger", "jet train"),
+    )
+    for qualifier in qualifiers.split()
+    for word in words.split()
+} | {"toilet seat": "toilet", "home plate": "", "train track": ""}
+
+_PUNCTUATION = re.compile(r"""[,.;:!?()"]+(?=\s|$)|(?<=\s)[("]""")
 _IRREGULAR = {
     "child": ("children",),
     "fisherman": ("fishermen",),
@@ -25,7 +39,7 @@ _IRREGULAR = {
     "ox": ("oxen",),
     "person": ("people", "persons"),
     "tooth": ("teeth",),
-}
+} | {word: (f"{word}s",) for word in ("caiman", "doberman", "german", "human", "ottoman", "shaman")}
 
 
 def plurals(word: str) -> tuple[str, ...]:
@@ -56,10 +70,17 @@ class ObjectWords:
     """Object classes and the words that name them.
 
     synonyms: words by class; a class's own name is one of its words. Default: `COCO_OBJECTS`.
+    other_meanings: phrases, and the word that each is read as ("" for none), beside those of the paper. Default:
+        those of `COCO_OBJECTS` for that table, none for others.
     """
 
-    def __init__(self, synonyms: Mapping[str, Sequence[str]] = COCO_OBJECTS):
+    def __init__(
+        self, synonyms: Mapping[str, Sequence[str]] = COCO_OBJECTS, other_meanings: Mapping[str, str] | None = None
+    ):
         self.synonyms = {name: tuple(words) for name, words in synonyms.items()}
+        if other_meanings is None:
+            other_meanings = OTHER_MEANINGS if synonyms is COCO_OBJECTS else {}
+        self.other_meanings = dict(other_meanings)
         self._tokenizer = PTBTokenizer()
         # Tokens to the class that they name, or to None where they name no object.
         self._phrases: dict[tuple[str, ...], str | None] = {}
@@ -69,14 +90,8 @@ class ObjectWords:
         for name, words in self.synonyms.items():
             for word in (name, *words):
                 self._add(word, name)
-        for phrase, other in OTHER_MEANINGS.items():
-            if other is None or other in self.synonyms:
-                self._add(phrase, other)
-        for qualifiers, names in QUALIFIERS:
-            for name in self.synonyms.keys() & set(names):
-                for word in (name, *self.synonyms[name]):
-                    for qualifier in qualifiers:
-                        self._add(f"{qualifier} {word}", name)
+        for phrase, word in (self.other_meanings | READ_AS).items():
+            self._add(phrase, self.class_of(word))
         self._phrases.pop((), None)
         self._longest = max(map(len, self._phrases), default=1)
 
@@ -102,14 +117,17 @@ class ObjectWords:
         What a file does not annotate cannot be told from what is not in the image.
         """
         names = {category: self.class_of(category) or category for category in categories}
-        return ObjectWords({name: self.synonyms.get(name, ()) for name in names.values()})
+        return ObjectWords({name: self.synonyms.get(name, ()) for name in names.values()}, self.other_meanings)
 
     def mentions(self, caption: Caption) -> list[tuple[str, str]]:
         """Words and classes of the objects that a caption names, a string or a list of tokens, in its order."""
-        tokens = self._tokenizer.tokenize(caption) if isinstance(caption, str) else list(caption)
-        found = list(self._matches(tokens))
+        if isinstance(caption, str):
+            clauses = [self._tokenizer.tokenize(clause) for clause in _PUNCTUATION.split(caption)]
+        else:
+            clauses = [list(caption)]
+        found = [match for tokens in clauses for match in self._matches(tokens)]
         # The seat of a toilet is no chair.
-        if any(words.startswith("toilet") for words, _ in found):
+        if any(word in ("toilet", "toilets") for tokens in clauses for word in tokens):
             found = [(words, name) for words, name in found if words not in ("seat", "seats")]
         return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 import shutil
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 import chromium
 import numpy as np
 import pytest
-from app_world import make_service, npz_of
+from app_world import features, make_service, npy_of, npz_of
 from PIL import Image
 from test_images import file_of, noise
 
@@ -24,6 +25,20 @@ from difnet_transformers.app.tasks import CaptionResult
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 20
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+PUT_INTO_CLIPBOARD = """async file => {
+  const image = await createImageBitmap(await (await fetch(`data:image/png;base64,${file}`)).blob());
+  const canvas = new OffscreenCanvas(image.width, image.height);
+  canvas.getContext("2d").drawImage(image, 0, 0);
+  await navigator.clipboard.write([new ClipboardItem({"image/png": await canvas.convertToBlob()})]);
+}"""
+DROP = """([place, ...files]) => {
+  const transfer = new DataTransfer(), target = document.querySelector(place);
+  const bytes = file => Uint8Array.from(atob(file), character => character.charCodeAt(0));
+  for (const [name, file] of files) transfer.items.add(new File([bytes(file)], name));
+  for (const kind of ["dragenter", "dragover", "drop"])
+    target.dispatchEvent(new DragEvent(kind, {bubbles: true, cancelable: true, dataTransfer: transfer}));
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +60,7 @@ def browser() -> Iterator:
         pytest.skip("Chromium is not installed")
     playwright = pytest.importorskip("playwright.sync_api")
     with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=chromium.PROGRAM, args=["--no-sandbox", "--disable-gpu"])
+        opened = started.chromium.launch(executable_path=chromium.PROGRAM, args=ARGUMENTS)
         yield opened
         opened.close()
 
@@ -91,14 +106,29 @@ def captioned(new_page, image):
 
 @pytest.fixture(scope="module")
 def desk(new_page):
-    """A page whose user sends one thing after another."""
-    return new_page()
+    """A page whose user sends one thing after another, and may use clipboard and camera."""
+    return new_page(permissions=["clipboard-read", "clipboard-write", "camera"])
 
 
-def upload(page, *paths: Path) -> None:
-    if page.locator("#files .file-preview").count():
-        page.get_by_role("button", name="Clear").first.click()
-    page.locator("#files input[type=file]").first.set_input_files([str(path) for path in paths])
+def upload(page, path: Path) -> None:
+    page.locator("#image input[type=file]").set_input_files(str(path))
+
+
+def drop(page, place: str, **files: bytes) -> None:
+    page.evaluate(DROP, [place, *([name, base64.b64encode(file).decode()] for name, file in files.items())])
+
+
+def remove_image(page) -> None:
+    page.get_by_label("Upload file", exact=True).click()
+    page.locator("#image").get_by_text("Click to Upload").wait_for()
+
+
+def wait_for_result(page, name: str) -> None:
+    page.locator(".result figure small").get_by_text(name, exact=True).first.wait_for()
+
+
+def shape_of_preview(page) -> list[int]:
+    return page.locator("#image img:not(.hide)").evaluate("image => [image.naturalWidth, image.naturalHeight]")
 
 
 def write_prompt(page, text: str) -> None:
@@ -173,16 +203,76 @@ def test_beams_copy_and_download(captioned):
     ("name", "content", "message"),
     [
         ("broken.png", b"no image at all", "broken.png: not an image that Pillow can read"),
-        ("large.png", b"\0" * 2**21, "exceed the maximum allowed size"),
+        ("large.png", b"\0" * 2**21, "large.png: larger than 1 MB, the largest upload that is taken"),
+        ("an image of no type", b"no image", "an image of no type: not an image that Pillow can read"),
         ("half.npz", npz_of({"segmentation_features": np.zeros((133, 7, 7))}), "grid_features are missing"),
     ],
-    ids=["broken", "large", "one flow"],
+    ids=["broken", "large", "no type", "one flow"],
 )
 def test_a_file_that_cannot_be_read_gets_a_message(desk, tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     upload(desk, tmp_path / name)
     desk.get_by_text(message).first.wait_for()
     assert desk.get_by_text("Traceback").count() == 0
+
+
+def test_an_image_is_pasted_and_shown_before_its_caption(desk):
+    content = file_of(noise(3, 96, 64))
+    desk.evaluate(PUT_INTO_CLIPBOARD, base64.b64encode(content).decode())
+    desk.keyboard.press("Control+V")
+    wait_for_result(desk, "image.png")
+    assert shape_of_preview(desk) == [96, 64]
+    remove_image(desk)
+    desk.get_by_label("Paste from clipboard").click()
+    desk.locator("#image img").wait_for()
+    desk.evaluate("navigator.clipboard.writeText('the horse')")
+    desk.locator("#prompt textarea, #prompt input").first.focus()
+    desk.keyboard.press("Control+V")
+    assert desk.locator("#prompt textarea, #prompt input").first.input_value() == "the horse"
+    write_prompt(desk, "")
+
+
+def test_files_are_dropped_anywhere_and_the_next_ones_replace_them(desk):
+    drop(desk, "#results", one=file_of(noise(3, 96, 64), "JPEG"))
+    wait_for_result(desk, "one")
+    assert shape_of_preview(desk) == [96, 64]
+    given = features()
+    drop(desk, "#image", **{"a.npz": npz_of(given)})
+    wait_for_result(desk, "a.npz")
+    assert desk.locator("#image img").count() == 0
+    arrays = {"grids.npy": npy_of(given["grid_features"]), "maps.npy": npy_of(given["segmentation_features"])}
+    drop(desk, "#files", **arrays)
+    wait_for_result(desk, "grids.npy")
+    assert desk.locator("#files .filename").count() == 2
+    drop(desk, "#prompt", two=file_of(noise(4, 64, 96)))
+    wait_for_result(desk, "two")
+    assert shape_of_preview(desk) == [64, 96]
+    assert desk.locator("#files .filename").count() == 0
+
+
+def test_a_file_is_chosen_by_keyboard(desk, tmp_path):
+    noise().save(tmp_path / "chosen.png")
+    desk.once("filechooser", lambda chooser: chooser.set_files(str(tmp_path / "chosen.png")))
+    remove_image(desk)
+    desk.get_by_label("Drop an image file here to upload").focus()
+    desk.keyboard.press("Enter")
+    wait_for_result(desk, "chosen.png")
+
+
+def test_a_photo_of_the_camera(desk):
+    desk.get_by_label("Capture from camera").click()
+    desk.get_by_text("Click to Access Webcam").click()
+    desk.wait_for_function("document.querySelector('#image video')?.videoWidth")
+    desk.get_by_label("capture photo").click()
+    desk.locator("#image img:not(.hide)").wait_for()
+    wait_for_result(desk, "image.png")
+    assert min(shape_of_preview(desk)) > 100
+
+
+def test_a_preview_that_the_browser_cannot_show_says_so(desk):
+    drop(desk, "#image", **{"image.tif": file_of(noise(), "TIFF")})
+    wait_for_result(desk, "image.tif")
+    desk.get_by_alt_text("No preview: the browser cannot show this file.").wait_for()
 
 
 def test_a_prompt(desk, image):

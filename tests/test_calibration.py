@@ -34,7 +34,7 @@ from modeling_difnet.confidence_difnet import CaptionConfidence, WordConfidence,
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory) -> Path:
-    return save_packed(tmp_path_factory.mktemp("packed"), {"validation": 30, "test": 12, "few": 3})
+    return save_packed(tmp_path_factory.mktemp("packed"), {"validation": 30, "test": 12, "few": 3, "train": 12})
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +146,12 @@ class TestCommand:
         rates = read_calibration(folder).rates
         assert all(right == (0 if word in WORDS[6:] else number) for word, (right, number) in rates.items())
 
+    def test_images_of_the_training_are_warned_of(self, uncalibrated, packed, tmp_path, capsys):
+        folder = tmp_path / "model"
+        shutil.copytree(uncalibrated, folder)
+        assert run_calibrate(folder, packed, "--split", "train") == 0
+        assert "warning: a model is surer of images that it was trained on" in capsys.readouterr().err
+
     @pytest.mark.parametrize(
         ("words", "said"),
         [
@@ -154,17 +160,20 @@ class TestCommand:
             (["{model}", "{packed}", "--split", "none"], "none"),
             (["{model}", "{packed}", "--test-split", "validation"], "--test-split is another split than --split"),
             (["{model}", "{packed}", "--words", "{bad}"], "bad.json: expected"),
+            (["{model}", "{packed}", "--words", "{rows}"], 'rows.json: expected {"judged"'),
             (["{model}", "{packed}", "--words", "{short}"], "image 1000: the file of right words does not have it"),
         ],
     )
     def test_mistakes_are_one_line(self, uncalibrated, packed, tmp_path, capsys, words, said):
         (tmp_path / "bad.json").write_text('{"judged": "dog", "true": {}}')
+        (tmp_path / "rows.json").write_text('[{"image_id": 5}]')
         (tmp_path / "short.json").write_text('{"judged": ["dog"], "true": {"5": ["dog"]}}')
         names = {
             "model": uncalibrated,
             "packed": packed,
             "bad": tmp_path / "bad.json",
             "short": tmp_path / "short.json",
+            "rows": tmp_path / "rows.json",
         }
         try:
             code = run_calibrate(*(word.format(**names) for word in words))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 import math
@@ -37,6 +38,7 @@ from caption_metrics.scoring import spider
 from difnet_transformers.training.clip_score import ClipScore as ClipReward
 
 REPOSITORY = Path(__file__).parent.parent
+CHAIR_GOLDEN = Path(__file__).parent / "golden" / "metrics" / "chair.json.gz"
 TOLERANCE = 1e-6
 SUBJECTS = ["a man", "two women", "a dog", "a baby elephant", "three buses", "a passenger jet", "a child", "people"]
 VERBS = ["next to", "holding", "in front of", "near", "without"]
@@ -87,7 +89,36 @@ def plain_chair(captions, objects, references):
     return sentences / len(captions), hallucinated / named
 
 
+@pytest.fixture(scope="module")
+def golden() -> dict:
+    """150 captions with what the authors' script says of them, and its table of words."""
+    return json.loads(gzip.decompress(CHAIR_GOLDEN.read_bytes()))
+
+
 class TestChair:
+    def test_it_equals_the_authors_script(self, golden):
+        words, rows = ObjectWords(golden["synonyms"]), golden["images"]
+        captions, objects, references = ([each[key] for each in rows] for key in ("caption", "objects", "references"))
+        for each in rows:
+            assert [name for _, name in words.mentions(each["caption"])] == each["named"], each["caption"]
+        found = chair(captions, objects, references, words)
+        assert found.hallucinations.tolist() == [len(each["hallucinated"]) for each in rows]
+        assert found.chair_s.corpus == pytest.approx(golden["chair_s"], abs=TOLERANCE)
+        assert found.chair_i.corpus == pytest.approx(golden["chair_i"], abs=TOLERANCE)
+
+    @pytest.mark.parametrize(
+        ("caption", "named"),
+        [
+            ("a bus and two buses", ["bus", "bus"]),
+            ("red ties", ["tie"]),
+            ("an orange canoe and two canoes", ["boat", "boat"]),
+            ("a hot-dog", ["hot dog"]),
+        ],
+    )
+    def test_words_that_the_authors_script_misses(self, golden, caption, named):
+        assert golden["deviations"][caption] != named
+        assert [name for _, name in ObjectWords(golden["synonyms"]).mentions(caption)] == named
+
     def test_it_equals_the_papers_algorithm(self):
         captions = made_captions(400)
         references = list(zip(made_captions(400, seed=1), made_captions(400, seed=3), strict=True))
@@ -111,6 +142,12 @@ class TestChair:
             ("mice, geese, knives and wine glasses", ["mouse", "bird", "knife", "wine glass"]),
             ("a train track", []),
             ("policemen sit on stools", ["person", "chair"]),
+            ("a couple with a baby, dog and cat", ["person", "person", "dog", "cat"]),
+            ("a hot, dog", ["dog"]),
+            ("a couple of giraffes and a family of ducks", ["giraffe", "bird"]),
+            ("a baseball player on a jet ski", ["person"]),
+            ("a police officer by a pickup truck", ["person", "truck"]),
+            ("baby ducks and a baby cub", ["bird", "bear"]),
         ],
     )
     def test_words_of_several_kinds(self, caption, named):
@@ -133,6 +170,8 @@ class TestChair:
             ("calf", ("calves", "calfs")),
             ("potato", ("potatos", "potatoes")),
             ("computer mouse", ("computer mice",)),
+            ("doberman", ("dobermans",)),
+            ("ottoman", ("ottomans",)),
         ],
     )
     def test_plurals(self, word, expected):
@@ -156,6 +195,14 @@ class TestChair:
             "dog",
             "motorcycle",
         ]
+
+    def test_a_table_of_ones_own_has_the_papers_pairs_of_words_alone(self):
+        words = ObjectWords({"dog": ("puppy",), "person": ("baby", "couple")})
+        assert [text for text, _ in words.mentions("a baby dog")] == ["baby dog"]
+        assert [text for text, _ in words.mentions("a couple of baby puppies")] == ["couple", "baby", "puppies"]
+
+    def test_the_seat_of_a_toilet_is_no_chair_where_toilets_are_not_annotated(self):
+        assert ObjectWords().of_categories(["chair"]).mentions("the seat of a toilet") == []
 
     def test_nothing_that_is_named_is_no_zero(self):
         found = chair(["grass"], [["dog"]])

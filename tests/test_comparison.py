@@ -31,6 +31,7 @@ from difnet_transformers.evaluation.comparison import (
     permutation_p_values,
     ratio_metric,
 )
+from difnet_transformers.evaluation.systems import SplitReferences, System, with_image_ids
 
 WORDS = np.array(["a", "man", "dog", "cat", "on", "the", "grass", "runs", "sits", "red", "ball", "with", "two"])
 
@@ -302,8 +303,73 @@ class TestProgram:
         assert "part lacks 10" in data["warnings"][0]
 
     @pytest.mark.parametrize(
+        "form",
+        [
+            lambda rows: {image: [caption] for image, caption in rows},
+            lambda rows: {image: [{"image_id": int(image), "caption": caption}] for image, caption in rows},
+            lambda rows: {"overall": {}, "imgToEval": {image: {"caption": caption} for image, caption in rows}},
+            lambda rows: [{"image_id": float(image), "caption": caption} for image, caption in rows],
+            lambda rows: [{"image_id": f"{int(image):012d}.jpg", "caption": caption} for image, caption in rows],
+            lambda rows: [{"image_id": f"val/img_{image}.png", "caption": caption} for image, caption in rows],
+        ],
+        ids=["pycocoevalcap", "pycocoevalcap's tokenizer", "coco-caption", "floats", "file names", "paths"],
+    )
+    def test_results_of_other_tools(self, folder, form):
+        Path("other.json").write_text(json.dumps(form(list(WORSE.items()))))
+        data, _ = compared("worse.json", "other.json", "--resamples", "100")
+        assert data["images"] == 60
+        assert difference(data, "cider_d", "other")["difference"] == 0
+
+    def test_rows_in_lines(self, folder):
+        rows = [{"image_id": image, "caption": caption} for image, caption in WORSE.items()]
+        Path("other.json").write_text("\n".join(map(json.dumps, rows)))
+        assert compared("worse.json", "other.json", "--resamples", "100")[0]["images"] == 60
+
+    def test_file_names_of_the_annotations_give_image_ids(self):
+        split = SplitReferences("x", {"7": ["a"], "8": ["b"]}, {"7": "train/cat.jpg", "8": "dog 7.jpg"})
+        found = with_image_ids(System("s", {"cat.jpg": "A", "images/dog 7.jpg": "B"}, {"cat.jpg": 0.5}), split)
+        assert found.captions == {"7": "A", "8": "B"}
+        assert found.confidence == {"7": 0.5}
+        with pytest.raises(ValueError, match="s: image 7 has two captions"):
+            with_image_ids(System("s", {"cat.jpg": "A", "7": "B"}), split)
+
+    def test_one_image_shows_nothing_to_be_better(self, folder):
+        Path("one.json").write_text(json.dumps({"3": WORSE["3"]}))
+        data, _ = compared("better.json", "one.json")
+        found = difference(data, "bleu_1", "one")
+        assert found["low"] == found["high"] < 0
+        assert found["within_noise"]
+        assert any(each.startswith("So few images (1)") for each in data["warnings"])
+
+    def test_empty_captions_are_counted(self, folder, capsys):
+        Path("empty.json").write_text(json.dumps(WORSE | {"3": "", "4": " "}))
+        data, _ = compared("worse.json", "empty.json", "--resamples", "100")
+        assert "2 of 60 captions of empty are empty." in data["warnings"]
+        assert re.search(r"^ +worse +empty$", capsys.readouterr().out, flags=re.MULTILINE)
+
+    def test_many_pairs_are_folded_and_their_noise_is_one_warning(self, folder, capsys):
+        captions = {"w1": "a dog", "w2": "a dog", "w3": REFERENCES["3"][0]}
+        for name, caption in captions.items():
+            Path(f"{name}.json").write_text(json.dumps(WORSE | {"3": caption}))
+        data, page = compared("better.json", "w1.json", "w2.json", "w3.json", "--resamples", "100")
+        assert page.count('<details class="pair">') == 6
+        assert len(data["warnings"]) == 1
+        assert data["warnings"][0].startswith("Within noise in CIDEr-D, 2 of 6 pairs: w3 against w1 (+")
+        assert capsys.readouterr().out.count(" - ") == 6  # the other metrics are on the page
+        assert len(data["pairs"]) == 6
+
+    @pytest.mark.parametrize(
         ("words", "message"),
         [
+            (["list.json", "--references", "references.json"], "list: a list of captions without image ids"),
+            (["nothing.json", "--references", "references.json"], "nothing.json: no captions"),
+            (["better.json", "better.json", "--references", "references.json"], "better.json is given twice"),
+            (["evaluated", "--references", "references.json"], "no captions of the split test, but of val (--split)"),
+            (["images", "--references", "references.json"], "images: neither a folder of difnet evaluate"),
+            (
+                ["several.json", "--references", "references.json"],
+                "several.json: the caption of image 1 is not a string",
+            ),
             (["better.json", "none.json", "--references", "references.json"], "none.json: no results file"),
             (["better.json", "references.json", "--references", "references.json"], "references.json: the caption of"),
             (["better.json", "--references", "better.json", "--instances", "better.json"], "no instance annotations"),
@@ -312,6 +378,11 @@ class TestProgram:
     )
     def test_mistakes_are_one_line(self, folder, words, message, capsys):
         Path("few.json").write_text(json.dumps({"0": ["a"]}))
+        Path("list.json").write_text(json.dumps(["a"]))
+        Path("nothing.json").write_text("[]")
+        Path("several.json").write_text(json.dumps({"1": ["a", "b"]}))
+        Path("evaluated").mkdir()
+        Path("evaluated/captions_val_results.json").write_text("[]")
         assert compare_command.main([*words, "--output", "out"]) == 2
         error = capsys.readouterr().err
         assert message in error

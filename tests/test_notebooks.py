@@ -162,6 +162,7 @@ def test_all_notebooks_run_as_they_are(run_notebook, tmp_path: Path):
     """But for the installation. The second one finds the demo that the first one has made."""
     captioned, compared, trained = (run_notebook(path, tmp_path, {"install"}) for path in NOTEBOOKS)
     assert "a child" in text_of(captioned) or "a cat" in text_of(captioned)
+    assert "'confidence': 0." in text_of(captioned)
     (cider_d,) = re.findall(r"cider_d +([+-]\d\.\d+) ", text_of(compared))
     assert float(cider_d) > 0, "SCST is above cross-entropy"
     assert (tmp_path / "mine" / "captions.html").is_file()

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from ..reports.relevance import FLOW_NAMES
 from .answers import unforeseen
 from .captioners import ServedCaptioner
 from .gallery import Example, make_examples, takes_examples, wants_features
-from .inputs import CaptionInput, RequestError, read_input
+from .inputs import CaptionInput, RequestError, read_input, too_large
 from .rendering import message_html, result_json, results_html
 from .service import CaptionService
 from .tasks import SEARCHES, CaptionResult, CaptionTask, DecodingOptions
@@ -36,22 +36,24 @@ SUFFIXES = [".npz", ".npy", ".hdf5", ".h5"]  # of features
 SHOWN_BEAMS, MOST_BEAMS = 5, 10
 CACHE_SECONDS = 3600  # that uploads stay on the disk
 POLL_SECONDS = 0.1
-INTRODUCTION = "Drop an image or a file of features, or choose an example."
+INTRODUCTION = {
+    True: "Drop an image anywhere on this page, paste one (Ctrl+V), or choose an example.",
+    False: "Drop a file of features anywhere on this page, or choose an example.",
+}  # whether images are taken
 POINTING = "Point at a word, move to it with Tab or touch it, and what it comes from lights up."
 # On a telephone the results are below everything else.
 SCROLL = "() => window.innerWidth < 768 && document.querySelector('#results').scrollIntoView({behavior: 'smooth'})"
 FONTS = ["system-ui", "Segoe UI", "Roboto", "Helvetica", "Arial", "sans-serif"]
 
 
-def uploads(**options: Any) -> gr.File:
-    """An element for files. Nothing looks into them before `read_input` does."""
+def as_files(element: Any) -> Any:
+    """The element, which gives paths of what was sent. Nothing looks into files before `read_input` does."""
 
     def paths_of(payload: Any) -> list[str]:
         files = getattr(payload, "root", payload)
         return [file.path for file in (files if isinstance(files, list) else [files]) if file is not None]
 
-    element = gr.File(file_count="multiple", **options)
-    element.preprocess = paths_of  # type: ignore[method-assign]  # a subclass would have Gradio write a .pyi beside us
+    element.preprocess = paths_of  # a subclass would have Gradio write a .pyi beside us
     return element
 
 
@@ -76,7 +78,13 @@ def make_page_application(service: CaptionService, warnings: Sequence[str] = ())
         run_history=False,
         footer_links=["api", "settings"],
         theme=gr.themes.Default(font=FONTS, font_mono=["ui-monospace", "monospace"]),
-        head=render_part("app_head.html.j2", **HEAT_COLORS),
+        head=render_part(
+            "app_head.html.j2",
+            max_upload=service.max_upload,
+            too_large=str(too_large(service.max_upload)),
+            feature_suffixes=SUFFIXES,
+            **HEAT_COLORS,
+        ),
     )
 
 
@@ -101,12 +109,32 @@ def make_page(service: CaptionService, examples: Sequence[Example], warnings: Se
             gr.HTML(message_html(warning), elem_classes="difnet")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                files = uploads(
-                    label="An image, or features" if takes_images else "Features (.npz, .npy, HDF5)",
-                    file_types=[*(["image"] if takes_images else []), *SUFFIXES],
-                    height=150,
-                    elem_id="files",
+                image = as_files(
+                    gr.Image(
+                        label="Image",
+                        sources=["upload", "webcam", "clipboard"],
+                        type="filepath",
+                        height=260,
+                        buttons=["fullscreen"],
+                        visible=takes_images,
+                        elem_id="image",
+                    )
                 )
+                gr.HTML(elem_id="upload-message", elem_classes="difnet", apply_default_css=False)
+                with (
+                    gr.Accordion("Features in place of an image", open=False, elem_id="features")
+                    if takes_images
+                    else nullcontext()
+                ):
+                    files = as_files(
+                        gr.File(
+                            label="Features (.npz, .npy, HDF5)",
+                            file_count="multiple",
+                            file_types=SUFFIXES,
+                            height=150,
+                            elem_id="files",
+                        )
+                    )
                 chosen = gr.CheckboxGroup(
                     [each.name for each in captioners],
                     value=[each.name for each in captioners],
@@ -149,7 +177,7 @@ def make_page(service: CaptionService, examples: Sequence[Example], warnings: Se
                         apply_default_css=False,
                     )
                 results = gr.HTML(
-                    message_html(INTRODUCTION, "status"),
+                    message_html(INTRODUCTION[takes_images], "status"),
                     elem_id="results",
                     elem_classes="difnet",
                     apply_default_css=False,
@@ -157,15 +185,18 @@ def make_page(service: CaptionService, examples: Sequence[Example], warnings: Se
                     min_height=120,
                 )
         example = gr.State(None)
-        options = [chosen, prompt, search, num_beams, max_new_tokens, temperature]
+        given = [image, files, example, chosen, prompt, search, num_beams, max_new_tokens, temperature]
 
         def show_captions(
-            paths: list[str],
+            image_paths: list[str],
+            feature_paths: list[str],
             index: int | None,
             *values: Any,
             progress: gr.Progress = gr.Progress(),  # noqa: B008 (Gradio looks for it there)
         ) -> Iterator[str]:
-            give = partial(_read_files, service, paths) if index is None else shown[index].given
+            give = (
+                partial(_read_files, service, [*image_paths, *feature_paths]) if index is None else shown[index].given
+            )
             yield from _caption(service, captioners, give, values, progress)
 
         settings: dict[str, Any] = {
@@ -174,28 +205,37 @@ def make_page(service: CaptionService, examples: Sequence[Example], warnings: Se
             "concurrency_id": "captions",
             "show_progress_on": results,
         }
+        # What is sent while a caption is made gets its own one after that.
+        latest = settings | {"trigger_mode": "always_last"}
+        quick: dict[str, Any] = {"api_visibility": "private", "queue": False, "trigger_mode": "multiple"}
         began = gr.on(
             [caption_button.click, prompt.submit],
             show_captions,
-            [files, example, *options],
+            given,
             trigger_mode="once",
             **settings,
         )
-        uploaded = files.upload(lambda: None, None, example, api_visibility="private", queue=False).then(
-            show_captions, [files, example, *options], **settings
-        )
-        events = [began, uploaded]
-        files.clear(lambda: None, None, example, api_visibility="private", queue=False)
+        events = [began]
+        shown_features = gr.State([])
+
+        def replace(paths: list[str], before: list[str]) -> tuple[list[str], list[str], None, None]:
+            # Gradio adds files to those that are there, and features of two images are none.
+            added = [path for path in paths if path not in before] or paths
+            return added, added, None, None
+
+        uploaded = image.upload(lambda: (None, [], None), None, [files, shown_features, example], **quick)
+        events.append(uploaded.then(show_captions, given, **latest))
+        uploaded = files.upload(replace, [files, shown_features], [files, shown_features, image, example], **quick)
+        events.append(uploaded.then(show_captions, given, **latest))
+        for element in (image, files):
+            element.clear(lambda: ([], None), None, [shown_features, example], **quick)
         if shown:
 
-            def choose(event: gr.SelectData) -> tuple[int, None]:
-                return event.index, None
+            def choose(event: gr.SelectData) -> tuple[int, None, None]:
+                return event.index, None, None
 
-            events.append(
-                gallery.select(choose, None, [example, files], api_visibility="private", queue=False).then(
-                    show_captions, [files, example, *options], **settings
-                )
-            )
+            chosen_example = gallery.select(choose, None, [example, image, files], **quick)
+            events.append(chosen_example.then(show_captions, given, **latest))
         for event in events:
             event.then(None, js=SCROLL)
         stop_button.click(None, None, None, cancels=events, api_visibility="private")
@@ -217,7 +257,7 @@ def _read_files(service: CaptionService, paths: Sequence[str], as_features: bool
     """An upload; the argument is that of `Example.given`."""
     sizes = sum(os.path.getsize(path) for path in paths)
     if sizes > service.max_upload:
-        raise RequestError(f"larger than {service.max_upload / 2**20:g} MB, the largest upload that is taken", 413)
+        raise too_large(service.max_upload)
     contents = [Path(path).read_bytes() for path in paths]
     name = Path(paths[0]).name if paths else "the image"
     return read_input(contents, name=name)
@@ -298,7 +338,7 @@ def _task(given: CaptionInput, prompt: str, decoding: DecodingOptions) -> Captio
 def _add_endpoint(service: CaptionService, captioners: Sequence[ServedCaptioner]) -> None:
     """`client.predict(files=[handle_file("image.jpg")], api_name="/caption")` gives the JSON of a result."""
     names = [each.name for each in captioners]
-    files = uploads(visible=False, label="files")
+    files = as_files(gr.File(file_count="multiple", visible=False, label="files"))
     model = gr.Dropdown(names, value=names[0], visible=False, label="model")
     prompt = gr.Textbox("", visible=False, label="prompt")
     search = gr.Dropdown(list(SEARCHES), value=captioners[0].usual_search, visible=False, label="search")

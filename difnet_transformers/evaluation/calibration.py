@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,7 @@ with requires("calibration"):
 
 NUM_FOLDS = 5
 NUM_BINS = 10
+TRAINING_SPLIT = "train"  # of packed datasets
 MIN_IMAGES = 2 * NUM_FOLDS
 
 
@@ -111,6 +113,8 @@ class WordTruth:
         """
         content = read_json(path)
         try:
+            if not isinstance(content, dict):
+                raise TypeError("an object is expected")
             if not isinstance(content["judged"], list) or not all(
                 isinstance(words, list) for words in content["true"].values()
             ):
@@ -382,6 +386,12 @@ def calibrate_checkpoint(
     if len(splits[split]) < MIN_IMAGES:
         raise ValueError(
             f"{printable(dataset, 300)}: {split} has {len(splits[split])} images, fewer than {MIN_IMAGES}"
+        )
+    if split == TRAINING_SPLIT:
+        print(
+            f"warning: a model is surer of images that it was trained on; if {printable(name, 300)} was trained on "
+            f"{TRAINING_SPLIT} of this dataset, its confidences will be too high",
+            file=sys.stderr,
         )
     model, processor = load_captioner(name)
     fingerprint = weights_fingerprint(model.state_dict())

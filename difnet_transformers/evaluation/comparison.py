@@ -65,6 +65,8 @@ class Difference:
         high: its other end.
         p_value: of the permutation test, two-sided.
         adjusted_p_value: the same after Holm's correction for all pairs of systems.
+        within_noise: whether the interval includes 0, as it does where the two are equal, or `adjusted_p_value` is
+            above what the interval leaves out. Intervals of few images are too narrow; p-values hold for any number.
     """
 
     first: str
@@ -75,11 +77,7 @@ class Difference:
     high: float
     p_value: float
     adjusted_p_value: float
-
-    @property
-    def within_noise(self) -> bool:
-        """Whether the interval includes 0, as it does where the two are equal."""
-        return self.low <= 0 <= self.high
+    within_noise: bool
 
 
 @dataclass(frozen=True)
@@ -274,6 +272,7 @@ def compare_systems(
                     float(high),
                     p_value[metric],
                     adjusted_p_value,
+                    bool(low <= 0 <= high or adjusted_p_value > 1 - confidence),
                 )
             )
     return Comparison(list(names), statistics.images, resamples, confidence, seed, estimates, differences)

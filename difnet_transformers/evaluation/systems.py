@@ -6,9 +6,12 @@ the split first. Image ids are texts here, as `caption_metrics` writes them, so 
 
 from __future__ import annotations
 
+import dataclasses
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from caption_metrics.files import image_key, read_confidence, read_file_names, read_predictions, read_references
 
@@ -23,11 +26,13 @@ class System:
         name: on pages and in files.
         captions: by image id.
         confidence: by image id, of those captions that have one; higher is surer.
+        by_position: whether its captions came in a list, and image ids are places in that.
     """
 
     name: str
     captions: Mapping[str, str]
     confidence: Mapping[str, float] = field(default_factory=dict)
+    by_position: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,11 +43,13 @@ class SplitReferences:
         name: of the split or file, for pages.
         references: by image id.
         file_names: of the images by image id, of those whose names are known.
+        by_position: whether they came in a list, and image ids are places in that.
     """
 
     name: str
     references: Mapping[str, Sequence[str]]
     file_names: Mapping[str, str] = field(default_factory=dict)
+    by_position: bool = False
 
 
 def is_checkpoint(place: str, split: str) -> bool:
@@ -50,17 +57,70 @@ def is_checkpoint(place: str, split: str) -> bool:
     return not Path(place).is_file() and not Path(place, f"captions_{split}_results.json").is_file()
 
 
+def check_place(place: str, split: str) -> None:
+    """To be called before checkpoints are loaded.
+
+    Raises:
+        ValueError: a folder holds neither captions of the split nor a checkpoint.
+    """
+    folder = Path(place)
+    if not folder.is_dir() or not is_checkpoint(place, split) or (folder / "config.json").is_file():
+        return
+    names = [path.name for path in folder.glob("captions_*_results.json")]
+    of_splits = sorted(name.removeprefix("captions_").removesuffix("_results.json") for name in names)
+    if of_splits:
+        raise ValueError(
+            f"{printable(place, 300)}: no captions of the split {printable(split)}, but of "
+            f"{printable(', '.join(of_splits))} (--split)"
+        )
+    raise ValueError(
+        f"{printable(place, 300)}: neither a folder of difnet evaluate (captions_{printable(split)}_results.json) "
+        "nor a checkpoint (config.json)"
+    )
+
+
 def read_system(place: str, split: str, name: str) -> System:
     """A system of a results file, or of a folder with `captions_SPLIT_results.json`.
 
     Raises:
-        ValueError: the file cannot be read, or goes by position and not by image id.
+        ValueError: the file cannot be read, or has no captions.
     """
     path = Path(place) if Path(place).is_file() else Path(place, f"captions_{split}_results.json")
     captions = read_predictions(path)
+    if not captions:
+        raise ValueError(f"{printable(path, 300)}: no captions")
     if isinstance(captions, list):
-        captions = {str(position): caption for position, caption in enumerate(captions)}
+        return System(name, {str(place): caption for place, caption in enumerate(captions)}, by_position=True)
     return System(name, captions, read_confidence(path))
+
+
+def with_image_ids(system: System, split: SplitReferences) -> System:
+    """The system with the image ids of a split, where its file has the images' file names in their place.
+
+    Raises:
+        ValueError: two captions are of one image.
+    """
+    by_name = {PurePosixPath(name).name: image for image, name in split.file_names.items() if name}
+
+    def image_of(key: str) -> str:
+        if key in split.references:
+            return key
+        name = PurePosixPath(key.replace("\\", "/"))
+        number = re.search(r"[0-9]+$", name.stem)
+        if name.name in by_name:
+            return by_name[name.name]
+        found = image_key(number[0]) if number else key
+        return found if found in split.references else key
+
+    images = {key: image_of(key) for key in system.captions}
+    if len(set(images.values())) < len(images):
+        twice = Counter(images.values()).most_common(1)[0][0]
+        raise ValueError(f"{printable(system.name)}: image {printable(twice)} has two captions; keep one")
+    return dataclasses.replace(
+        system,
+        captions={images[key]: caption for key, caption in system.captions.items()},
+        confidence={images.get(key, key): value for key, value in system.confidence.items()},
+    )
 
 
 def read_split_of_file(path: Path) -> SplitReferences:
@@ -71,7 +131,8 @@ def read_split_of_file(path: Path) -> SplitReferences:
     """
     references = read_references(path)
     if isinstance(references, list):
-        references = {str(position): group for position, group in enumerate(references)}
+        groups = {str(place): group for place, group in enumerate(references)}
+        return SplitReferences(path.name, groups, by_position=True)
     return SplitReferences(path.name, references, read_file_names(path))
 
 
@@ -111,6 +172,11 @@ def common_images(systems: Sequence[System], split: SplitReferences) -> tuple[li
         ValueError: a system has captions of images without references, or no image is common to all.
     """
     for system in systems:
+        if system.by_position and not split.by_position:
+            raise ValueError(
+                f"{printable(system.name)}: a list of captions without image ids, and references with; give "
+                '{"image_id": .., "caption": ..} for each'
+            )
         unknown = [image for image in system.captions if image not in split.references]
         if unknown:
             raise ValueError(

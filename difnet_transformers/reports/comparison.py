@@ -44,6 +44,8 @@ LABELS = {name: label for name, (_, label) in METRICS.items()} | {
     "ref_clip_score": "RefCLIPScore",
 }
 LOWER_IS_BETTER = {"chair_s", "chair_i"}
+FEW_IMAGES = 30
+MANY_PAIRS = 3  # of which the page shows each when it is asked to
 NEITHER_IS_BETTER = {"caption_length", "novel_captions"}
 
 
@@ -169,26 +171,48 @@ def compare(
         comparison,
         described,
         pairs,
-        [*warnings, *noise_warnings(comparison)],
+        [*warnings, *caption_warnings(systems, captions), *noise_warnings(comparison)],
         images,
         per_image["cider_d"],
     )
 
 
-def noise_warnings(comparison: Comparison) -> list[str]:
-    """A warning for each pair of systems with differences whose intervals include 0."""
+def caption_warnings(systems: Sequence[System], captions: Sequence[Sequence[str]]) -> list[str]:
+    """Warnings about systems without words, and about too few images."""
     warnings = []
-    for first, second in dict.fromkeys((each.first, each.second) for each in comparison.differences):
+    for system, each in zip(systems, captions, strict=True):
+        if empty := sum(not caption.strip() for caption in each):
+            warnings.append(f"{empty:,} of {len(each):,} captions of {system.name} are empty.")
+    if len(captions[0]) < FEW_IMAGES:
+        warnings.append(
+            f"So few images ({len(captions[0])}) say little: intervals of fewer than {FEW_IMAGES} are too narrow."
+        )
+    return warnings
+
+
+def _is_noise(difference: Difference) -> bool:
+    """Whether there is a difference that means nothing."""
+    return difference.within_noise and difference.difference != 0
+
+
+def noise_warnings(comparison: Comparison) -> list[str]:
+    """A warning for each pair of systems with differences within noise."""
+    warnings = []
+    pairs = list(dict.fromkeys((each.first, each.second) for each in comparison.differences))
+    if len(pairs) > MANY_PAIRS:
+        noise = [each for each in comparison.differences if each.metric == "cider_d" and _is_noise(each)]
+        said = "; ".join(f"{each.second} against {each.first} ({each.difference:+.3f})" for each in noise)
+        return [f"Within noise in CIDEr-D, {len(noise)} of {len(pairs)} pairs: {said}."] if noise else []
+    for first, second in pairs:
         noise = [
-            each
-            for each in comparison.differences
-            if (each.first, each.second) == (first, second) and each.within_noise and each.difference
+            each for each in comparison.differences if (each.first, each.second) == (first, second) and _is_noise(each)
         ]
         if noise:
             said = ", ".join(f"{LABELS[each.metric]} ({each.difference:+.3f})" for each in noise)
             warnings.append(
                 f"Within noise: {second} against {first} in {said}. The {100 * comparison.confidence:.0f} % intervals "
-                "of these differences include 0: on these images neither is shown to be better."
+                f"of these differences include 0, or p is above {1 - comparison.confidence:.2f}: on these images "
+                "neither is shown to be better."
             )
     return warnings
 
@@ -256,7 +280,10 @@ def _tables(data: _Data, scores: np.ndarray, first: int, second: int) -> list[Gr
         confidence = np.array([system.confidence.get(image, np.nan) for image in data.images])
         if np.isfinite(confidence).any():
             groups = groups_by_value(confidence, scores, lambda low, high: f"{low:.2f} to {high:.2f}")
-            tables.append(GroupTable(f"By confidence of {system.name}", "As its results file states it.", groups))
+            # Log-probabilities stand in where a file has no confidences.
+            is_log = bool(np.nanmax(confidence) <= 0)
+            note = "Mean log-probability of a caption's tokens." if is_log else "As its results file states it."
+            tables.append(GroupTable(f"By confidence of {system.name}", note, groups))
     return tables
 
 
@@ -381,6 +408,7 @@ def comparison_page(report: ComparisonReport) -> str:
         comparison=report.comparison,
         rows=metric_rows(report.comparison),
         pairs=[(pair, [difference_row(each) for each in pair.differences]) for pair in report.pairs],
+        many_pairs=MANY_PAIRS,
         isnan=math.isnan,
     )
 
@@ -399,7 +427,7 @@ def comparison_json(report: ComparisonReport) -> dict[str, Any]:
             "correction": "Holm, over the pairs of systems" if len(report.pairs) > 1 else None,
             "warnings": list(report.warnings),
             "scores": [asdict(each) for each in comparison.estimates],
-            "differences": [asdict(each) | {"within_noise": each.within_noise} for each in comparison.differences],
+            "differences": [asdict(each) for each in comparison.differences],
             "descriptions": {name: list(values) for name, values in report.descriptions},
             "pairs": [
                 {
@@ -438,11 +466,15 @@ def write_comparison(report: ComparisonReport, page: Path, data: Path) -> None:
     atomic_write(page, comparison_page(report))
     atomic_write(data, json.dumps(comparison_json(report), indent=1, ensure_ascii=False) + "\n")
     print(f"{report.comparison.images:,} images; {100 * report.comparison.confidence:.0f} % intervals")
+    if len(report.comparison.systems) > 1:
+        print(f"{'':<18} {'  '.join(f'{printable(name, 23):<23}' for name in report.comparison.systems)}".rstrip())
     for row in metric_rows(report.comparison):
         said = "  ".join(f"{each.score:.4f} [{each.low:.4f}, {each.high:.4f}]" for each in row.estimates)
         print(f"{row.label:<18} {said}")
     for pair in report.pairs:
         for each in pair.differences:
+            if len(report.pairs) > MANY_PAIRS and each.metric != "cider_d":
+                continue
             print(
                 f"{printable(pair.second, 40)} - {printable(pair.first, 40)}: {LABELS[each.metric]} "
                 f"{each.difference:+.4f} [{each.low:+.4f}, {each.high:+.4f}], p = {each.adjusted_p_value:.4f}"

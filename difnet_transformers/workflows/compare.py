@@ -13,12 +13,14 @@ from pathlib import Path
 
 from ..evaluation.extra_scores import ExtraInputs, image_paths
 from ..evaluation.systems import (
+    check_place,
     common_images,
     is_checkpoint,
     read_split_of_dataset,
     read_split_of_file,
     read_system,
     system_names,
+    with_image_ids,
 )
 from ..files import folder_lock, make_folder, printable
 from ..reports.comparison import check_page, compare, write_comparison
@@ -69,10 +71,14 @@ def compare_places(
     check_page(output / "index.html")
     extra = extra or ExtraInputs()
     names = list(names or system_names(places))
+    if len(set(names)) < len(names):
+        raise ValueError(f"{printable(max(names, key=names.count), 300)} is given twice; compare it with another one")
     of_split = read_split_of_dataset(dataset, split) if dataset is not None else None
     if of_split is None:
         assert references is not None
         of_split = read_split_of_file(references)
+    for place in places:
+        check_place(place, split)
     checkpoints = [place for place in places if is_checkpoint(place, split)]
     if checkpoints and dataset is None:
         raise ValueError(
@@ -101,7 +107,7 @@ def compare_places(
                     batch_size=batch_size,
                 )
                 place = str(folder)
-            systems.append(read_system(place, split, name))
+            systems.append(with_image_ids(read_system(place, split, name), of_split))
         images, _ = common_images(systems, of_split)
         file_names = {image: of_split.file_names.get(image, "") for image in images}
         report = compare(
