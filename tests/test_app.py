@@ -323,6 +323,29 @@ def test_requests_that_wait_run_together():
         batcher.submit("a", 1)
 
 
+def test_clients_that_had_their_answers_are_waited_for():
+    began, go, sizes = threading.Event(), threading.Event(), []
+
+    def run(key, items):
+        sizes.append(len(items))
+        began.set()
+        assert go.wait(10)
+        return items
+
+    batcher = Batcher(run, batch_size=8, batch_wait=5)
+    first = batcher.submit("a", 1)
+    assert began.wait(10)
+    others = [batcher.submit("a", item) for item in (2, 3)]
+    go.set()
+    assert first.result(10) == 1
+    time.sleep(0.1)
+    assert not any(each.done() for each in others)
+    batcher.submit("a", 4).result(10)  # the first client again
+    assert [each.result(10) for each in others] == [2, 3]
+    batcher.close()
+    assert sizes == [1, 3]
+
+
 def test_a_batch_waits_only_where_several_clients_send():
     batcher = Batcher(lambda key, items: items, batch_size=4, batch_wait=5)
     begin = time.monotonic()

@@ -30,8 +30,9 @@ class Batcher:
     """Gives a function the items that wait, as batches, in a thread of its own.
 
     The first job of the queue decides what runs next; with it go the next ones with the same key. A job that comes
-    alone never waits for others. Where several clients send at once, those that have just got their answers will send
-    again: after a batch of several, and while requests are being read, the next batch may wait `batch_wait` seconds.
+    alone never waits for others. Clients that have just got their answers often send again: the next batch waits until
+    as many jobs are there as ran and waited when the last one ended, and while requests are being read, at most
+    `batch_wait` seconds.
 
     Args:
         run: gets a key and items, and returns a result or an exception for each.
@@ -40,7 +41,7 @@ class Batcher:
     """
 
     def __init__(
-        self, run: Callable[[Any, list[Any]], Sequence[Any]], *, batch_size: int = 8, batch_wait: float = 0.01
+        self, run: Callable[[Any, list[Any]], Sequence[Any]], *, batch_size: int = 8, batch_wait: float = 0.1
     ) -> None:
         self.run, self.batch_size, self.batch_wait = run, batch_size, batch_wait
         self.waiting: list[Job] = []
@@ -86,14 +87,16 @@ class Batcher:
     def _next_batch(self) -> list[Job]:
         """The jobs that run next; none when the batcher is closed and nothing waits."""
         with self.changed:
+            expected, last_end = min(self.last_size + len(self.waiting), self.batch_size), time.monotonic()
             while not self.waiting and not self.is_closed:
                 self.changed.wait()
             if not self.waiting:
                 return []
-            key, end = self.waiting[0].key, time.monotonic() + self.batch_wait
+            key, begin = self.waiting[0].key, time.monotonic()
             while sum(job.key == key for job in self.waiting) < self.batch_size and not self.is_closed:
-                remaining = end - time.monotonic()
-                if remaining <= 0 or not (self.last_size > 1 or self.num_arriving):
+                since = begin if self.num_arriving else last_end if len(self.waiting) < expected else None
+                remaining = 0 if since is None else since + self.batch_wait - time.monotonic()
+                if remaining <= 0:
                     break
                 self.changed.wait(remaining)
             chosen = [job for job in self.waiting if job.key == key][: self.batch_size]

@@ -38,7 +38,7 @@ class CaptionService:
         timeout: float = 60,
         max_upload: int = 20 * 2**20,
         batch_size: int = 8,
-        batch_wait: float = 0.01,
+        batch_wait: float = 0.1,
     ) -> None:
         self.captioners: dict[str, Captioner] = {each.name: each for each in captioners}
         self.queue_size, self.timeout, self.max_upload = queue_size, timeout, max_upload

@@ -71,7 +71,7 @@ class AppOptions:
     queue_size: int = field(default=100, metavar="N", help="requests at a time; further ones get status 503")
     batch_size: int = field(default=8, metavar="N", help="requests that run together at most")
     batch_wait: float = field(
-        default=0.01, metavar="SECONDS", help="that a batch waits to fill, while several clients send"
+        default=0.1, metavar="SECONDS", help="that a batch waits at most to fill, while several clients send"
     )
     no_page: bool = field(default=False, help="serve the endpoints alone, without Gradio")
     seed: int = field(default=0, metavar="N", help="of --untrained")
