@@ -174,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.device != "cpu":
         parser.error("exported captioners run on the CPU: add --device cpu")
 
-    original = original_captioner(options.original) if options.original else None
+    original = original_captioner(options.original, CPU) if options.original else None
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         exports = export_all(folder)
