@@ -175,6 +175,23 @@ def test_what_waits(starting, task):
     assert not starting.takes(task)
 
 
+def test_who_waits_for_what_has_been_loaded_meanwhile(starting, loading):
+    image, features_alone = CaptionTask(CaptionInput(noise())), tasks_of(1)[0]
+    assert starting.waits(image)
+    assert not starting.waits(features_alone)
+    loading.set_result(None)
+    assert starting.waits(image)  # which the loaded captioner takes at once
+
+
+def test_nobody_waits_for_what_cannot_be_loaded(starting, loading):
+    image = CaptionTask(CaptionInput(noise()))
+    loading.set_exception(ValueError("no such network"))
+    assert not starting.waits(image)
+    with pytest.raises(RequestError, match="could not be loaded") as caught:
+        starting.prepare(image)
+    assert caught.value.status == 503
+
+
 @pytest.mark.parametrize(
     "damage",
     [

@@ -111,7 +111,7 @@ class CaptionService:
     def _enqueue(self, name: str, task: CaptionTask, result: Future) -> None:
         """Hands a task to the model's thread, as soon as there is a captioner that does it."""
         captioner = self.captioners[name]
-        if isinstance(captioner, StartingCaptioner) and not captioner.takes(task) and not captioner.loading.done():
+        if isinstance(captioner, StartingCaptioner) and captioner.waits(task):
             captioner.loading.add_done_callback(lambda _: self._enqueue_later(name, task, result))
             return
         running = self.batcher.submit(captioner.prepare(task), task)

@@ -56,8 +56,13 @@ class StartingCaptioner:
         """The checkpoint's longest caption, in tokens."""
         return usual_length(self.model.generation_config, self.model.config.max_position_embeddings)
 
+    def waits(self, task: CaptionTask) -> bool:
+        """Whether a task is for the loaded captioner, which is there when `loading` is done."""
+        has_failed = self.loading.done() and self.loading.exception() is not None
+        return not has_failed and not self.takes(task)
+
     def takes(self, task: CaptionTask) -> bool:
-        """Whether a task is done here, and need not wait."""
+        """Whether a task can be done here."""
         search = task.decoding.search or usual_search(self.model.generation_config)
         return (
             task.given.features is not None
@@ -80,15 +85,12 @@ class StartingCaptioner:
 
     def caption(self, tasks: Sequence[CaptionTask]) -> Sequence[CaptionResult | Exception]:
         """Captions tasks whose `prepare` gave the same key; those that fail alone, each its own error."""
-        results: list[CaptionResult | Exception] = []
         try:
             return self._caption_together(tasks)
         except Exception as error:
             if len(tasks) == 1:
                 return [of_user(error)]
-            for task in tasks:
-                results += self.caption([task])
-            return results
+            return [self.caption([task])[0] for task in tasks]
 
     def _caption_together(self, tasks: Sequence[CaptionTask]) -> list[CaptionResult | Exception]:
         model, decoding = self.model, tasks[0].decoding

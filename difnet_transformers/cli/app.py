@@ -131,6 +131,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "app.py") -> int:
             loading: Future[None] = Future()
             is_usual = options.runtime in (None, "torch") and not options.untrained
             starting = starting_captioners(options.model, loading, options.force) if is_usual else None
+            is_loaded = starting is None
             service = CaptionService(
                 load() if starting is None else starting,
                 queue_size=options.queue_size,
@@ -139,9 +140,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "app.py") -> int:
                 batch_size=options.batch_size,
                 batch_wait=options.batch_wait,
             )
+            del starting  # its weights go when the loaded ones have come
         print(f"{', '.join(service.captioners)}: open {address_of(sock)} (Ctrl-C ends it)", flush=True)
         page = None if options.no_page else make_page
-        if starting is None:
+        if is_loaded:
             serve(service, sock, page, options.debug)
         else:
             serve(service, sock, page, options.debug, load, loading)
