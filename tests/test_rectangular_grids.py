@@ -147,6 +147,7 @@ def test_from_images_to_a_captioner(world: Path, tmp_path: Path, flows: int, cap
     assert run(pack.main, "--recipe", recipe, "--output", tmp_path / "again") == 0
 
 
+@pytest.mark.slow
 def test_train_on_images(world: Path, tmp_path: Path) -> None:
     words = ["--images", world / "images", "--captions", *sorted((world / "captions").iterdir())]
     words += ["--grid-backbone", world / "dinov2", "--grid-size", "2x3", "--min-word-count", 1, "--cpu"]
