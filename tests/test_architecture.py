@@ -34,6 +34,8 @@ def part_of(module: str) -> str | None:
     """The part of the project that a module belongs to; `None` for other packages."""
     words = module.split(".")
     if words[0] == "difnet_transformers":
+        if words[1:] == ["__main__"]:
+            return "scripts"
         is_package = len(words) > 1 and (ROOT / "difnet_transformers" / words[1]).is_dir()
         return words[1] if is_package else "base"
     return words[0] if words[0] in LEVEL else None

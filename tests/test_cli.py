@@ -75,6 +75,11 @@ print(sorted({HEAVY} & set(sys.modules)), file=sys.stderr)
         assert run.stdout.startswith("usage: difnet")
         assert run.stderr == "[]\n"
 
+    def test_the_package_is_a_program(self):
+        words = [sys.executable, "-m", "difnet_transformers", "--version"]
+        run = subprocess.run(words, capture_output=True, text=True, check=True)
+        assert run.stdout == f"difnet {__version__}\n"
+
     def test_version(self, capsys):
         assert main(["--version"]) == 0
         assert capsys.readouterr().out == f"difnet {__version__}\n"

@@ -103,11 +103,9 @@ def run_command(words: list[str]) -> None:
         extras = {name for word in words for names in re.findall(r"\[(.+)\]", word) for name in names.split(",")}
         assert extras <= set(setup["options.extras_require"])
     elif words[:2] == ["accelerate", "launch"] or program == "torchrun":
-        script = next(word for word in words if word.endswith(".py"))
-        entry = re.search(r"difnet_transformers\.cli\.(\w+)", (ROOT / script).read_text())
-        assert entry is not None
-        arguments = words[words.index(script) + 1 :]
-        assert exit_code(difnet_main, short([entry[1].replace("_", "-"), *arguments])) == 0, words
+        start = words.index("-m")
+        assert words[start + 1] == "difnet_transformers"
+        assert exit_code(difnet_main, short(words[start + 2 :])) == 0, words
     elif words[:3] == ["python", "-m", "caption_metrics"]:
         assert exit_code(metrics_main, words[3:]) == 0, words
     else:

@@ -16,7 +16,7 @@ Train DIFNet on a packed dataset (difnet pack): cross-entropy (XE), then self-cr
   difnet train --dataset coco_packed --output runs/difnet --resume last       resume it
   difnet train --dataset mine --output runs/mine --model difnet --stage xe    fine-tune a checkpoint
   difnet train recipe.yaml --seed 3                                           options from a file
-  accelerate launch scripts/train.py ..       or       torchrun --nproc_per_node 8 scripts/train.py ..
+  torchrun --nproc-per-node 8 -m difnet_transformers train ..                 on several GPUs; accelerate launch -m
 
 OUTPUT holds the checkpoints `last` and `best` (by CIDEr-D on the validation split) and, once SCST has begun,
 `best_xe`: folders for from_pretrained, with the state of the training inside. log.jsonl and tensorboard/ have the
