@@ -244,7 +244,8 @@ def steps(arguments: argparse.Namespace, folder: Path) -> Iterator[str]:
     )
     assert growth <= FLAT, "memory is not flat"
     num_tars = -(-arguments.images // arguments.images_per_tar)
-    mean = arguments.seconds_between_kills or 2 * seconds / num_tars
+    # All kills before everything can be captioned, and some while a process begins.
+    mean = arguments.seconds_between_kills or min(2 * seconds / num_tars, 0.8 * seconds / arguments.kills)
     begun = time.perf_counter()
     kills = run_killed(model, folder / "tars", folder / "killed", arguments.kills, mean)
     assert bytes_of(rows_of(folder / "killed")) == bytes_of(rows)
@@ -259,7 +260,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--images-per-tar", type=int, default=500)
     parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--seconds-between-kills", type=float, help="mean (default: half the time of a tar)")
+    parser.add_argument("--seconds-between-kills", type=float, help="mean (default: at most the time of a tar)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         for line in steps(arguments, Path(folder)):
