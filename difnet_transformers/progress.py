@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 30
+
+
+def _take_own_lock() -> None:
+    tqdm.set_lock(threading.RLock())
+
+
+# Forked processes share tqdm's lock: one that is killed while it has it would stop all others.
+tqdm.get_lock()  # before a subclass makes one of its own
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_take_own_lock)
 
 
 class _Lines(tqdm):

@@ -1,6 +1,8 @@
-"""Progress in a file is lines, and none of short work."""
+"""Progress in a file is lines, and none of short work; forked processes do not share its lock."""
 
 import io
+import os
+import subprocess
 import sys
 import time
 
@@ -44,3 +46,29 @@ def test_a_bar_that_is_off_writes_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     assert list(progress_bar(range(3), disable=True)) == [0, 1, 2]
     assert not sys.stderr.getvalue()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_process_that_is_killed_with_the_lock_stops_no_other() -> None:
+    program = """
+import multiprocessing, os, signal
+from tqdm.auto import tqdm
+from difnet_transformers.progress import progress_bar
+
+def die():
+    tqdm.get_lock().acquire()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def work():
+    list(progress_bar(range(3)))
+    list(tqdm(range(3)))
+
+list(tqdm(range(3)))  # the lock is made when it is first needed
+for target in (die, work):
+    process = multiprocessing.get_context("fork").Process(target=target)
+    process.start()
+    process.join()
+print(process.exitcode)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert run.stdout == "0\n"
