@@ -173,6 +173,7 @@ def make_page(service: CaptionService, examples: Sequence[Example], warnings: Se
                 if has_switch:
                     gr.HTML(
                         render_part("app_switch.html.j2", flows=FLOW_NAMES, hint=POINTING),
+                        elem_id="switch",
                         elem_classes="difnet",
                         apply_default_css=False,
                     )

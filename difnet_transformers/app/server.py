@@ -76,6 +76,8 @@ class LatePage:
         await self._stand_in(Request(scope))(scope, receive, send)
 
     def _stand_in(self, request: Request) -> Response:
+        if request.url.path == "/favicon.ico":  # browsers ask for it with every page
+            return Response(status_code=204)
         if self.problem is not None:
             return JSONResponse({"error": f"no page: {self.problem}"}, 503)
         if "text/html" in request.headers.get("accept", ""):
