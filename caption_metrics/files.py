@@ -6,6 +6,7 @@ Everything that can be wrong with a file is a `UserError`: one line that names t
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import stat
@@ -278,7 +279,24 @@ def read_confidence(path: Path) -> dict[str, float]:
     data = _read(path)
     found = {}
     for row in data if isinstance(data, list) else ():
-        value = row.get("confidence", row.get("mean_log_prob")) if isinstance(row, dict) else None
-        if isinstance(value, int | float) and not isinstance(value, bool) and "image_id" in row:
-            found[image_key(row["image_id"])] = float(value)
+        if not isinstance(row, dict) or "image_id" not in row:
+            continue
+        value = row.get("confidence")
+        if value is None:
+            value = row.get("mean_log_prob")
+            if not _is_number(value):
+                continue
+        elif not _is_number(value):
+            raise UserError(
+                f"{printable(str(path))}: the confidence of image {printable(str(row['image_id']))} is no finite "
+                f"number but {_shown(value)}; leave it out where it is not known"
+            )
+        found[image_key(row["image_id"])] = float(value)
     return found
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # of integers with hundreds of digits
+        return False
