@@ -41,11 +41,20 @@ def _shown(value: Any) -> str:
 
 def _read(path: Path) -> Any:
     shown = printable(str(path))
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise UserError(f"{shown}: {_shown(twice)} comes twice in one object; keep one")
+        return found
+
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise UserError(f"{shown}: not a regular file; give a JSON file")
         # Windows' editors put a byte order mark in front.
-        return json.loads(path.read_text("utf-8-sig"))
+        return json.loads(path.read_text("utf-8-sig"), object_pairs_hook=unique)
     except UserError:
         raise
     except OSError as error:
@@ -281,7 +290,7 @@ def read_confidence(path: Path) -> dict[str, float]:
     for row in data if isinstance(data, list) else ():
         if not isinstance(row, dict) or "image_id" not in row:
             continue
-        value = row.get("confidence")
+        value: Any = row.get("confidence")
         if value is None:
             value = row.get("mean_log_prob")
             if not _is_number(value):

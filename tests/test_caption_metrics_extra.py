@@ -285,6 +285,15 @@ class TestDiversity:
         assert found.per_image.tolist() == [0, 1]
         assert found.corpus == 0.5
 
+    @pytest.mark.parametrize(
+        "describe",
+        [caption_statistics, lambda text: distinct_n(text, 1), lambda text: novel_captions(["a dog"], text)],
+        ids=["statistics", "distinct", "training captions"],
+    )
+    def test_one_string_is_no_list_of_captions(self, describe):
+        with pytest.raises(ValueError, match="captions are given as a list, not as one string: 'a dog'"):
+            describe("a dog")
+
 
 def test_spider_is_the_mean_of_cider_and_spice():
     found = spider(Score(1.2, np.array([1.0, 1.4])), Score(0.2, np.array([0.1, 0.3])))
