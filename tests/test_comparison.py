@@ -440,6 +440,27 @@ class TestProgram:
         assert data["systems"] == ["greedy", "beams"]
         assert data["images"] == 13
 
+    @pytest.mark.parametrize("option", ["--images", "--instances", "--training-captions"])
+    def test_missing_files_are_found_before_checkpoints_caption(
+        self,
+        captioner,  # noqa: F811
+        packed,  # noqa: F811
+        tmp_path,
+        option,
+        capsys,
+    ):
+        words = [captioner, "--dataset", packed, "--output", tmp_path / "out", "--cpu", option, tmp_path / "none"]
+        assert compare_command.main(list(map(str, words))) == 2
+        assert "none: " in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+    def test_evaluate_finds_missing_images_before_it_captions(self, captioner, packed, tmp_path, capsys):  # noqa: F811
+        words = ["--model", captioner, "--dataset", packed, "--output", tmp_path / "out", "--cpu"]
+        words += ["--report", tmp_path / "report.html", "--images", tmp_path / "none"]
+        assert evaluate_command.main(list(map(str, words))) == 2
+        assert "none: no such file or folder" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
     def test_evaluate_reports_on_one_model(self, captioner, packed, tmp_path):  # noqa: F811
         words = ["--model", captioner, "--dataset", packed, "--output", tmp_path / "results", "--cpu"]
         words += ["--num-beams", 1, "--max-new-tokens", 6, "--report", tmp_path / "report.html"]

@@ -20,6 +20,7 @@ import numpy as np
 
 from caption_metrics import Chair, ExtraMetrics, JavaMissing, check_java, score_captions
 
+from ..data.image_files import find_images
 from ..evaluation.comparison import (
     Comparison,
     Difference,
@@ -396,17 +397,24 @@ def difference_row(difference: Difference) -> DifferenceRow:
     )
 
 
-def check_page(page: Path) -> None:
+def check_page(page: Path, images: Sequence[Path] = ()) -> None:
     """To be called before the work that a page is of.
+
+    Args:
+        page: to be written.
+        images: image files, or folders of them, for it.
 
     Raises:
         IsADirectoryError: a folder is in the place of the page.
         ImportError: a package is missing that makes pages.
+        ValueError: an image or a folder of images does not exist, or a folder has none.
     """
     from . import pages  # noqa: F401
 
     if page.is_dir():
         raise IsADirectoryError(errno.EISDIR, "a folder, where a file is to be written", str(page))
+    if images:
+        find_images(map(str, images))
 
 
 def comparison_page(report: ComparisonReport) -> str:
