@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import logging
 import socket
 import sys
 import threading
@@ -127,6 +128,8 @@ class CaptionServer(uvicorn.Server):
         while self.service.num_open:
             await asyncio.sleep(0.05)
         await asyncio.sleep(GRACE_SECONDS)
+        # Open pages hold connections, which end now; uvicorn would print each of them as an error.
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         self.force_exit = True
 
 
