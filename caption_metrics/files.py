@@ -297,8 +297,8 @@ def read_confidence(path: Path) -> dict[str, float]:
                 continue
         elif not _is_number(value):
             raise UserError(
-                f"{printable(str(path))}: the confidence of image {printable(str(row['image_id']))} is no finite "
-                f"number but {_shown(value)}; leave it out where it is not known"
+                f"{printable(str(path))}: the confidence of image {printable(str(row['image_id']))} is not a "
+                f"finite number but {_shown(value)}; leave it out where it is not known"
             )
         found[image_key(row["image_id"])] = float(value)
     return found

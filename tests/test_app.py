@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 import yaml
 from app_world import features, hdf5_of, hostile_uploads, make_service, npy_of, npz_of
+from huggingface_hub import SpaceCard
 from test_images import file_of, noise
 
 pytest.importorskip("uvicorn")
@@ -575,8 +576,6 @@ class TestSpace:
     FOLDER = ROOT / "examples" / "space"
 
     def test_the_card_is_what_the_hub_reads(self):
-        from huggingface_hub import SpaceCard
-
         card = SpaceCard.load(self.FOLDER / "README.md").data
         assert (card.sdk, card.app_file, card.license) == ("gradio", "app.py", "apache-2.0")
         assert len(card.short_description) <= 60
@@ -584,6 +583,10 @@ class TestSpace:
         assert card.sdk_version == pinned
         header = (self.FOLDER / "README.md").read_text(encoding="utf-8").split("---")[1]
         assert yaml.safe_load(header)["title"]
+
+    def test_the_card_of_the_metrics_names_the_same_gradio(self):
+        cards = [SpaceCard.load(folder / "README.md").data for folder in (self.FOLDER, ROOT / "caption_metrics")]
+        assert len({(card.sdk_version, card.python_version) for card in cards}) == 1
 
     def test_its_requirements_are_extras_of_this_package(self):
         from packaging.requirements import Requirement

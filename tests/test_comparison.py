@@ -302,7 +302,7 @@ class TestProgram:
         Path("part.json").write_text(json.dumps({image: BETTER[image] for image in list(BETTER)[:50]}))
         data, _ = compared("part.json", "worse.json")
         assert data["images"] == 50
-        assert "Compared are the 50 images that all systems have captions of" in data["warnings"][0]
+        assert "Only the 50 images that all systems have captions of are compared" in data["warnings"][0]
         assert "part lacks 10" in data["warnings"][0]
 
     @pytest.mark.parametrize(
@@ -341,7 +341,7 @@ class TestProgram:
         Path("unsure.json").write_text(f'[{{"image_id": 3, "caption": "a dog", "confidence": {confidence}}}]')
         given = ["--references", "references.json", "--output", "out"]
         assert compare_command.main(["better.json", "unsure.json", *given]) == 2
-        assert "unsure.json: the confidence of image 3 is no finite number but" in capsys.readouterr().err
+        assert "unsure.json: the confidence of image 3 is not a finite number but" in capsys.readouterr().err
 
     def test_an_interval_has_the_color_of_the_better_system(self):
         worse = Difference("A", "B", "cider_d", -0.5, -0.6, -0.4, 0.001, 0.001, False)

@@ -34,7 +34,7 @@ LOADING = """<!doctype html>
 <meta http-equiv="refresh" content="1"><title>Captions</title>
 <style>body { font: 18px/1.5 system-ui, sans-serif; margin: 20vh auto 0; max-width: 32em; padding: 0 20px;
 color-scheme: light dark; text-align: center }</style></head>
-<body><p role="status">The page opens in a few seconds. Programs get their captions already.</p></body></html>
+<body><p role="status">The page opens in a few seconds. The endpoints already answer.</p></body></html>
 """
 GRACE_SECONDS = 0.5  # for the last answers to be written
 
