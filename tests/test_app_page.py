@@ -342,6 +342,7 @@ def test_a_second_user_on_a_telephone_in_the_dark(captioned, new_page, tmp_path)
     assert lit_cells(card) == 49
     brightness = "(e, p) => getComputedStyle(e)[p].match(/[0-9.]+/g).slice(0, 3).reduce((a, b) => a + Number(b), 0)"
     assert card.locator(".words button").first.evaluate(brightness, "color") > 500
+    assert card.locator(".words button").first.evaluate(brightness, "borderBottomColor") > 400
     assert card.evaluate(brightness, "backgroundColor") < 200
 
 
