@@ -29,6 +29,8 @@ class CaptionStatistics(NamedTuple):
 
 
 def _words(captions: Iterable[Caption]) -> list[list[str]]:
+    if isinstance(captions, str):
+        raise ValueError(f"captions are given as a list, not as one string: {captions!r:.80}")
     tokenizer = PTBTokenizer()
     return [ngram_words(tokenizer.tokenize(caption) if isinstance(caption, str) else caption) for caption in captions]
 

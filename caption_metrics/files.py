@@ -6,9 +6,11 @@ Everything that can be wrong with a file is a `UserError`: one line that names t
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,11 +42,19 @@ def _shown(value: Any) -> str:
 
 def _read(path: Path) -> Any:
     shown = printable(str(path))
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
+            raise UserError(f"{shown}: {_shown(twice)} comes twice in one object; keep one")
+        return found
+
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise UserError(f"{shown}: not a regular file; give a JSON file")
         # Windows' editors put a byte order mark in front.
-        return json.loads(path.read_text("utf-8-sig"))
+        return json.loads(path.read_text("utf-8-sig"), object_pairs_hook=unique)
     except UserError:
         raise
     except OSError as error:
@@ -278,7 +288,24 @@ def read_confidence(path: Path) -> dict[str, float]:
     data = _read(path)
     found = {}
     for row in data if isinstance(data, list) else ():
-        value = row.get("confidence", row.get("mean_log_prob")) if isinstance(row, dict) else None
-        if isinstance(value, int | float) and not isinstance(value, bool) and "image_id" in row:
-            found[image_key(row["image_id"])] = float(value)
+        if not isinstance(row, dict) or "image_id" not in row:
+            continue
+        value: Any = row.get("confidence")
+        if value is None:
+            value = row.get("mean_log_prob")
+            if not _is_number(value):
+                continue
+        elif not _is_number(value):
+            raise UserError(
+                f"{printable(str(path))}: the confidence of image {printable(str(row['image_id']))} is not a "
+                f"finite number but {_shown(value)}; leave it out where it is not known"
+            )
+        found[image_key(row["image_id"])] = float(value)
     return found
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # of integers with hundreds of digits
+        return False

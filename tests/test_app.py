@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import http.server
 import json
@@ -9,11 +10,12 @@ import os
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,14 +24,21 @@ import numpy as np
 import pytest
 import yaml
 from app_world import features, hdf5_of, hostile_uploads, make_service, npy_of, npz_of
+from huggingface_hub import SpaceCard
 from test_images import file_of, noise
 
 pytest.importorskip("uvicorn")
 pytest.importorskip("starlette")
 
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
+from starlette.routing import Route
+
 from difnet_transformers.app.batching import Batcher
 from difnet_transformers.app.inputs import CaptionInput, RequestError, decode_base64, read_input
 from difnet_transformers.app.server import running_server
+from difnet_transformers.app.service import CaptionService
 from difnet_transformers.app.startup import captioner_names, listen
 from difnet_transformers.app.tasks import CaptionTask, DecodingOptions
 from difnet_transformers.cli import app
@@ -522,6 +531,25 @@ def test_sigterm_finishes_what_runs_and_exits_with_0(process):
     assert "Traceback" not in started.stderr.read()
 
 
+def test_the_end_of_a_server_says_nothing_of_pages_that_are_open(capfd):
+    async def endless(request: Request) -> StreamingResponse:
+        async def beats() -> AsyncIterator[str]:
+            while True:
+                yield "beat\n"
+                await asyncio.sleep(0.05)
+
+        return StreamingResponse(beats())
+
+    page = Starlette(routes=[Route("/heartbeat", endless)])
+    with running_server(CaptionService([]), lambda: page) as (url, late):
+        assert late.is_ready.wait(60)
+        connection = socket.create_connection(url.removeprefix("http://").split(":"))
+        connection.sendall(b"GET /heartbeat HTTP/1.1\r\nHost: here\r\n\r\n")
+        assert connection.recv(2**16).startswith(b"HTTP/1.1 200")
+    connection.close()
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize(("warm_up", "number"), [(20, 40), pytest.param(400, 2000, marks=pytest.mark.slow)])
 def test_memory_is_flat(client, warm_up, number):
     contents = [npz_of(features()), file_of(noise()), hdf5_of({"1_features": np.zeros((9, 9))}), b"nothing"]
@@ -548,8 +576,6 @@ class TestSpace:
     FOLDER = ROOT / "examples" / "space"
 
     def test_the_card_is_what_the_hub_reads(self):
-        from huggingface_hub import SpaceCard
-
         card = SpaceCard.load(self.FOLDER / "README.md").data
         assert (card.sdk, card.app_file, card.license) == ("gradio", "app.py", "apache-2.0")
         assert len(card.short_description) <= 60
@@ -557,6 +583,10 @@ class TestSpace:
         assert card.sdk_version == pinned
         header = (self.FOLDER / "README.md").read_text(encoding="utf-8").split("---")[1]
         assert yaml.safe_load(header)["title"]
+
+    def test_the_card_of_the_metrics_names_the_same_gradio(self):
+        cards = [SpaceCard.load(folder / "README.md").data for folder in (self.FOLDER, ROOT / "caption_metrics")]
+        assert len({(card.sdk_version, card.python_version) for card in cards}) == 1
 
     def test_its_requirements_are_extras_of_this_package(self):
         from packaging.requirements import Requirement

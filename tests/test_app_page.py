@@ -22,6 +22,7 @@ from difnet_transformers.app.page import make_page_application
 from difnet_transformers.app.rendering import class_color, results_html
 from difnet_transformers.app.server import running_server
 from difnet_transformers.app.tasks import CaptionResult
+from modeling_difnet.confidence_difnet import CaptionConfidence, WordConfidence
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 60  # a busy machine is slow, and nothing here measures time
@@ -250,6 +251,38 @@ def test_files_are_dropped_anywhere_and_the_next_ones_replace_them(desk):
     assert desk.locator("#files .filename").count() == 0
 
 
+def test_the_next_image_gets_a_map_and_words_of_its_own(desk):
+    drop(desk, "#results", before=file_of(noise(5)))
+    wait_for_result(desk, "before")
+    card = desk.locator(".result").first
+    card.locator(".words button").first.click()  # which keeps it
+    card.get_by_label("Segmentation map").check()
+    drop(desk, "#results", behind=file_of(noise(6)))
+    wait_for_result(desk, "behind")
+    assert card.locator(".words button[aria-pressed=true]").count() == 0
+    assert card.get_by_label("Segmentation map").is_checked()  # as chosen for the image before
+    assert painted_pixels(card) > 0
+    desk.evaluate("window.events = 0; document.addEventListener('word', () => window.events++)")
+    card.locator(".words button").first.hover()
+    assert desk.evaluate("window.events") == 1
+    card.get_by_label("Segmentation map").uncheck()
+
+
+def test_what_the_clipboard_button_cannot_take_gets_a_message(desk):
+    remove_image(desk)
+    large = Image.fromarray(np.random.default_rng(0).integers(0, 255, (700, 700, 3), dtype=np.uint8))
+    for content, message in (
+        (file_of(large), "image.png: larger than 1 MB, the largest upload that is taken"),
+        (None, "the clipboard holds no image"),
+    ):
+        if content is None:
+            desk.evaluate("navigator.clipboard.writeText('text')")
+        else:
+            desk.evaluate(PUT_INTO_CLIPBOARD, base64.b64encode(content).decode())
+        desk.get_by_label("Paste from clipboard").click()
+        desk.locator("#upload-message").get_by_text(message).wait_for()
+
+
 def test_a_file_is_chosen_by_keyboard(desk, tmp_path):
     noise().save(tmp_path / "chosen.png")
     desk.once("filechooser", lambda chooser: chooser.set_files(str(tmp_path / "chosen.png")))
@@ -309,6 +342,7 @@ def test_a_second_user_on_a_telephone_in_the_dark(captioned, new_page, tmp_path)
     assert lit_cells(card) == 49
     brightness = "(e, p) => getComputedStyle(e)[p].match(/[0-9.]+/g).slice(0, 3).reduce((a, b) => a + Number(b), 0)"
     assert card.locator(".words button").first.evaluate(brightness, "color") > 500
+    assert card.locator(".words button").first.evaluate(brightness, "borderBottomColor") > 400
     assert card.evaluate(brightness, "backgroundColor") < 200
 
 
@@ -351,6 +385,25 @@ def test_captions_and_names_are_escaped():
     html = results_html([result, result], CaptionInput(Image.new("RGB", (2, 2)), name=hostile))
     assert "<img src=x" not in html
     assert "onerror=alert(1)>'" not in html
+
+
+def result_of(**values) -> CaptionResult:
+    words = [WordConfidence("dog", -0.1, 0.2, 0.9)]
+    confidences = [CaptionConfidence(words, -0.2, -0.1, 0.3, 0.9) for _ in range(2)]
+    return CaptionResult("a", ["a dog", "a cat"], confidences, [True, True], **values)
+
+
+def test_samples_are_not_called_beams():
+    beams, samples = (results_html([result_of(is_sampled=each)], CaptionInput(None)) for each in (False, True))
+    assert "2 best captions" in beams
+    assert "Agreement of the beams" in beams
+    assert "2 samples, the most probable first" in samples
+    assert "beam" not in samples.partition("<thead>")[2]
+
+
+def test_words_that_nothing_is_known_of_have_no_level():
+    html = results_html([CaptionResult("a", ["a dog"], None, [True])], CaptionInput(None))
+    assert not re.search(r'class="word \w', html)
 
 
 def test_classes_have_colors_of_their_own():

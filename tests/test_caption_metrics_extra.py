@@ -285,6 +285,15 @@ class TestDiversity:
         assert found.per_image.tolist() == [0, 1]
         assert found.corpus == 0.5
 
+    @pytest.mark.parametrize(
+        "describe",
+        [caption_statistics, lambda text: distinct_n(text, 1), lambda text: novel_captions(["a dog"], text)],
+        ids=["statistics", "distinct", "training captions"],
+    )
+    def test_one_string_is_no_list_of_captions(self, describe):
+        with pytest.raises(ValueError, match="captions are given as a list, not as one string: 'a dog'"):
+            describe("a dog")
+
 
 def test_spider_is_the_mean_of_cider_and_spice():
     found = spider(Score(1.2, np.array([1.0, 1.4])), Score(0.2, np.array([0.1, 0.3])))
@@ -437,24 +446,33 @@ class TestProgram:
 # The modules of evaluate
 
 EVALUATE = """
-import json, sys
+import json, runpy, sys
 from pathlib import Path
-import caption_metrics, evaluate
+import caption_metrics, evaluate, gradio
 given = json.loads(sys.argv[1])
 results = {
     name: evaluate.load(caption_metrics.module_path(name)).compute(**inputs)
     for name, inputs in given.items()
 }
-shown = []
-evaluate.utils.launch_gradio_widget = lambda module: shown.append(sorted(module.features))
-sys.argv[0] = str(Path(caption_metrics.module_path(), "app.py"))
-exec(compile(Path(sys.argv[0]).read_text(), sys.argv[0], "exec"), {"__name__": "__main__", "__file__": sys.argv[0]})
+widget = runpy.run_path(str(Path(caption_metrics.module_path(), "app.py")))
+shown = [widget["make_widget"]().title]
+for texts in (
+    ("a dog running on grass\\ntwo men sit on a bench", widget["EXAMPLE"][1]),
+    ("a dog\\na cat", "a dog | the dog"),
+    ("a dog\\na cat", "a dog\\n|\\na cat"),
+    (" ", "a dog"),
+):
+    try:
+        shown.append(widget["score"](*texts))
+    except gradio.Error as error:
+        shown.append(error.message)
 print(json.dumps([results, shown]))
 """
 
 
 def test_the_modules_of_evaluate_and_the_widget(tmp_path, clip, images):  # noqa: F811
     pytest.importorskip("evaluate")
+    pytest.importorskip("gradio")
     paths = list(map(str, images.values()))[:2]
     captions, references = list(PREDICTIONS.values()), [REFERENCES[image] for image in PREDICTIONS]
     groups = [["a dog", "a puppy runs"], ["two men", "men on a bench"]]
@@ -494,7 +512,19 @@ def test_the_modules_of_evaluate_and_the_widget(tmp_path, clip, images):  # noqa
     scores = ClipScore.from_pretrained(str(clip)).scores(captions, paths, references)
     assert results["clip_score"]["clip_score"] == pytest.approx(scores[0].corpus, abs=TOLERANCE)
     assert results["clip_score"]["ref_clip_score"] == pytest.approx(scores[1].corpus, abs=TOLERANCE)
-    assert shown == [["predictions", "references"]]
+    title, (corpus, per_image), *messages = shown
+    assert title == "Caption metrics"
+    assert dict(corpus)["cider_d"] == 4.5654
+    assert dict(corpus)["vocabulary_size"] == 9
+    assert per_image == [
+        ["a dog running on grass", 0.0, 0.8, 2.636],
+        ["two men sit on a bench", 0.8409, 0.9242, 6.4948],
+    ]
+    assert messages == [
+        "2 lines of captions, 1 of reference captions: give one of each for every image.",
+        "Line 2 has no reference captions.",
+        "There are no captions: give one in each line.",
+    ]
 
 
 def test_tokens_and_captions_have_the_same_objects():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from caption_metrics import bleu, chair, score_captions
 from difnet_transformers.cli import compare as compare_command
 from difnet_transformers.cli import evaluate as evaluate_command
 from difnet_transformers.evaluation.comparison import (
+    Difference,
     ImageStatistics,
     bleu_metric,
     bootstrap_scores,
@@ -32,6 +34,7 @@ from difnet_transformers.evaluation.comparison import (
     ratio_metric,
 )
 from difnet_transformers.evaluation.systems import SplitReferences, System, with_image_ids
+from difnet_transformers.reports.comparison import difference_row
 
 WORDS = np.array(["a", "man", "dog", "cat", "on", "the", "grass", "runs", "sits", "red", "ball", "with", "two"])
 
@@ -299,7 +302,7 @@ class TestProgram:
         Path("part.json").write_text(json.dumps({image: BETTER[image] for image in list(BETTER)[:50]}))
         data, _ = compared("part.json", "worse.json")
         assert data["images"] == 50
-        assert "Compared are the 50 images that all systems have captions of" in data["warnings"][0]
+        assert "Only the 50 images that all systems have captions of are compared" in data["warnings"][0]
         assert "part lacks 10" in data["warnings"][0]
 
     @pytest.mark.parametrize(
@@ -333,6 +336,28 @@ class TestProgram:
         with pytest.raises(ValueError, match="s: image 7 has two captions"):
             with_image_ids(System("s", {"cat.jpg": "A", "7": "B"}), split)
 
+    @pytest.mark.parametrize("confidence", ["NaN", '"high"', "true", "1" + "0" * 400])
+    def test_a_confidence_that_is_no_number_is_refused(self, folder, capsys, confidence):
+        Path("unsure.json").write_text(f'[{{"image_id": 3, "caption": "a dog", "confidence": {confidence}}}]')
+        given = ["--references", "references.json", "--output", "out"]
+        assert compare_command.main(["better.json", "unsure.json", *given]) == 2
+        assert "unsure.json: the confidence of image 3 is not a finite number but" in capsys.readouterr().err
+
+    def test_an_interval_has_the_color_of_the_better_system(self):
+        worse = Difference("A", "B", "cider_d", -0.5, -0.6, -0.4, 0.001, 0.001, False)
+        rows = [
+            difference_row(worse),
+            difference_row(dataclasses.replace(worse, metric="chair_i")),
+            difference_row(dataclasses.replace(worse, metric="caption_length")),
+            difference_row(dataclasses.replace(worse, within_noise=True)),
+        ]
+        assert [(row.better, row.verdict) for row in rows] == [
+            ("first", "A is better"),
+            ("second", "B is better"),
+            ("", "differs"),
+            ("", "within noise"),
+        ]
+
     def test_one_image_shows_nothing_to_be_better(self, folder):
         Path("one.json").write_text(json.dumps({"3": WORSE["3"]}))
         data, _ = compared("better.json", "one.json")
@@ -341,10 +366,10 @@ class TestProgram:
         assert found["within_noise"]
         assert any(each.startswith("So few images (1)") for each in data["warnings"])
 
-    def test_empty_captions_are_counted(self, folder, capsys):
-        Path("empty.json").write_text(json.dumps(WORSE | {"3": "", "4": " "}))
+    def test_captions_without_words_are_counted(self, folder, capsys):
+        Path("empty.json").write_text(json.dumps(WORSE | {"3": "", "4": " ", "5": ".. !"}))
         data, _ = compared("worse.json", "empty.json", "--resamples", "100")
-        assert "2 of 60 captions of empty are empty." in data["warnings"]
+        assert "3 of 60 captions of empty have no words." in data["warnings"]
         assert re.search(r"^ +worse +empty$", capsys.readouterr().out, flags=re.MULTILINE)
 
     def test_many_pairs_are_folded_and_their_noise_is_one_warning(self, folder, capsys):
@@ -414,6 +439,27 @@ class TestProgram:
         data = json.loads((tmp_path / "out" / "comparison.json").read_text())
         assert data["systems"] == ["greedy", "beams"]
         assert data["images"] == 13
+
+    @pytest.mark.parametrize("option", ["--images", "--instances", "--training-captions"])
+    def test_missing_files_are_found_before_checkpoints_caption(
+        self,
+        captioner,  # noqa: F811
+        packed,  # noqa: F811
+        tmp_path,
+        option,
+        capsys,
+    ):
+        words = [captioner, "--dataset", packed, "--output", tmp_path / "out", "--cpu", option, tmp_path / "none"]
+        assert compare_command.main(list(map(str, words))) == 2
+        assert "none: " in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+    def test_evaluate_finds_missing_images_before_it_captions(self, captioner, packed, tmp_path, capsys):  # noqa: F811
+        words = ["--model", captioner, "--dataset", packed, "--output", tmp_path / "out", "--cpu"]
+        words += ["--report", tmp_path / "report.html", "--images", tmp_path / "none"]
+        assert evaluate_command.main(list(map(str, words))) == 2
+        assert "none: no such file or folder" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
 
     def test_evaluate_reports_on_one_model(self, captioner, packed, tmp_path):  # noqa: F811
         words = ["--model", captioner, "--dataset", packed, "--output", tmp_path / "results", "--cpu"]

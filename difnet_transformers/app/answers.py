@@ -60,9 +60,9 @@ async def read_json(request: Request, limit: int) -> dict[str, Any]:
     try:
         found = json.loads(content)
     except (ValueError, RecursionError):
-        raise RequestError("the body is no JSON") from None
+        raise RequestError("the body is not JSON") from None
     if not isinstance(found, dict):
-        raise RequestError("the body is no JSON object")
+        raise RequestError("the body is not a JSON object")
     return found
 
 

@@ -217,7 +217,8 @@ class ServedCaptioner:
         batch = {name: torch.cat([each[name] for each in inputs]) for name in inputs[0]}
         decoding, with_confidence = tasks[0].decoding, tasks[0].with_confidence
         arguments = decoding.arguments(self.default_beams, self.usual_search)
-        if (decoding.search or self.usual_search) == "original":
+        search = decoding.search or self.usual_search
+        if search == "original":
             arguments["custom_generate"] = original_beam_search
         outputs = self.captioner.forward(batch, return_confidence=with_confidence, **arguments)
         sequences = outputs["sequences"]  # (B, captions, L)
@@ -227,7 +228,7 @@ class ServedCaptioner:
         for index in range(len(tasks)):
             confidences = outputs["confidences"][index] if with_confidence else None
             order = list(range(sequences.shape[1]))
-            if confidences is not None and decoding.search == "sample":
+            if confidences is not None and search == "sample":
                 order.sort(key=lambda row: -confidences[row].score)
             rows = sequences[index][order]
             tokens = rows[:, prompt_length:]
@@ -238,6 +239,7 @@ class ServedCaptioner:
                     confidences and [confidences[row] for row in order],
                     torch.isin(tokens, tokens.new_tensor(sorted(end_ids(self.captioner.model)))).any(1).tolist(),
                     (prompt_length, int((tokens != pad_token_id).sum())),
+                    is_sampled=search == "sample",
                 )
             )
             if tasks[index].with_relevance:

@@ -117,7 +117,7 @@ def decode_base64(text: str, limit: int) -> bytes:
     try:
         content = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        raise RequestError("the image is no base64") from None
+        raise RequestError("the image is not valid base64") from None
     if len(content) > limit:
         raise too_large(limit)
     return content

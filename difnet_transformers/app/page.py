@@ -40,7 +40,7 @@ INTRODUCTION = {
     True: "Drop an image anywhere on this page, paste one (Ctrl+V), or choose an example.",
     False: "Drop a file of features anywhere on this page, or choose an example.",
 }  # whether images are taken
-POINTING = "Point at a word, move to it with Tab or touch it, and what it comes from lights up."
+POINTING = "Point at a word, move to it with Tab or touch it to see the cells and classes that it comes from."
 # On a telephone the results are below everything else.
 SCROLL = "() => window.innerWidth < 768 && document.querySelector('#results').scrollIntoView({behavior: 'smooth'})"
 FONTS = ["system-ui", "Segoe UI", "Roboto", "Helvetica", "Arial", "sans-serif"]
@@ -173,6 +173,7 @@ def make_page(service: CaptionService, examples: Sequence[Example], warnings: Se
                 if has_switch:
                     gr.HTML(
                         render_part("app_switch.html.j2", flows=FLOW_NAMES, hint=POINTING),
+                        elem_id="switch",
                         elem_classes="difnet",
                         apply_default_css=False,
                     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import hashlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from modeling_difnet.confidence_difnet import CaptionConfidence, WordConfidence
 
 from ..reports.confidence import ShownWord, shown_words
+from ..reports.confidence import legend as legend_of_levels
 from ..reports.pages import jpeg_url, relevance_values, render_part
 from ..reports.relevance import FLOWS
 from ..vision.images import thumbnail
@@ -21,11 +23,14 @@ from .tasks import CaptionResult
 
 MAX_IMAGE_SIDE, MAX_MAP_SIDE = 640, 160  # pixels on the page
 MAX_LEGEND = 24  # classes, the largest first
+NO_LEVEL = ""  # of words that nothing is known of
 
 
 def results_html(results: Sequence[CaptionResult], given: CaptionInput) -> str:
     """Cards of all captioners, side by side."""
-    return render_part("app_results.html.j2", results=[_card(each, given, len(results) > 1) for each in results])
+    cards = [_card(each, given, len(results) > 1) for each in results]
+    key = hashlib.sha256(repr(cards).encode()).hexdigest()[:16]
+    return render_part("app_results.html.j2", results=cards, key=key)
 
 
 def message_html(text: str, role: str = "alert") -> str:
@@ -67,8 +72,11 @@ def _card(result: CaptionResult, given: CaptionInput, named: bool) -> dict[str, 
         "remark": result.remark,
         "labels": labels,
         "legend": legend,
+        "title": _title(result),
         "beams": _beams(result),
-        "numbers": [] if best is None else _numbers(best),
+        "numbers": [] if best is None else _numbers(result, best),
+        "note": "" if best is None else _note_below(best),
+        "levels": [] if best is None else legend_of_levels(best.confidence is not None),
         "download": result_json(result),
         "file": f"{given.name}.json".replace("/", "_"),
     }
@@ -82,14 +90,16 @@ def _figure(result: CaptionResult, given: CaptionInput, best: CaptionConfidence 
         words = result.captions[0].split() if best is None else [each.word for each in best.words]
         image = None if given.image is None else jpeg_url(thumbnail(given.image, MAX_IMAGE_SIDE))
         values = {"words": words, "url": image, "rows": 0, "columns": 0, "data": None, "notes": None}
-        values["shown"] = [ShownWord(word, "sure", "") for word in words]
+        values["shown"] = [ShownWord(word, NO_LEVEL, "") for word in words]
     values["name"] = given.name
     if best is not None:
         # Words of a prompt have no confidence: they were given.
         of_prompt = len(values["words"]) - len(best.words)
-        values["shown"] = [ShownWord(word, "sure", "given") for word in values["words"][:of_prompt]]
+        values["shown"] = [ShownWord(word, NO_LEVEL, "given") for word in values["words"][:of_prompt]]
         values["shown"] += shown_words(best.as_dict())
         values["notes"] = ["given"] * of_prompt + [_note(each) for each in best.words]
+        if best.confidence is not None and values["data"] is not None:
+            values["data"]["confidences"] = [None] * of_prompt + [each.confidence for each in best.words]
     return values
 
 
@@ -113,20 +123,32 @@ def _beams(result: CaptionResult) -> list[dict[str, str]]:
     ]
 
 
-def _numbers(best: CaptionConfidence) -> list[tuple[str, str]]:
+def _title(result: CaptionResult) -> str:
+    """Of the column of captions."""
+    number = len(result.captions)
+    if number == 1:
+        return "Caption"
+    return f"{number} samples, the most probable first" if result.is_sampled else f"{number} best captions"
+
+
+def _numbers(result: CaptionResult, best: CaptionConfidence) -> list[tuple[str, str]]:
     numbers = []
     if best.confidence is not None:
-        numbers.append(("Words that are right, expected", f"{best.confidence:.0%}"))
+        numbers.append(("Confidence, mean of the words", f"{best.confidence:.0%}"))
     if best.expected_cider_d is not None:
         numbers.append(("Expected CIDEr-D", f"{best.expected_cider_d:.2f}"))
-    numbers.append(("Agreement of the beams", f"{best.agreement:.0%}"))
-    if best.margin is not None:
+    if best.margin is not None:  # a single caption agrees with itself
+        numbers.append(
+            ("Agreement of the samples" if result.is_sampled else "Agreement of the beams", f"{best.agreement:.0%}")
+        )
         numbers.append(("Margin to the next caption", _number(best.margin)))
-    if best.confidence is None:
-        numbers.append(("Below each word", "its log-probability"))
-    else:
-        numbers.append(("Below each word", "the probability that it is right"))
     return numbers
+
+
+def _note_below(best: CaptionConfidence) -> str:
+    if best.confidence is None:
+        return "Below each word is its log-probability; underlines show its probability, not calibrated: "
+    return "Below each word is its confidence, the calibrated probability that it is right; underlines show it too: "
 
 
 # Segmentation

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import logging
 import socket
 import sys
 import threading
@@ -33,7 +34,7 @@ LOADING = """<!doctype html>
 <meta http-equiv="refresh" content="1"><title>Captions</title>
 <style>body { font: 18px/1.5 system-ui, sans-serif; margin: 20vh auto 0; max-width: 32em; padding: 0 20px;
 color-scheme: light dark; text-align: center }</style></head>
-<body><p role="status">The page opens in a few seconds. Programs get their captions already.</p></body></html>
+<body><p role="status">The page opens in a few seconds. The endpoints already answer.</p></body></html>
 """
 GRACE_SECONDS = 0.5  # for the last answers to be written
 
@@ -76,6 +77,8 @@ class LatePage:
         await self._stand_in(Request(scope))(scope, receive, send)
 
     def _stand_in(self, request: Request) -> Response:
+        if request.url.path == "/favicon.ico":  # browsers ask for it with every page
+            return Response(status_code=204)
         if self.problem is not None:
             return JSONResponse({"error": f"no page: {self.problem}"}, 503)
         if "text/html" in request.headers.get("accept", ""):
@@ -125,6 +128,8 @@ class CaptionServer(uvicorn.Server):
         while self.service.num_open:
             await asyncio.sleep(0.05)
         await asyncio.sleep(GRACE_SECONDS)
+        # Open pages hold connections, which end now; uvicorn would print each of them as an error.
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         self.force_exit = True
 
 

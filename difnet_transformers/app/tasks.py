@@ -109,6 +109,7 @@ class CaptionResult:
         num_tokens: of the prompt and of all captions, `<eos>` included.
         explained: the relevance of the best caption's words, if asked for and if there is one.
         remark: why there is none.
+        is_sampled: whether the captions are samples; the most probable first.
         label_map (`(H, W)`): the class of each pixel, or of each cell where there are only features, as an index of
             `class_names`; -1 for no class. `None` for a captioner with one flow.
         class_names: of the segmentation features, where they are known.
@@ -121,6 +122,7 @@ class CaptionResult:
     num_tokens: tuple[int, int] = (0, 0)
     explained: ExplainedImage | None = None
     remark: str | None = None
+    is_sampled: bool = False
     label_map: np.ndarray | None = None
     class_names: Sequence[str] | None = None
 

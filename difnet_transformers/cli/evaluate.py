@@ -185,7 +185,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate_captions.py") 
         if options.report is not None:
             from ..reports.comparison import check_page
 
-            check_page(options.report)
+            check_page(options.report, options.images or ())
         extra = ExtraInputs(
             diversity=options.diversity,
             instances=options.instances,

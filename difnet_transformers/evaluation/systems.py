@@ -191,7 +191,7 @@ def common_images(systems: Sequence[System], split: SplitReferences) -> tuple[li
     if len(images) < max(len(system.captions) for system in systems):
         said = ", ".join(f"{name} lacks {number:,}" for name, number in missing.items() if number)
         warnings.append(
-            f"Compared are the {len(images):,} images that all systems have captions of; of {len(split.references):,} "
-            f"with references {said}."
+            f"Only the {len(images):,} images that all systems have captions of are compared; of "
+            f"{len(split.references):,} with references {said}."
         )
     return images, warnings

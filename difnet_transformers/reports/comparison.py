@@ -20,6 +20,7 @@ import numpy as np
 
 from caption_metrics import Chair, ExtraMetrics, JavaMissing, check_java, score_captions
 
+from ..data.image_files import find_images
 from ..evaluation.comparison import (
     Comparison,
     Difference,
@@ -181,8 +182,8 @@ def caption_warnings(systems: Sequence[System], captions: Sequence[Sequence[str]
     """Warnings about systems without words, and about too few images."""
     warnings = []
     for system, each in zip(systems, captions, strict=True):
-        if empty := sum(not caption.strip() for caption in each):
-            warnings.append(f"{empty:,} of {len(each):,} captions of {system.name} are empty.")
+        if empty := sum(not any(map(str.isalnum, caption)) for caption in each):
+            warnings.append(f"{empty:,} of {len(each):,} captions of {system.name} have no words.")
     if len(captions[0]) < FEW_IMAGES:
         warnings.append(
             f"So few images ({len(captions[0])}) say little: intervals of fewer than {FEW_IMAGES} are too narrow."
@@ -279,12 +280,16 @@ def _tables(data: _Data, scores: np.ndarray, first: int, second: int) -> list[Gr
         system = data.systems[place]
         confidence = np.array([system.confidence.get(image, np.nan) for image in data.images])
         if np.isfinite(confidence).any():
-            groups = groups_by_value(confidence, scores, lambda low, high: f"{low:.2f} to {high:.2f}")
+            groups = groups_by_value(confidence, scores, lambda low, high: f"{_number(low)} to {_number(high)}")
             # Log-probabilities stand in where a file has no confidences.
             is_log = bool(np.nanmax(confidence) <= 0)
             note = "Mean log-probability of a caption's tokens." if is_log else "As its results file states it."
             tables.append(GroupTable(f"By confidence of {system.name}", note, groups))
     return tables
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _range(low: float, high: float, unit: str) -> str:
@@ -337,7 +342,13 @@ class MetricRow:
 
 @dataclass(frozen=True)
 class DifferenceRow:
-    """A row of the table of differences; `low`, `high`, `middle` are places in percent of a bar whose middle is 0."""
+    """A row of the table of differences.
+
+    Args:
+        low, high, middle: places in percent of a bar whose middle is 0.
+        verdict: what the difference means.
+        better: the system that is better, "first" or "second", or nothing where none is.
+    """
 
     label: str
     note: str
@@ -346,6 +357,7 @@ class DifferenceRow:
     high: float
     middle: float
     verdict: str
+    better: str
 
 
 def metric_rows(comparison: Comparison) -> list[MetricRow]:
@@ -371,29 +383,38 @@ def difference_row(difference: Difference) -> DifferenceRow:
     if not math.isfinite(reach):
         reach = 1.0
     low, high, middle = (50 + 50 * value / reach for value in (difference.low, difference.high, difference.difference))
+    better = ""
     if difference.within_noise or math.isnan(difference.low):
         verdict = "within noise"
     elif difference.metric in NEITHER_IS_BETTER:
         verdict = "differs"
     else:
         second_wins = (difference.difference > 0) != (difference.metric in LOWER_IS_BETTER)
-        verdict = f"{difference.second if second_wins else difference.first} is better"
+        better = "second" if second_wins else "first"
+        verdict = f"{getattr(difference, better)} is better"
     return DifferenceRow(
-        LABELS[difference.metric], metric_note(difference.metric), difference, low, high, middle, verdict
+        LABELS[difference.metric], metric_note(difference.metric), difference, low, high, middle, verdict, better
     )
 
 
-def check_page(page: Path) -> None:
+def check_page(page: Path, images: Sequence[Path] = ()) -> None:
     """To be called before the work that a page is of.
+
+    Args:
+        page: to be written.
+        images: image files, or folders of them, for it.
 
     Raises:
         IsADirectoryError: a folder is in the place of the page.
         ImportError: a package is missing that makes pages.
+        ValueError: an image or a folder of images does not exist, or a folder has none.
     """
     from . import pages  # noqa: F401
 
     if page.is_dir():
         raise IsADirectoryError(errno.EISDIR, "a folder, where a file is to be written", str(page))
+    if images:
+        find_images(map(str, images))
 
 
 def comparison_page(report: ComparisonReport) -> str:

@@ -68,8 +68,8 @@ def compare_places(
     Raises:
         ValueError: something cannot be read, or does not go together.
     """
-    check_page(output / "index.html")
     extra = extra or ExtraInputs()
+    check_page(output / "index.html", extra.images)
     names = list(names or system_names(places))
     if len(set(names)) < len(names):
         raise ValueError(f"{printable(max(names, key=names.count), 300)} is given twice; compare it with another one")
@@ -85,6 +85,8 @@ def compare_places(
             f"{printable(checkpoints[0], 300)}: no results file and no folder of difnet evaluate; as a checkpoint it "
             "needs --dataset, whose split it captions"
         )
+    if checkpoints:  # they take their time, and a file that cannot be read is a pity after it
+        dataclasses.replace(extra, clip_model=None).load({})
     make_folder(output)
     with folder_lock(output, program):
         systems = []
