@@ -208,7 +208,7 @@ def note(line: str) -> None:
 
 
 def is_web(place: str) -> bool:
-    return place.startswith(("http://", "https://"))
+    return place.lower().startswith(("http://", "https://"))
 
 
 def file_system(place: str) -> tuple[Any, str]:
