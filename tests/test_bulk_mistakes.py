@@ -9,6 +9,9 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shlex
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -318,6 +321,22 @@ class TestOutput:
         path.unlink()
         assert process_shards(image_captioner, inputs, str(done)).images == 2
         assert len(rows_of(done)) == 6
+
+    @pytest.mark.skipif(shutil.which("jq") is None, reason="needs jq")
+    def test_the_line_of_the_docs_names_files_that_are_damaged_at_equal_size(self, image_captioner, inputs, done):
+        guide = (Path(__file__).parent.parent / "docs" / "large_scale.md").read_text(encoding="utf-8")
+        (line,) = [line for line in guide.splitlines() if "sha256sum --check" in line]
+        line = line.replace("cd captions", f"cd {shlex.quote(str(done))}")
+        assert subprocess.run(line, shell=True, capture_output=True, text=True).stdout == ""
+        path = done / data_name(1, 3, "parquet")
+        content = bytearray(path.read_bytes())
+        content[10] ^= 1
+        path.write_bytes(content)
+        said = subprocess.run(line, shell=True, capture_output=True, text=True).stdout
+        assert said == f"{path.relative_to(done)}: FAILED\n"
+        path.unlink()
+        assert process_shards(image_captioner, inputs, str(done)).images == 2
+        assert subprocess.run(line, shell=True, capture_output=True, text=True).stdout == ""
 
     def test_a_run_whose_record_is_missing_is_not_replaced(self, captioner_folder, image_captioner, inputs, done):
         (done / "run.json").unlink()

@@ -20,7 +20,7 @@ import numpy as np
 from modeling_difnet.images_difnet import is_url
 
 from ..command_line import requires
-from ..data.feature_files import SEGMENTATIONS, GridFiles, SegmentationFiles, is_table
+from ..data.feature_files import HDF5_SUFFIXES, GridFiles, SegmentationFiles, is_table, options_of_folder
 from ..data.feature_records import FeatureRecords, provenance_of_dataset, records_in
 from ..data.feature_tables import METADATA_KEY, arrays_of
 from ..data.packed_dataset import decode_segmentation
@@ -34,7 +34,6 @@ from .readers import ImageItem, key_of, rows_of_parquet, text_of
 with requires("data"):
     import pyarrow as pa
 
-HDF5_SUFFIXES = (".hdf5", ".h5")
 FEATURE_COLUMNS = (FEATURE_COLUMN, "grid_cells", "segmentation_features")
 
 
@@ -93,11 +92,9 @@ def feature_files(place: str) -> list[str]:
         if made:
             return made
         if not any(name.lower().endswith(SUFFIXES_OF["parquet"]) for _, _, names in os.walk(place) for name in names):
-            within = sorted(name for name in os.listdir(place) if name.lower().endswith(HDF5_SUFFIXES))
-            said = f"give {os.path.join(place, within[0])}" if within else "difnet extract makes features"
-            if within and os.path.isdir(os.path.join(place, SEGMENTATIONS)):
-                said += f" --segmentation {os.path.join(place, SEGMENTATIONS)}"
-            raise ValueError(f"{shown}: no Parquet files of features in this folder; {printable(said, 400)}")
+            options = options_of_folder(place)
+            said = "difnet extract makes features" if options is None else f"give {options}"
+            raise ValueError(f"{shown}: no Parquet files of features in this folder; {said}")
     return [file for file, _ in expand(place, "parquet")]
 
 

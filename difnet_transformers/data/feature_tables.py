@@ -63,7 +63,8 @@ class FeatureTable:
         if "key" not in names or not {"grid_features", "segmentation_features"} & set(names):
             raise DataError(
                 f"{printable(path)}: no columns key and grid_features or segmentation_features; "
-                "`difnet extract --format parquet` makes such files"
+                "`difnet extract --format parquet` makes such files (difnet caption --output takes those of difnet "
+                "pack --parquet too)"
             )
         self._rows: dict[int, int] | None = None
 
@@ -86,7 +87,8 @@ class FeatureTable:
                 if match is None:
                     raise DataError(
                         f"{printable(self.path)}: the key {printable(key)} has no image id, such as 42 or "
-                        "COCO_val2014_000000000042.jpg; extract with --key-column of the ids"
+                        "COCO_val2014_000000000042.jpg; extract with --key-column of the ids (difnet caption --output "
+                        "takes any key)"
                     )
                 twice += [int(match[1])] if int(match[1]) in found else []
                 found[int(match[1])] = row
