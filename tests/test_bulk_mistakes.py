@@ -6,16 +6,21 @@ without a word.
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
 import shlex
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
+import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -159,6 +164,10 @@ class TestWeb:
         with pytest.raises(ValueError, match=rf"{site}/{name}: (no such file|cannot be read).*404"):
             plan_shards(InputConfig((f"{site}/{name}",)))
 
+    def test_of_a_server_patterns_are_refused(self, site):
+        with pytest.raises(ValueError, match=r"\*.tar: of web servers single files are read, no patterns; name each"):
+            plan_shards(InputConfig((f"{site}/*.tar",)))
+
     def test_the_remedy_for_private_hosts_is_the_option(self, image_captioner, site):
         (row,) = image_captioner.rows(items_of(f"{site}/0.jpg"))
         assert row["error"].endswith("--allow-private-hosts allows it")
@@ -174,6 +183,24 @@ class TestKeys:
         assert [item.key for item in items_of(tmp_path / "l.jsonl")] == [f"{tmp_path}/l.jsonl#0", "1.jpg"]
         datasets.Dataset.from_dict({"path": ["x", "y"], "id": [None, "k"]}).save_to_disk(tmp_path / "saved")
         assert [item.key for item in items_of(tmp_path / "saved")] == ["train/0", "k"]
+
+    def test_keys_that_are_bytes_or_no_number(self, tmp_path):
+        path = table_of(tmp_path / "b.parquet", image=[b"1", b"2", b"3"], key=[b"a", "é".encode(), b"\xff"])
+        assert [item.key for item in items_of(path)] == ["a", "é", "\\xff"]
+        path = table_of(tmp_path / "f.parquet", image=[b"1", b"2", b"3"], key=[1.5, float("nan"), float("nan")])
+        assert [item.key for item in items_of(path)] == ["1.5", f"{path}#1", f"{path}#2"]
+
+    def test_text_that_is_not_utf_8(self, images, tmp_path):
+        """As other writers leave it in columns of text, pyarrow reads it, and Python does not."""
+        folder = os.fsencode(images)
+        names = pa.array([folder + b"/\xe9.jpg", b"/x/0.jpg"])
+        (images / os.fsdecode(b"\xe9.jpg")).write_bytes(image_file(0))
+        columns = {"path": names.cast(pa.string(), safe=False), "id": pa.array([b"\xe9", b"b"]).view(pa.string())}
+        path = table_of(tmp_path / "t.parquet", **columns)
+        assert [(item.key, item.content) for item in items_of(path)] == [
+            ("\\xe9", os.fsdecode(folder + b"/\xe9.jpg")),
+            ("b", "/x/0.jpg"),
+        ]
 
     def test_links_in_a_tar_are_rows(self, image_captioner, tmp_path):
         path = tar_of(tmp_path / "0.tar", {"1.jpg": image_file(1)}, {"2.jpg": "1.jpg", "3.txt": "1.jpg"})
@@ -229,6 +256,16 @@ class TestTables:
         with pytest.raises(ValueError, match=r"l.txt: text in UTF-16; save it as UTF-8"):
             plan_shards(InputConfig((str(tmp_path / "l.txt"),)))
 
+    @pytest.mark.parametrize(("value", "kind"), [(5, "int"), ([1, 2], "list"), (True, "bool")])
+    def test_values_that_are_no_image_are_said(self, image_captioner, tmp_path, value, kind):
+        (row,) = image_captioner.rows(items_of(table_of(tmp_path / "t.parquet", image=[value])))
+        assert row["error"] == f"the row has a value of the type {kind}, where bytes, a path or a URL are expected"
+
+    def test_a_row_of_a_csv_that_cannot_be_read_is_found_by_its_line(self, tmp_path):
+        (tmp_path / "l.csv").write_text('path,text\n0.jpg,a\n1.jpg,"open\n2.jpg,b\n')
+        with pytest.raises(ValueError, match=r"l.csv: a row, that from line 3 on, cannot be read \(unexpected end"):
+            plan_shards(InputConfig((str(tmp_path / "l.csv"),)))
+
     def test_data_that_is_no_place_is_a_row(self, image_captioner, tmp_path):
         path = table_of(tmp_path / "t.parquet", image=["data:image/png;base64,AAAA"])
         (row,) = image_captioner.rows(items_of(path))
@@ -279,6 +316,36 @@ class TestOutput:
     def test_what_cannot_be_written_to(self, place, message):
         with pytest.raises(ValueError, match=message):
             OutputFolder(place)
+
+    @pytest.mark.parametrize("method", ["exists", "info", "ls", "put_file", "cat", "open"])
+    def test_an_output_that_cannot_be_reached_is_named_with_the_remedy(
+        self, image_captioner, inputs, tmp_path, monkeypatch, method
+    ):
+        """Clients of stores raise classes of their own, whose texts do not say what was written."""
+
+        class ConnectError(Exception):
+            pass
+
+        def failing(*arguments, **options):
+            raise ConnectError("Name or service not known")
+
+        inputs, place = replace(inputs, images_per_shard=1), f"memory:/{tmp_path}"
+        process_shards(image_captioner, inputs, place, process=(0, 2))
+        monkeypatch.setattr(fsspec.get_filesystem_class("memory"), method, failing)
+        with pytest.raises(
+            OSError, match=r"this output cannot be used now \(.*\); the same command resumes"
+        ) as caught:
+            process_shards(image_captioner, inputs, place)
+        assert str(caught.value).startswith(f"{place}: ")
+
+    def test_a_full_disk_of_temporary_files_is_named(self, image_captioner, inputs, tmp_path, monkeypatch):
+        def full(*arguments):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            process_shards(image_captioner, inputs, f"memory:/{tmp_path}")
+        assert str(caught.value.filename).startswith(f"{tempfile.gettempdir()}/difnet-")
 
     def test_an_output_among_tables_would_be_an_input(self, image_captioner, tmp_path):
         table_of(tmp_path / "t.parquet", image=[image_file(1)])
@@ -337,6 +404,25 @@ class TestOutput:
         path.unlink()
         assert process_shards(image_captioner, inputs, str(done)).images == 2
         assert subprocess.run(line, shell=True, capture_output=True, text=True).stdout == ""
+
+    @pytest.mark.parametrize("format", ["parquet", "jsonl"])
+    def test_however_a_data_file_is_damaged_it_is_named(self, image_captioner, inputs, tmp_path, format):
+        """Not by Arrow, which has other errors for a footer, a page and a text."""
+        process_shards(image_captioner, inputs, str(tmp_path / "out"), format=format)
+        path, rng = tmp_path / "out" / data_name(1, 3, format), np.random.default_rng(0)
+        content = path.read_bytes()
+        problems = []
+        for _ in range(100):
+            damaged = np.frombuffer(content, np.uint8).copy()
+            damaged[rng.integers(0, len(content), 5)] = rng.integers(0, 256, 5)
+            path.write_bytes(damaged.tobytes())
+            (tmp_path / "out" / "summary.json").unlink(missing_ok=True)
+            try:
+                process_shards(image_captioner, inputs, str(tmp_path / "out"), format=format)
+            except ValueError as error:
+                problems.append(str(error))
+        assert len(problems) > 20
+        assert {problem.partition(" (")[0] for problem in problems} == {f"{path}: damaged"}
 
     def test_a_run_whose_record_is_missing_is_not_replaced(self, captioner_folder, image_captioner, inputs, done):
         (done / "run.json").unlink()

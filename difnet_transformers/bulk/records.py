@@ -306,8 +306,8 @@ def duplicate_keys(output: OutputFolder, files: Sequence[str]) -> dict[str, list
 
 def _columns(output: OutputFolder, file: str) -> dict[str, list[str]]:
     schema = pa.schema({"key": pa.string(), "source": pa.string()})
-    try:
-        with output.fs.open(f"{output.root}/{file}", "rb") as handle:
+    with output.named(), output.fs.open(f"{output.root}/{file}", "rb") as handle:
+        try:
             if file.endswith(".parquet"):
                 return pq.read_table(handle, columns=schema.names).to_pydict()
             if handle.seek(0, 2) == 0:  # a shard without an image
@@ -315,8 +315,10 @@ def _columns(output: OutputFolder, file: str) -> dict[str, list[str]]:
             handle.seek(0)
             options = pj.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
             return pj.read_json(handle, parse_options=options).to_pydict()
-    except pa.ArrowException as error:
-        said = printable(" ".join(str(error).split()), 200)
-        raise ValueError(
-            f"{printable(output.place, 300)}/{file}: damaged ({said}); remove it, and the same command makes it again"
-        ) from None
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            shown, said = printable(output.place, 300), printable(" ".join(str(error).split()), 200)
+            raise ValueError(
+                f"{shown}/{file}: damaged ({said}); remove it, and the same command makes it again"
+            ) from None

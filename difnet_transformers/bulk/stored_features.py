@@ -29,7 +29,7 @@ from ..files import printable
 from .columns import FEATURE_COLUMN, key_column_of
 from .inputs import InputConfig, InputShard, local_stamp
 from .places import SUFFIXES_OF, expand, hash_of, stamp_of_place
-from .readers import ImageItem, key_of, rows_of_parquet, text_of
+from .readers import ImageItem, key_of, rows_of_parquet, text_of, value_of
 
 with requires("data"):
     import pyarrow as pa
@@ -204,10 +204,10 @@ def read_table(shard: InputShard, config: InputConfig) -> Iterator[ImageItem]:
         if isinstance(columns, Exception):
             yield ImageItem(source, source, columns)
             continue
-        values = [_values(column) for column in columns]
+        values = [_values(column) for column in columns[: len(names)]]
         for row in range(len(columns[0])):
-            key = values[-1][row] if len(values) > len(names) else None
-            found = dict(zip(names, (each[row] for each in values), strict=False))
+            key = value_of(columns[-1][row]) if len(columns) > len(names) else None
+            found = dict(zip(names, (each[row] for each in values), strict=True))
             content: Any = features_of_row(found, records)
             yield ImageItem(key_of(key, f"{source}#{first + row}"), source, content)
 
