@@ -26,6 +26,7 @@ from bulk_campaign import broken_files, config_of, image_file, make_tars, rows_o
 from bulk_inputs import QuietHandler, served, tar_of
 from datasets import Dataset
 
+from difnet_transformers.bulk import forecast as forecasts
 from difnet_transformers.bulk import readers, run
 from difnet_transformers.bulk.captioning import CaptioningConfig, ImageCaptioner
 from difnet_transformers.bulk.command import process_many
@@ -668,6 +669,16 @@ class TestCommand:
             "difnet caption: stopped; finished shards are kept; the same command resumes: difnet caption /"
         )
         assert line.endswith(f"--output {words[-1]}")
+
+    def test_an_interrupted_plan_has_nothing_to_resume(self, words, monkeypatch, capsys):
+        monkeypatch.setattr(forecasts, "read_shard", lambda *arguments: signal.raise_signal(signal.SIGINT))
+        assert difnet_main(["caption", *words, "--plan"]) == 130
+        assert "difnet caption: stopped\n" in capsys.readouterr().err
+
+    def test_a_plan_of_urls_says_no_size(self, words, site, tmp_path, capsys):
+        (tmp_path / "urls.txt").write_text(f"{site}/images/1.jpg\n{site}/images/2.jpg\n")
+        assert caption_main([str(tmp_path / "urls.txt"), *words[1:], "--plan", "--allow-private-hosts"]) == 0
+        assert "2 images in 1 shards\n" in capsys.readouterr().out
 
     def test_plan(self, words, tmp_path, capsys):
         assert caption_main([*words, "--plan", "--sample", "8", "--price-per-hour", "2"]) == 0

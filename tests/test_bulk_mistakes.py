@@ -29,6 +29,7 @@ from bulk_inputs import QuietHandler, served, tar_of
 
 from difnet_transformers.bulk.captioning import ImageCaptioner
 from difnet_transformers.bulk.command import print_plan, report
+from difnet_transformers.bulk.features import FeatureConfig, FeatureMaker
 from difnet_transformers.bulk.forecast import forecast
 from difnet_transformers.bulk.inputs import InputConfig, plan_shards
 from difnet_transformers.bulk.outputs import OutputFolder, data_name
@@ -404,6 +405,11 @@ class TestOutput:
         path.unlink()
         assert process_shards(image_captioner, inputs, str(done)).images == 2
         assert subprocess.run(line, shell=True, capture_output=True, text=True).stdout == ""
+
+    def test_the_output_of_another_command_is_named(self, inputs, done):
+        maker = FeatureMaker(FeatureConfig("bulk_campaign:make_backbone", device="cpu"))
+        with pytest.raises(ValueError, match="out: the output of another command, which has captions; choose"):
+            process_shards(maker, inputs, str(done))
 
     @pytest.mark.parametrize("format", ["parquet", "jsonl"])
     def test_however_a_data_file_is_damaged_it_is_named(self, image_captioner, inputs, tmp_path, format):

@@ -270,7 +270,7 @@ def read_list(shard: InputShard, config: InputConfig) -> Iterator[ImageItem]:
 
 
 def value_of(scalar: pa.Scalar) -> Any:
-    """A cell as Python's value. Text that is not UTF-8, which other writers leave, keeps its bytes, as file names do."""
+    """A cell as Python's value. Text that is not UTF-8 keeps its bytes, as names of files do."""
     try:
         return scalar.as_py()
     except UnicodeDecodeError:

@@ -29,6 +29,7 @@ with requires("data"):
     import pyarrow.parquet as pq
 
 RUN, SUMMARY = "run.json", "summary.json"
+MADE_BY = "DIFNet for Transformers, "
 NUM_LISTED = 20
 REMEDY = "give what it was begun with, or choose another --output"
 
@@ -100,7 +101,7 @@ def begin(
     said = run_identity(inputs, shards, maker, format)
     identity = hash_of([repr(sorted(said.items()))])
     record = {
-        "made_by": f"DIFNet for Transformers, {maker.what}",
+        "made_by": f"{MADE_BY}{maker.what}",
         "version": version("difnet-transformers"),
         "identity": identity,
         "inputs": list(inputs.places[:100]),
@@ -116,6 +117,9 @@ def begin(
         known = output.read_json([RUN]).get(RUN)
     if known is None or not isinstance(known.get("compared"), dict):
         raise ValueError(f"{shown}/{RUN} is damaged; restore it, or choose another --output")
+    if known.get("made_by") != record["made_by"]:
+        made = printable(str(known.get("made_by")).removeprefix(MADE_BY))
+        raise ValueError(f"{shown}: the output of another command, which has {made}; choose another --output")
     if known["compared"] == said:
         return identity
     for name, value in said.items():

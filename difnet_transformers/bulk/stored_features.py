@@ -22,7 +22,7 @@ from modeling_difnet.images_difnet import is_url
 from ..command_line import requires
 from ..data.feature_files import HDF5_SUFFIXES, GridFiles, SegmentationFiles, is_table, options_of_folder
 from ..data.feature_records import FeatureRecords, provenance_of_dataset, records_in
-from ..data.feature_tables import METADATA_KEY, arrays_of
+from ..data.feature_tables import METADATA_KEY, arrays_of, files_of_output
 from ..data.packed_dataset import decode_segmentation
 from ..data.parquet import open_parquet
 from ..files import printable
@@ -80,7 +80,7 @@ def feature_files(place: str) -> list[str]:
     """The feature files that a place means; of what `difnet extract` or `difnet pack --parquet` made, those in `data`.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or not all.
     """
     shown = printable(place, 300)
     if is_url(place) and place.lower().endswith(HDF5_SUFFIXES):
@@ -88,7 +88,7 @@ def feature_files(place: str) -> list[str]:
     if os.path.isdir(place):
         if os.path.exists(os.path.join(place, "dataset_dict.json")):
             raise ValueError(f"{shown}: a packed dataset in Arrow; difnet pack --parquet makes files for this")
-        made = sorted(map(str, Path(place, "data").glob("*.parquet")))
+        made = files_of_output(place)
         if made:
             return made
         if not any(name.lower().endswith(SUFFIXES_OF["parquet"]) for _, _, names in os.walk(place) for name in names):

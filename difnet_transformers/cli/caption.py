@@ -257,7 +257,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "caption.py") -> int:
 
     if options.output is None:
         return run_command(prog, command, options.debug)
-    return run_command(prog, many, options.debug, resume=resume_text(prog, argv))
+    return run_command(prog, many, options.debug, resume=None if options.plan else resume_text(prog, argv))
 
 
 if __name__ == "__main__":
