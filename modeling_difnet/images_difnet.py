@@ -353,10 +353,10 @@ def fetch(
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether it may work later: not where a server has another protocol, or a certificate that is not valid."""
+    """Whether it may work later: not where nothing listens, or something else, or without a valid certificate."""
     if isinstance(error, ssl.SSLError):
         return isinstance(error, ssl.SSLEOFError)
-    return isinstance(error, OSError | http.client.IncompleteRead)
+    return isinstance(error, OSError | http.client.IncompleteRead) and not isinstance(error, ConnectionRefusedError)
 
 
 def _pause_of(text: str | None) -> float | None:

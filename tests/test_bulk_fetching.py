@@ -107,11 +107,15 @@ def test_what_stays_so_is_asked_for_once(site, reason):
     assert site.requests[f"/{reason}/1"] == 1
 
 
-def test_private_hosts_and_hosts_that_do_not_exist_are_asked_once(site, monkeypatch):
+def test_hosts_that_are_private_do_not_listen_or_do_not_exist_are_asked_once(site, monkeypatch):
     monkeypatch.setattr(fetching, "PAUSE", LONG)
     with pytest.raises(UnreadableImage, match="is not public"):
         Fetcher().fetch(f"{site.address}/503/1")
     assert not site.requests
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with pytest.raises(UnreadableImage, match=r"cannot be fetched \(Connection refused\)$"):
+        Fetcher(True).fetch(f"http://127.0.0.1:{port}/1.jpg")
     monkeypatch.setattr(
         socket, "getaddrinfo", raising(socket.gaierror(socket.EAI_NONAME, "Name or service not known"))
     )
