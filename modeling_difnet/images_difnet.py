@@ -24,6 +24,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
@@ -41,6 +42,8 @@ MAX_FILE_SIZE = 2**30  # bytes; the largest image that Pillow opens takes 0.7 GB
 MAX_DOWNLOAD_SIZE = 50 * 2**20  # bytes, after decoding
 DOWNLOAD_TIMEOUT = 30  # seconds, all redirects included
 MAX_REDIRECTS = 5
+BUSY_STATUSES = (408, 429, 500, 502, 503, 504)
+"""Answers of servers that may be others a little later."""
 
 MIN_USUAL_SIDE = 32  # pixels
 MAX_USUAL_RATIO = 10  # of the longer side to the shorter one
@@ -51,6 +54,19 @@ STRIP_VALUES = 2**20  # values that are converted at once, so that large images 
 
 class UnreadableImage(ValueError):
     """An image that cannot be opened; the text names it and says why, in one line."""
+
+
+class UnavailableImage(UnreadableImage):
+    """An image that a server does not give now, and may give later.
+
+    Args:
+        text: why.
+        pause: seconds that the server asks to wait; `None` where it does not say.
+    """
+
+    def __init__(self, text: str, pause: float | None = None) -> None:
+        super().__init__(text)
+        self.pause = pause
 
 
 def open_image(
@@ -306,6 +322,7 @@ def fetch(
         seconds: for everything together.
 
     Raises:
+        UnavailableImage: nothing came, for a reason that may pass: the server is busy, or the connection was lost.
         UnreadableImage: why nothing came; the text does not repeat the URL.
     """
     ends = time.monotonic() + seconds
@@ -325,13 +342,30 @@ def fetch(
             raise
         except (OSError, http.client.HTTPException, ValueError, zlib.error) as error:
             if time.monotonic() >= ends:
-                raise UnreadableImage(f"no complete answer within {seconds:g} seconds") from None
+                raise UnavailableImage(f"no complete answer within {round(seconds, 2):g} seconds") from None
             said = one_line(getattr(error, "strerror", None) or error) or type(error).__name__
-            raise UnreadableImage(f"cannot be fetched ({said})") from None
+            kind = UnavailableImage if _may_pass(error) else UnreadableImage
+            raise kind(f"cannot be fetched ({said})") from None
         if location is None:
             return content
         address = urljoin(address, location)
     raise UnreadableImage(f"more than {MAX_REDIRECTS} redirects")
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether it may work later: not where nothing listens, or something else, or without a valid certificate."""
+    if isinstance(error, ssl.SSLError):
+        return isinstance(error, ssl.SSLEOFError)
+    return isinstance(error, OSError | http.client.IncompleteRead) and not isinstance(error, ConnectionRefusedError)
+
+
+def _pause_of(text: str | None) -> float | None:
+    """The seconds that `Retry-After` says, as their number or as a date; `None` without it."""
+    text = (text or "").strip()
+    try:
+        return float(text) if text.isdigit() else max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def _request(parts: SplitResult, allow_private_hosts: bool, largest: int, ends: float) -> tuple[bytes, str | None]:
@@ -367,6 +401,10 @@ def _request(parts: SplitResult, allow_private_hosts: bool, largest: int, ends: 
         response = connection.getresponse()
         if response.status in (301, 302, 303, 307, 308) and response.headers.get("Location"):
             return b"", response.headers["Location"]
+        if response.status in BUSY_STATUSES:
+            pause = _pause_of(response.headers.get("Retry-After"))
+            asks = "" if pause is None else f" and asks to wait {pause:,.0f} seconds"
+            raise UnavailableImage(f"the server answers {response.status}{asks}", pause)
         if response.status != 200:
             raise UnreadableImage(f"the server answers {response.status}")
         content = b"".join(_decoded(response, largest))
@@ -395,7 +433,9 @@ def _resolve(host: str, port: int, ends: float) -> list[tuple]:
     if not answer:
         raise TimeoutError
     if isinstance(answer[0], Exception):
-        raise UnreadableImage(f"the host {one_line(host)} is not known ({one_line(answer[0])})")
+        is_asked_in_vain = getattr(answer[0], "errno", None) == socket.EAI_AGAIN
+        kind = UnavailableImage if is_asked_in_vain else UnreadableImage
+        raise kind(f"the host {one_line(host)} is not known ({one_line(answer[0])})")
     return answer[0]
 
 
@@ -450,13 +490,14 @@ def _decoded(response: http.client.HTTPResponse, largest: int) -> Iterator[bytes
             raise too_large
         yield piece
     if response.length or (decoder is not None and not decoder.eof):
-        raise UnreadableImage("the server's answer ends too early")
+        raise UnavailableImage("the server's answer ends too early")
 
 
 # Names of version 0.1.
 
 __all__ = [
     "RASTER_FORMATS",
+    "UnavailableImage",
     "UnreadableImage",
     "fetch",
     "fitted_size",

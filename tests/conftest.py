@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import setuptools  # noqa: F401  (torch.compile fails where something imported distutils before it)
@@ -18,6 +19,9 @@ from transformers import PreTrainedModel
 
 from convert_checkpoint import convert_state_dict
 from modeling_difnet import DifnetConfig, DifnetForConditionalGeneration
+
+if TYPE_CHECKING:
+    from difnet_transformers.bulk import ImageCaptioner
 
 GOLDEN = Path(__file__).parent / "golden" / "model"
 CASES = [f"{mode}_{size}" for mode in ("base", "base_lrp", "difnet", "difnet_lrp") for size in ("small", "full")]
@@ -182,3 +186,21 @@ def random_model(config: DifnetConfig, seed: int = 0) -> DifnetForConditionalGen
     """A captioner with random weights, in eval mode."""
     torch.manual_seed(seed)
     return DifnetForConditionalGeneration(config).eval()
+
+
+@pytest.fixture(scope="session")
+def captioner_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a tiny captioner of small images, for tests of many of them."""
+    from bulk_campaign import save_captioner
+
+    return save_captioner(tmp_path_factory.mktemp("captioner"))
+
+
+@pytest.fixture(scope="module")
+def image_captioner(captioner_folder: Path) -> "ImageCaptioner":
+    """It and its grid backbone, loaded."""
+    from bulk_campaign import config_of
+
+    from difnet_transformers.bulk import ImageCaptioner
+
+    return ImageCaptioner(config_of(captioner_folder))

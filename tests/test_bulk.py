@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import http.server
 import io
 import itertools
 import json
@@ -24,8 +23,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from bulk_campaign import broken_files, config_of, image_file, make_tars, rows_of, save_captioner
+from bulk_inputs import QuietHandler, served, tar_of
 from datasets import Dataset
 
+from difnet_transformers.bulk import forecast as forecasts
 from difnet_transformers.bulk import readers, run
 from difnet_transformers.bulk.captioning import CaptioningConfig, ImageCaptioner
 from difnet_transformers.bulk.command import process_many
@@ -38,16 +39,6 @@ from difnet_transformers.bulk.run import process_shards
 from difnet_transformers.cli.caption import main as caption_main
 from difnet_transformers.cli.main import main as difnet_main
 from difnet_transformers.evaluation.image_captions import LeftOut, caption_items, decoding_options, image_items
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return save_captioner(tmp_path_factory.mktemp("captioner"))
-
-
-@pytest.fixture(scope="module")
-def captioner(model) -> ImageCaptioner:
-    return ImageCaptioner(config_of(model))
 
 
 @pytest.fixture
@@ -82,15 +73,6 @@ def keys_of(*places: object, **options) -> list[str]:
     return [item.key for item in items_of(InputConfig(tuple(map(str, places)), **options))]
 
 
-def tar_of(path: Path, members: dict[str, bytes], mode: str = "w") -> Path:
-    with tarfile.open(path, mode) as tar:
-        for name, content in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return path
-
-
 def table_of_images(path: Path, numbers: range, **columns: list) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     contents = [image_file(number) for number in numbers]
@@ -120,7 +102,7 @@ class TestInputs:
     @pytest.mark.parametrize(("suffix", "mode"), [(".tar", "w"), (".tar.gz", "w:gz")])
     def test_the_samples_of_a_tar_have_their_own_keys(self, tmp_path, suffix, mode):
         members = {"a/1.jpg": image_file(1), "a/1.txt": b"a dog", "a/2.seg.png": b"", "a/2.png": image_file(2, "PNG")}
-        path = tar_of(tmp_path / f"0{suffix}", members, mode)
+        path = tar_of(tmp_path / f"0{suffix}", members, mode=mode)
         found = items_of(InputConfig((str(path),)))
         assert [(item.key, item.source, item.content) for item in found] == [
             ("a/1", str(path), members["a/1.jpg"]),
@@ -262,49 +244,41 @@ class TestInputs:
             plan_shards(InputConfig((place,)))
 
 
-class _Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *arguments) -> None:
-        pass
-
-
 @pytest.fixture
 def site(images, tmp_path):
     """The folder of the images, over HTTP."""
-    handler = functools.partial(_Quiet, directory=str(tmp_path))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with served(functools.partial(QuietHandler, directory=str(tmp_path))) as address:
+        yield address
 
 
 class TestRows:
-    def test_captions_are_those_of_difnet_caption(self, captioner, images):
+    def test_captions_are_those_of_difnet_caption(self, image_captioner, images):
         inputs = InputConfig((str(images),))
-        found = list(captioner.rows(itertools.chain(items_of(inputs))))
-        pipeline, left_out = captioner.pipeline, LeftOut()
+        found = list(image_captioner.rows(itertools.chain(items_of(inputs))))
+        pipeline, left_out = image_captioner.pipeline, LeftOut()
         options = decoding_options(pipeline, num_beams=2)
         single = caption_items(pipeline, image_items(pipeline, [str(images)], left_out), 16, options, left_out)
         assert [row["caption"] for row in found] == [each.captions[0] for each in single]
         assert len({row["caption"] for row in found}) > 1
         assert all(row["score"] < 0 and row["error"] is None for row in found)
 
-    def test_a_callable_for_pipelines_of_others_which_can_be_pickled(self, captioner, images):
+    def test_a_callable_for_pipelines_of_others_which_can_be_pickled(self, image_captioner, images):
         batch = [
             {"key": 1, "image": image_file(1)},
             {"key": "b", "image": b""},
             {"key": 3, "image": f"{images}/3.jpg"},
         ]
-        rows = pickle.loads(pickle.dumps(captioner))(batch)
+        rows = pickle.loads(pickle.dumps(image_captioner))(batch)
         assert [row["key"] for row in rows] == ["1", "b", "3"]
-        assert list(rows[0]) == captioner.schema.names == ["key", "source", "caption", "score", "error"]
+        assert list(rows[0]) == image_captioner.schema.names == ["key", "source", "caption", "score", "error"]
         assert rows[1]["error"] == "the file is empty"
         assert rows[1]["caption"] is rows[1]["score"] is None
-        assert rows == captioner(batch)
+        assert rows == image_captioner(batch)
 
     @pytest.mark.parametrize(("num_threads", "overlap"), [(0, False), (3, False), (3, True)])
     @pytest.mark.parametrize("batch_size", [1, 4, 100])
-    def test_rows_come_in_order_whatever_is_broken(self, model, num_threads, overlap, batch_size):
-        captioner = ImageCaptioner(config_of(model, num_threads=num_threads, batch_size=batch_size))
+    def test_rows_come_in_order_whatever_is_broken(self, captioner_folder, num_threads, overlap, batch_size):
+        captioner = ImageCaptioner(config_of(captioner_folder, num_threads=num_threads, batch_size=batch_size))
         broken = list(broken_files().values())
         images = [image_file(number) if number % 3 else broken[number % 10] for number in range(20)]
         rows = list(
@@ -314,8 +288,8 @@ class TestRows:
         assert [row["error"] is not None for row in rows] == [number % 3 == 0 for number in range(20)]
         assert [row["caption"] is None for row in rows] == [number % 3 == 0 for number in range(20)]
 
-    def test_beams_confidences_and_features_on_request(self, model, tmp_path, images):
-        config = config_of(model, num_captions=2, num_beams=3, confidence=True, save_features="float16")
+    def test_beams_confidences_and_features_on_request(self, captioner_folder, tmp_path, images):
+        config = config_of(captioner_folder, num_captions=2, num_beams=3, confidence=True, save_features="float16")
         captioner = ImageCaptioner(config)
         (images / "0.jpg").write_bytes(b"")
         process_shards(captioner, InputConfig((str(images),)), str(tmp_path / "out"))
@@ -338,33 +312,33 @@ class TestRows:
         assert row["grid_cells"] == len(grid) == 49
 
     @pytest.mark.parametrize("original", [False, True])
-    def test_the_score_is_the_sum_of_the_log_probabilities(self, model, original):
+    def test_the_score_is_the_sum_of_the_log_probabilities(self, captioner_folder, original):
         found = []
         for confidence in (False, True):
             options = {"num_beams": 3, "original_beam_search": original, "confidence": confidence}
-            found.append(ImageCaptioner(config_of(model, **options))([{"key": 1, "image": image_file(5)}]))
+            found.append(ImageCaptioner(config_of(captioner_folder, **options))([{"key": 1, "image": image_file(5)}]))
         assert found[0][0]["score"] == pytest.approx(found[1][0]["score"], abs=1e-4)
         assert found[0][0]["caption"] == found[1][0]["caption"]
 
-    def test_urls_of_lists_are_fetched_if_they_are_allowed(self, captioner, model, site, tmp_path):
+    def test_urls_of_lists_are_fetched_if_they_are_allowed(self, image_captioner, captioner_folder, site, tmp_path):
         (tmp_path / "urls.txt").write_text(f"{site}/images/1.jpg\n{site}/images/gone.jpg\n")
-        refused = captioner.rows(items_of(InputConfig((str(tmp_path / "urls.txt"),))))
+        refused = image_captioner.rows(items_of(InputConfig((str(tmp_path / "urls.txt"),))))
         assert ["is not public" in row["error"] for row in refused] == [True, True]
-        allowed = ImageCaptioner(config_of(model, allow_private_hosts=True))
+        allowed = ImageCaptioner(config_of(captioner_folder, allow_private_hosts=True))
         first, second = allowed.rows(items_of(InputConfig((f"{site}/urls.txt",))))
         assert (first["key"], first["error"]) == (f"{site}/images/1.jpg", None)
         assert second["error"] == "the server answers 404"
 
-    def test_a_request_that_no_image_can_fulfil_ends_the_run(self, model, images, tmp_path):
-        captioner = ImageCaptioner(config_of(model))
+    def test_a_request_that_no_image_can_fulfil_ends_the_run(self, captioner_folder, images, tmp_path):
+        captioner = ImageCaptioner(config_of(captioner_folder))
         captioner.pipeline.model.generation_config.max_length = 1000
         with pytest.raises(ValueError, match=r"max_position_embeddings|positions|longest|tokens"):
             process_shards(captioner, InputConfig((str(images),)), str(tmp_path / "out"))
 
     @pytest.mark.parametrize("problem", ["CUDA error: unspecified launch failure", "no memory"])
-    def test_a_device_that_fails_writes_no_rows_about_images(self, model, tmp_path, monkeypatch, problem):
+    def test_a_device_that_fails_writes_no_rows_about_images(self, captioner_folder, tmp_path, monkeypatch, problem):
         """From the 21st of 60 images on everything fails."""
-        captioner = ImageCaptioner(config_of(model, batch_size=4))
+        captioner = ImageCaptioner(config_of(captioner_folder, batch_size=4))
         generate, number = captioner.pipeline.model.generate, itertools.count()
 
         def failing(**inputs):
@@ -380,9 +354,11 @@ class TestRows:
 
 
 class TestShards:
-    def test_each_shard_has_its_file_and_its_manifest(self, captioner, images, tmp_path):
+    def test_each_shard_has_its_file_and_its_manifest(self, image_captioner, images, tmp_path):
         (images / "4.jpg").write_bytes(b"")
-        summary = process_shards(captioner, InputConfig((str(images),), images_per_shard=5), str(tmp_path / "out"))
+        summary = process_shards(
+            image_captioner, InputConfig((str(images),), images_per_shard=5), str(tmp_path / "out")
+        )
         assert (summary.shards, summary.finished, summary.images, summary.errors) == (3, 3, 12, 1)
         assert summary.examples == [f"{images}/4.jpg: the file is empty"]
         manifest = json.loads((tmp_path / "out" / "manifests" / "00000.json").read_text())
@@ -394,46 +370,46 @@ class TestShards:
         counts = json.loads((tmp_path / "out" / "summary.json").read_text())
         assert (counts["images"], counts["captions"], counts["errors"], counts["shards"]) == (12, 11, 1, 3)
 
-    def test_datasets_loads_the_folder(self, captioner, images, tmp_path, monkeypatch):
+    def test_datasets_loads_the_folder(self, image_captioner, images, tmp_path, monkeypatch):
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-        process_shards(captioner, InputConfig((str(images),), images_per_shard=5), str(tmp_path / "out"))
+        process_shards(image_captioner, InputConfig((str(images),), images_per_shard=5), str(tmp_path / "out"))
         loaded = datasets.load_dataset(str(tmp_path / "out"), split="captions")
         assert loaded["key"] == rows_of(tmp_path / "out")["key"].to_pylist()
 
-    def test_a_finished_shard_is_never_done_again(self, captioner, images, tmp_path, capsys):
+    def test_a_finished_shard_is_never_done_again(self, image_captioner, images, tmp_path, capsys):
         inputs = InputConfig((str(images),), images_per_shard=5)
-        process_shards(captioner, inputs, str(tmp_path / "out"), process=(1, 3))
+        process_shards(image_captioner, inputs, str(tmp_path / "out"), process=(1, 3))
         before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
-        summary = process_shards(captioner, inputs, str(tmp_path / "out"))
+        summary = process_shards(image_captioner, inputs, str(tmp_path / "out"))
         assert "1 of 3 shards are finished already" in capsys.readouterr().err
         assert (summary.images, summary.finished) == (7, 3)
         assert all(path.stat().st_mtime_ns == time for path, time in before.items())
-        assert process_shards(captioner, inputs, str(tmp_path / "out")).images == 0
+        assert process_shards(image_captioner, inputs, str(tmp_path / "out")).images == 0
 
     @pytest.mark.parametrize("damage", ["file gone", "file cut", "manifest gone", "manifest cut"])
-    def test_what_is_damaged_or_missing_is_made_again(self, captioner, images, tmp_path, damage):
+    def test_what_is_damaged_or_missing_is_made_again(self, image_captioner, images, tmp_path, damage):
         inputs = InputConfig((str(images),), images_per_shard=5)
-        process_shards(captioner, inputs, str(tmp_path / "out"))
+        process_shards(image_captioner, inputs, str(tmp_path / "out"))
         expected = {path: path.read_bytes() for path in (tmp_path / "out" / "data").iterdir()}
         kind, _, what = damage.partition(" ")
         path = tmp_path / "out" / (data_name(1, 3, "parquet") if kind == "file" else "manifests/00001.json")
         path.unlink() if what == "gone" else path.write_bytes(path.read_bytes()[:50])
-        assert process_shards(captioner, inputs, str(tmp_path / "out")).images == 5
+        assert process_shards(image_captioner, inputs, str(tmp_path / "out")).images == 5
         assert {path: path.read_bytes() for path in (tmp_path / "out" / "data").iterdir()} == expected
 
-    def test_shards_with_errors_are_done_again_on_request(self, captioner, images, tmp_path):
+    def test_shards_with_errors_are_done_again_on_request(self, image_captioner, images, tmp_path):
         inputs = InputConfig((str(images / "list.txt"),), images_per_shard=2)
         (images / "list.txt").write_text("0.jpg\n1.jpg\nlater.jpg\n")
-        assert process_shards(captioner, inputs, str(tmp_path / "out")).errors == 1
+        assert process_shards(image_captioner, inputs, str(tmp_path / "out")).errors == 1
         (images / "later.jpg").write_bytes(image_file(20))
-        assert process_shards(captioner, inputs, str(tmp_path / "out")).images == 0
-        summary = process_shards(captioner, inputs, str(tmp_path / "out"), retry_errors=True)
+        assert process_shards(image_captioner, inputs, str(tmp_path / "out")).images == 0
+        summary = process_shards(image_captioner, inputs, str(tmp_path / "out"), retry_errors=True)
         assert (summary.images, summary.errors) == (1, 0)
 
-    def test_json_lines(self, captioner, images, tmp_path):
+    def test_json_lines(self, image_captioner, images, tmp_path):
         (images / "4.jpg").write_bytes(b"")
         inputs = InputConfig((str(images),), images_per_shard=5)
-        process_shards(captioner, inputs, str(tmp_path / "out"), format="jsonl")
+        process_shards(image_captioner, inputs, str(tmp_path / "out"), format="jsonl")
         files = sorted((tmp_path / "out" / "data").iterdir())
         rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
         assert len(rows) == 12
@@ -442,7 +418,7 @@ class TestShards:
         assert set(broken) == {"key", "source", "error"}
 
     @pytest.mark.parametrize("format", ["parquet", "jsonl"])
-    def test_keys_that_several_shards_have_are_named(self, captioner, tmp_path, format):
+    def test_keys_that_several_shards_have_are_named(self, image_captioner, tmp_path, format):
         for name, keys in {"0.tar": ("1", "2", "1"), "1.tar": ("2", "3")}.items():
             with tarfile.open(tmp_path / name, "w") as tar:
                 for key in keys:
@@ -451,7 +427,7 @@ class TestShards:
                         info.size = len(content)
                         tar.addfile(info, io.BytesIO(content))
         summary = process_shards(
-            captioner, InputConfig((str(tmp_path / "*.tar"),)), str(tmp_path / "o"), format=format
+            image_captioner, InputConfig((str(tmp_path / "*.tar"),)), str(tmp_path / "o"), format=format
         )
         assert summary.images == 4
         assert summary.duplicates == [
@@ -460,16 +436,16 @@ class TestShards:
         ]
 
     @pytest.mark.parametrize("place", ["memory://captions/run", "file"])
-    def test_outputs_of_fsspec(self, captioner, images, tmp_path, place):
+    def test_outputs_of_fsspec(self, image_captioner, images, tmp_path, place):
         place = f"file://{tmp_path}/out" if place == "file" else place
         inputs = InputConfig((str(images),), images_per_shard=5)
-        assert process_shards(captioner, inputs, place).images == 12
+        assert process_shards(image_captioner, inputs, place).images == 12
         fs, root = fsspec.core.url_to_fs(place)
         assert len(fs.ls(f"{root}/data")) == len(fs.ls(f"{root}/manifests")) == 3
         assert not [name for name in fs.find(root) if "unfinished" in name]
-        assert process_shards(captioner, inputs, place).images == 0
+        assert process_shards(image_captioner, inputs, place).images == 0
         fs.rm(f"{root}/manifests/00002.json")
-        assert process_shards(captioner, inputs, place).images == 2
+        assert process_shards(image_captioner, inputs, place).images == 2
 
     def test_where_files_appear_while_they_are_written_they_get_their_names_at_the_end(self, monkeypatch, tmp_path):
         output = OutputFolder("memory://slow")
@@ -483,7 +459,9 @@ class TestShards:
         assert output.read_json(["manifests/00000.json"]) == {"manifests/00000.json": {"a": 1}}
         assert len(moved) == 1
 
-    def test_inputs_that_are_away_for_a_moment_are_tried_again(self, captioner, images, tmp_path, monkeypatch, capsys):
+    def test_inputs_that_are_away_for_a_moment_are_tried_again(
+        self, image_captioner, images, tmp_path, monkeypatch, capsys
+    ):
         failures = iter([True, False])
 
         def flaky(shard, inputs):
@@ -493,9 +471,11 @@ class TestShards:
 
         monkeypatch.setattr(run, "read_shard", flaky)
         inputs = InputConfig((str(images),), images_per_shard=5)
-        assert process_shards(captioner, inputs, str(tmp_path / "out")).finished == 3
+        assert process_shards(image_captioner, inputs, str(tmp_path / "out")).finished == 3
 
-    def test_inputs_that_stay_away_leave_their_shard_and_no_other(self, model, images, tmp_path, monkeypatch, capsys):
+    def test_inputs_that_stay_away_leave_their_shard_and_no_other(
+        self, captioner_folder, images, tmp_path, monkeypatch, capsys
+    ):
         def away(shard, inputs):
             if shard.index == 1:
                 raise TimeoutError("the storage does not answer")
@@ -504,19 +484,21 @@ class TestShards:
         monkeypatch.setattr(run, "read_shard", away)
         inputs = InputConfig((str(images),), images_per_shard=5)
         with pytest.raises(ValueError, match="1 shards could not be read; the same command tries them again"):
-            process_many(ImageCaptioner(config_of(model)), inputs, str(tmp_path / "out"))
+            process_many(ImageCaptioner(config_of(captioner_folder)), inputs, str(tmp_path / "out"))
         printed = capsys.readouterr()
         assert "2 of 3 shards are finished, 1 are left" in printed.out
         assert "attempt 3 of 3" in printed.err
         assert not (tmp_path / "out" / data_name(1, 3, "parquet")).exists()
 
-    def test_processes_with_the_same_part_share_it(self, model, images, tmp_path):
+    def test_processes_with_the_same_part_share_it(self, captioner_folder, images, tmp_path):
         """Threads of one process here: locks of files are of each opened file."""
         inputs = InputConfig((str(images),), images_per_shard=1)
         summaries = []
 
         def work() -> None:
-            summaries.append(process_shards(ImageCaptioner(config_of(model)), inputs, str(tmp_path / "out")))
+            summaries.append(
+                process_shards(ImageCaptioner(config_of(captioner_folder)), inputs, str(tmp_path / "out"))
+            )
 
         threads = [threading.Thread(target=work) for _ in range(2)]
         for thread in threads:
@@ -529,9 +511,9 @@ class TestShards:
 
 class TestChanges:
     @pytest.fixture
-    def begun(self, captioner, images, tmp_path) -> Path:
+    def begun(self, image_captioner, images, tmp_path) -> Path:
         inputs = InputConfig((str(images),), images_per_shard=5)
-        process_shards(captioner, inputs, str(tmp_path / "out"), process=(0, 2))
+        process_shards(image_captioner, inputs, str(tmp_path / "out"), process=(0, 2))
         return tmp_path / "out"
 
     def assert_refused(self, output: Path, images: Path, config: CaptioningConfig, message: str, **options) -> None:
@@ -541,23 +523,25 @@ class TestChanges:
         assert "give what it was begun with, or choose another --output" in str(caught.value)
         assert "\n" not in str(caught.value)
 
-    def test_an_image_that_changed(self, begun, images, model):
+    def test_an_image_that_changed(self, begun, images, captioner_folder):
         (images / "11.jpg").write_bytes(image_file(99))
         self.assert_refused(
             begun,
             images,
-            config_of(model),
+            config_of(captioner_folder),
             f"the inputs have changed: in a shard that is not finished|inputs have changed: {images}/",
         )
 
-    def test_an_image_that_changed_in_a_finished_shard_is_named_with_it(self, begun, images, model):
+    def test_an_image_that_changed_in_a_finished_shard_is_named_with_it(self, begun, images, captioner_folder):
         (images / "0.jpg").write_bytes(image_file(99))
-        self.assert_refused(begun, images, config_of(model), f"the inputs have changed: {images}/0.jpg to {images}/")
+        self.assert_refused(
+            begun, images, config_of(captioner_folder), f"the inputs have changed: {images}/0.jpg to {images}/"
+        )
 
-    def test_images_that_were_added(self, begun, images, model):
+    def test_images_that_were_added(self, begun, images, captioner_folder):
         for number in range(20, 26):
             (images / f"{number}.jpg").write_bytes(image_file(number))
-        self.assert_refused(begun, images, config_of(model), "another number of shards .*: 4, begun with 3")
+        self.assert_refused(begun, images, config_of(captioner_folder), "another number of shards .*: 4, begun with 3")
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -568,26 +552,26 @@ class TestChanges:
             ({"save_features": "float16"}, "another --save-features: float16, begun with None"),
         ],
     )
-    def test_options(self, begun, images, model, options, message):
-        self.assert_refused(begun, images, config_of(model, **options), message)
+    def test_options(self, begun, images, captioner_folder, options, message):
+        self.assert_refused(begun, images, config_of(captioner_folder, **options), message)
 
-    def test_options_that_change_nothing(self, begun, images, model):
+    def test_options_that_change_nothing(self, begun, images, captioner_folder):
         inputs = InputConfig((str(images),), images_per_shard=5)
-        config = config_of(model, batch_size=3, num_threads=2)
+        config = config_of(captioner_folder, batch_size=3, num_threads=2)
         assert process_shards(ImageCaptioner(config), inputs, str(begun)).finished == 3
 
     def test_other_weights(self, begun, images, tmp_path):
         other = save_captioner(tmp_path / "other", decoder_ffn_dim=64)
         self.assert_refused(begun, images, config_of(other), r"another captioner: parameters_sha256 [0-9a-f]{12}\.\.")
 
-    def test_another_grid_backbone(self, begun, images, model, monkeypatch):
+    def test_another_grid_backbone(self, begun, images, captioner_folder, monkeypatch):
         monkeypatch.setattr(bulk_campaign.torch, "manual_seed", lambda seed: bulk_campaign.torch.random.manual_seed(7))
-        self.assert_refused(begun, images, config_of(model), "another grid backbone: parameters_sha256")
+        self.assert_refused(begun, images, config_of(captioner_folder), "another grid backbone: parameters_sha256")
 
-    def test_a_record_that_is_damaged(self, begun, images, model):
+    def test_a_record_that_is_damaged(self, begun, images, captioner_folder):
         (begun / "run.json").write_text("{")
         with pytest.raises(ValueError, match=r"run.json is damaged; restore it, or choose another --output"):
-            process_shards(ImageCaptioner(config_of(model)), InputConfig((str(images),)), str(begun))
+            process_shards(ImageCaptioner(config_of(captioner_folder)), InputConfig((str(images),)), str(begun))
 
 
 class TestProcesses:
@@ -623,21 +607,21 @@ class TestProcesses:
         with pytest.raises(ValueError, match="--shard is I/N, with I from 0 to N - 1, such as 0/8"):
             part_of(text)
 
-    def test_the_parts_together_are_the_whole(self, captioner, images, tmp_path):
+    def test_the_parts_together_are_the_whole(self, image_captioner, images, tmp_path):
         inputs = InputConfig((str(images),), images_per_shard=2)
-        process_shards(captioner, inputs, str(tmp_path / "whole"))
+        process_shards(image_captioner, inputs, str(tmp_path / "whole"))
         for number in (2, 0, 1):
-            process_shards(captioner, inputs, str(tmp_path / "parts"), process=(number, 3))
+            process_shards(image_captioner, inputs, str(tmp_path / "parts"), process=(number, 3))
         files = [{path.name: path.read_bytes() for path in (tmp_path / name / "data").iterdir()}
                  for name in ("whole", "parts")]  # fmt: skip
         assert files[0] == files[1]
 
 
 class TestForecast:
-    def test_a_sample_says_what_the_whole_takes(self, captioner, tmp_path):
+    def test_a_sample_says_what_the_whole_takes(self, image_captioner, tmp_path):
         make_tars(tmp_path / "tars", 60, 20)
         inputs = InputConfig((str(tmp_path / "tars"),))
-        found = forecast(captioner, inputs, plan_shards(inputs), 24)
+        found = forecast(image_captioner, inputs, plan_shards(inputs), 24)
         assert (found.images, found.shards, found.sampled) == (60, 3, 40)
         assert found.bytes_in == pytest.approx(len(image_file(0)), rel=0.1)
         assert {"decoding", "grid backbone", "captioning", "writing"} <= set(found.seconds)
@@ -660,9 +644,9 @@ class TestForecast:
 
 class TestCommand:
     @pytest.fixture
-    def words(self, model, images, tmp_path) -> list[str]:
+    def words(self, captioner_folder, images, tmp_path) -> list[str]:
         backbone = ["--grid-backbone", "bulk_campaign:make_backbone", "--device", "cpu", "--num-beams", "2"]
-        return [str(images), "--model", str(model), *backbone, "--output", str(tmp_path / "out")]
+        return [str(images), "--model", str(captioner_folder), *backbone, "--output", str(tmp_path / "out")]
 
     def test_it_captions_resumes_and_says_so(self, words, tmp_path, capsys):
         assert difnet_main(["caption", *words, "--images-per-shard", "5", "--shard", "0/2"]) == 0
@@ -685,6 +669,16 @@ class TestCommand:
             "difnet caption: stopped; finished shards are kept; the same command resumes: difnet caption /"
         )
         assert line.endswith(f"--output {words[-1]}")
+
+    def test_an_interrupted_plan_has_nothing_to_resume(self, words, monkeypatch, capsys):
+        monkeypatch.setattr(forecasts, "read_shard", lambda *arguments: signal.raise_signal(signal.SIGINT))
+        assert difnet_main(["caption", *words, "--plan"]) == 130
+        assert "difnet caption: stopped\n" in capsys.readouterr().err
+
+    def test_a_plan_of_urls_says_no_size(self, words, site, tmp_path, capsys):
+        (tmp_path / "urls.txt").write_text(f"{site}/images/1.jpg\n{site}/images/2.jpg\n")
+        assert caption_main([str(tmp_path / "urls.txt"), *words[1:], "--plan", "--allow-private-hosts"]) == 0
+        assert "2 images in 1 shards\n" in capsys.readouterr().out
 
     def test_plan(self, words, tmp_path, capsys):
         assert caption_main([*words, "--plan", "--sample", "8", "--price-per-hour", "2"]) == 0
@@ -732,24 +726,24 @@ class TestCommand:
     ("num_images", "per_tar", "kills", "mean"),
     [(300, 10, 3, 0.1), pytest.param(10_000, 100, 30, 0.3, marks=pytest.mark.slow)],
 )
-def test_killed_processes_leave_what_others_complete(model, tmp_path, num_images, per_tar, kills, mean):
+def test_killed_processes_leave_what_others_complete(captioner_folder, tmp_path, num_images, per_tar, kills, mean):
     broken = make_tars(tmp_path / "tars", num_images, per_tar)
-    memory = bulk_campaign.run_whole(model, tmp_path / "tars", tmp_path / "whole")
+    memory = bulk_campaign.run_whole(captioner_folder, tmp_path / "tars", tmp_path / "whole")
     rows = rows_of(tmp_path / "whole")
     bulk_campaign.check_rows(rows, num_images, broken)
     if num_images > 1000:  # fewer are all warm-up
         assert max(map(bulk_campaign.growth_of, memory)) < bulk_campaign.FLAT
-    done = bulk_campaign.run_killed(model, tmp_path / "tars", tmp_path / "killed", kills, mean)
+    done = bulk_campaign.run_killed(captioner_folder, tmp_path / "tars", tmp_path / "killed", kills, mean)
     assert done == kills
     assert bulk_campaign.bytes_of(rows_of(tmp_path / "killed")) == bulk_campaign.bytes_of(rows)
     leftovers = [path for path in (tmp_path / "killed").rglob("*.unfinished") if os.listdir(path)]
     assert leftovers == []
 
 
-def test_one_image_of_a_hundred_is_broken_in_ten_ways_and_nothing_else_differs(captioner, tmp_path):
+def test_one_image_of_a_hundred_is_broken_in_ten_ways_and_nothing_else_differs(image_captioner, tmp_path):
     for name, broken in (("intact", False), ("broken", True)):
         kinds = make_tars(tmp_path / name, 1000, 500, broken)
-        process_shards(captioner, InputConfig((str(tmp_path / name),)), str(tmp_path / f"{name} captions"))
+        process_shards(image_captioner, InputConfig((str(tmp_path / name),)), str(tmp_path / f"{name} captions"))
     assert sorted(kinds.values()) == sorted(broken_files())
     intact, rows = (rows_of(tmp_path / f"{name} captions").drop_columns("source") for name in ("intact", "broken"))
     bulk_campaign.check_rows(rows, 1000, kinds)

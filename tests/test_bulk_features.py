@@ -13,6 +13,7 @@ from datasets import load_from_disk
 from fuzzing import coco_captions, write_json
 from test_images import noise
 
+from difnet_transformers.bulk.inputs import InputConfig, plan_shards
 from difnet_transformers.cli.extract import main as extract_main
 from difnet_transformers.cli.pack import main as pack_main
 from difnet_transformers.data.feature_files import GridFiles, SegmentationFiles
@@ -126,3 +127,18 @@ def test_keys_without_an_id_are_named(tmp_path, images, capsys):
     ]
     assert pack_main(list(map(str, words))) == 2
     assert "dog.png has no image id, such as 42 or COCO_val2014_000000000042.jpg" in capsys.readouterr().err
+
+
+def test_an_extraction_that_is_not_finished_is_not_taken_for_a_whole_one(images, tmp_path, capsys):
+    shards = tmp_path / "shards"
+    words = ("--format", "parquet", "--images-per-shard", 1)
+    assert extract(images, shards, *words, "--shard", "0/2") == 0
+    message = f"{shards}: 2 of 3 files of features are there; the command that made them resumes and makes the others"
+    packing = ["--features", str(shards), "--annotations", str(captions_of(tmp_path)), "--skip-missing"]
+    assert pack_main([*packing, "--output", str(tmp_path / "packed")]) == 2
+    assert message in capsys.readouterr().err
+    with pytest.raises(ValueError, match="2 of 3 files of features are there"):
+        plan_shards(InputConfig((str(shards),), "features"))
+    assert len(plan_shards(InputConfig((f"{shards}/data/*.parquet",), "features"))) == 2
+    assert extract(images, shards, *words) == 0
+    assert len(plan_shards(InputConfig((str(shards),), "features"))) == 3

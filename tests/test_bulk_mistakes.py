@@ -6,24 +6,30 @@ without a word.
 
 from __future__ import annotations
 
+import errno
 import functools
-import http.server
-import io
 import json
 import os
-import tarfile
-import threading
+import shlex
+import shutil
+import subprocess
+import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
+import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from bulk_campaign import config_of, image_file, rows_of, save_captioner
+from bulk_campaign import config_of, image_file, rows_of
+from bulk_inputs import QuietHandler, served, tar_of
 
 from difnet_transformers.bulk.captioning import ImageCaptioner
 from difnet_transformers.bulk.command import print_plan, report
+from difnet_transformers.bulk.features import FeatureConfig, FeatureMaker
 from difnet_transformers.bulk.forecast import forecast
 from difnet_transformers.bulk.inputs import InputConfig, plan_shards
 from difnet_transformers.bulk.outputs import OutputFolder, data_name
@@ -33,16 +39,6 @@ from difnet_transformers.bulk.run import UnreadableShard, process_shards
 from difnet_transformers.cli.caption import main as caption_main
 from difnet_transformers.cli.extract import main as extract_main
 from difnet_transformers.command_line import describe
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return save_captioner(tmp_path_factory.mktemp("captioner"))
-
-
-@pytest.fixture(scope="module")
-def captioner(model) -> ImageCaptioner:
-    return ImageCaptioner(config_of(model))
 
 
 @pytest.fixture
@@ -62,19 +58,6 @@ def items_of(*places: object, **options) -> list[ImageItem]:
 def table_of(file: Path, **columns: object) -> Path:
     pq.write_table(pa.table(columns), file)
     return file
-
-
-def tar_of(path: Path, members: dict[str, bytes], links: dict[str, str] | None = None) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-        for name, target in (links or {}).items():
-            member = tarfile.TarInfo(name)
-            member.type, member.linkname = tarfile.SYMTYPE, target
-            tar.addfile(member)
-    return path
 
 
 class TestPlaces:
@@ -158,11 +141,8 @@ class TestPlaces:
         assert [item.content for item in items_of(tmp_path / "saved", streaming=True)] == ["0.jpg", "1.jpg"]
 
 
-class _Server(http.server.SimpleHTTPRequestHandler):
+class _Server(QuietHandler):
     """Sends files without saying how large they are."""
-
-    def log_message(self, *arguments) -> None:
-        pass
 
     def send_header(self, keyword: str, value: str) -> None:
         if keyword.lower() != "content-length":
@@ -172,11 +152,8 @@ class _Server(http.server.SimpleHTTPRequestHandler):
 class TestWeb:
     @pytest.fixture
     def site(self, images):
-        handler = functools.partial(_Server, directory=str(images))
-        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-            threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-            yield f"http://127.0.0.1:{server.server_port}"
-            server.shutdown()
+        with served(functools.partial(_Server, directory=str(images))) as address:
+            yield address
 
     def test_a_list_of_a_server_that_does_not_say_its_size(self, site, images):
         (images / "list.csv").write_text("path\n0.jpg\n1.jpg\n2.jpg\n")
@@ -188,8 +165,12 @@ class TestWeb:
         with pytest.raises(ValueError, match=rf"{site}/{name}: (no such file|cannot be read).*404"):
             plan_shards(InputConfig((f"{site}/{name}",)))
 
-    def test_the_remedy_for_private_hosts_is_the_option(self, captioner, site):
-        (row,) = captioner.rows(items_of(f"{site}/0.jpg"))
+    def test_of_a_server_patterns_are_refused(self, site):
+        with pytest.raises(ValueError, match=r"\*.tar: of web servers single files are read, no patterns; name each"):
+            plan_shards(InputConfig((f"{site}/*.tar",)))
+
+    def test_the_remedy_for_private_hosts_is_the_option(self, image_captioner, site):
+        (row,) = image_captioner.rows(items_of(f"{site}/0.jpg"))
         assert row["error"].endswith("--allow-private-hosts allows it")
 
 
@@ -204,26 +185,44 @@ class TestKeys:
         datasets.Dataset.from_dict({"path": ["x", "y"], "id": [None, "k"]}).save_to_disk(tmp_path / "saved")
         assert [item.key for item in items_of(tmp_path / "saved")] == ["train/0", "k"]
 
-    def test_links_in_a_tar_are_rows(self, captioner, tmp_path):
+    def test_keys_that_are_bytes_or_no_number(self, tmp_path):
+        path = table_of(tmp_path / "b.parquet", image=[b"1", b"2", b"3"], key=[b"a", "é".encode(), b"\xff"])
+        assert [item.key for item in items_of(path)] == ["a", "é", "\\xff"]
+        path = table_of(tmp_path / "f.parquet", image=[b"1", b"2", b"3"], key=[1.5, float("nan"), float("nan")])
+        assert [item.key for item in items_of(path)] == ["1.5", f"{path}#1", f"{path}#2"]
+
+    def test_text_that_is_not_utf_8(self, images, tmp_path):
+        """As other writers leave it in columns of text, pyarrow reads it, and Python does not."""
+        folder = os.fsencode(images)
+        names = pa.array([folder + b"/\xe9.jpg", b"/x/0.jpg"])
+        (images / os.fsdecode(b"\xe9.jpg")).write_bytes(image_file(0))
+        columns = {"path": names.cast(pa.string(), safe=False), "id": pa.array([b"\xe9", b"b"]).view(pa.string())}
+        path = table_of(tmp_path / "t.parquet", **columns)
+        assert [(item.key, item.content) for item in items_of(path)] == [
+            ("\\xe9", os.fsdecode(folder + b"/\xe9.jpg")),
+            ("b", "/x/0.jpg"),
+        ]
+
+    def test_links_in_a_tar_are_rows(self, image_captioner, tmp_path):
         path = tar_of(tmp_path / "0.tar", {"1.jpg": image_file(1)}, {"2.jpg": "1.jpg", "3.txt": "1.jpg"})
-        rows = list(captioner.rows(items_of(path)))
+        rows = list(image_captioner.rows(items_of(path)))
         assert [row["error"] for row in rows] == [None, "a link to 1.jpg, which is not followed in a tar"]
 
-    def test_images_with_the_key_of_another_are_counted(self, captioner, tmp_path, capsys):
+    def test_images_with_the_key_of_another_are_counted(self, image_captioner, tmp_path, capsys):
         path = table_of(tmp_path / "t.parquet", image=[image_file(n) for n in range(6)], id=[1, 1, 1, 2, 2, 3])
-        summary = process_shards(captioner, InputConfig((str(path),)), str(tmp_path / "out"))
+        summary = process_shards(image_captioner, InputConfig((str(path),)), str(tmp_path / "out"))
         assert report(summary, "out") == 0
         said = capsys.readouterr().out
         assert "3 images have the key of another one" in said
         assert "--key-column names a column of other keys" in said
         assert said.count("duplicate: 1, twice in") == 1
 
-    def test_keys_of_json_lines_are_text(self, captioner, tmp_path):
+    def test_keys_of_json_lines_are_text(self, image_captioner, tmp_path):
         """pyarrow would take them for times, and a file without a line for a damaged one."""
         for name, members in {"0": ["2020-01-01"], "1": ["2020-01-01", "x"], "2": []}.items():
             tar_of(tmp_path / f"{name}.tar", {f"{key}.jpg": image_file(1) for key in members})
         inputs = InputConfig((str(tmp_path / "*.tar"),))
-        summary = process_shards(captioner, inputs, str(tmp_path / "out"), format="jsonl")
+        summary = process_shards(image_captioner, inputs, str(tmp_path / "out"), format="jsonl")
         assert summary.duplicates == [f"2020-01-01, in {tmp_path}/0.tar and {tmp_path}/1.tar"]
 
 
@@ -245,10 +244,12 @@ class TestTables:
             ({"key": ["1"], "grid_features": [[[0.1]]]}, {}, "features, where images .*; difnet caption --features"),
         ],
     )
-    def test_columns_are_looked_at_before_anything_is_written(self, captioner, tmp_path, columns, options, message):
+    def test_columns_are_looked_at_before_anything_is_written(
+        self, image_captioner, tmp_path, columns, options, message
+    ):
         path = table_of(tmp_path / "t.parquet", **columns)
         with pytest.raises(ValueError, match=message):
-            process_shards(captioner, InputConfig((str(path),), **options), str(tmp_path / "out"))
+            process_shards(image_captioner, InputConfig((str(path),), **options), str(tmp_path / "out"))
         assert not (tmp_path / "out" / "run.json").exists()
 
     def test_a_list_in_another_encoding(self, tmp_path):
@@ -256,9 +257,19 @@ class TestTables:
         with pytest.raises(ValueError, match=r"l.txt: text in UTF-16; save it as UTF-8"):
             plan_shards(InputConfig((str(tmp_path / "l.txt"),)))
 
-    def test_data_that_is_no_place_is_a_row(self, captioner, tmp_path):
+    @pytest.mark.parametrize(("value", "kind"), [(5, "int"), ([1, 2], "list"), (True, "bool")])
+    def test_values_that_are_no_image_are_said(self, image_captioner, tmp_path, value, kind):
+        (row,) = image_captioner.rows(items_of(table_of(tmp_path / "t.parquet", image=[value])))
+        assert row["error"] == f"the row has a value of the type {kind}, where bytes, a path or a URL are expected"
+
+    def test_a_row_of_a_csv_that_cannot_be_read_is_found_by_its_line(self, tmp_path):
+        (tmp_path / "l.csv").write_text('path,text\n0.jpg,a\n1.jpg,"open\n2.jpg,b\n')
+        with pytest.raises(ValueError, match=r"l.csv: a row, that from line 3 on, cannot be read \(unexpected end"):
+            plan_shards(InputConfig((str(tmp_path / "l.csv"),)))
+
+    def test_data_that_is_no_place_is_a_row(self, image_captioner, tmp_path):
         path = table_of(tmp_path / "t.parquet", image=["data:image/png;base64,AAAA"])
-        (row,) = captioner.rows(items_of(path))
+        (row,) = image_captioner.rows(items_of(path))
         assert "--debug" not in row["error"]
 
 
@@ -267,23 +278,23 @@ class TestNothing:
     def empty(self, tmp_path) -> Path:
         return tar_of(tmp_path / "0.tar", {"1.txt": b"", "1.npy": b""})
 
-    def test_tars_without_an_image_are_a_mistake(self, captioner, empty, tmp_path):
+    def test_tars_without_an_image_are_a_mistake(self, image_captioner, empty, tmp_path):
         for _ in range(2):
             with pytest.raises(ValueError, match=r"no image in .*0.tar; --image-column names the suffix"):
-                process_shards(captioner, InputConfig((str(empty),)), str(tmp_path / "out"))
+                process_shards(image_captioner, InputConfig((str(empty),)), str(tmp_path / "out"))
 
-    def test_a_plan_without_an_image(self, captioner, empty):
+    def test_a_plan_without_an_image(self, image_captioner, empty):
         with pytest.raises(ValueError, match=r"nothing to measure in .*0.tar: no image"):
-            print_plan(captioner, InputConfig((str(empty),)), sample=4)
+            print_plan(image_captioner, InputConfig((str(empty),)), sample=4)
 
-    def test_a_plan_names_the_errors_of_its_sample(self, captioner, images, capsys):
+    def test_a_plan_names_the_errors_of_its_sample(self, image_captioner, images, capsys):
         (images / "3.jpg").write_bytes(b"")
-        assert print_plan(captioner, InputConfig((str(images),)), sample=6) == 0
+        assert print_plan(image_captioner, InputConfig((str(images),)), sample=6) == 0
         assert f"error: {images}/3.jpg: the file is empty" in capsys.readouterr().out
         for path in images.iterdir():
             path.write_bytes(b"")
         with pytest.raises(ValueError, match=r"all 6 of the sample have an error, such as .*0.jpg: the file is empty"):
-            print_plan(captioner, InputConfig((str(images),)), sample=6)
+            print_plan(image_captioner, InputConfig((str(images),)), sample=6)
 
 
 class TestOutput:
@@ -292,8 +303,8 @@ class TestOutput:
         return InputConfig((str(images),), images_per_shard=2)
 
     @pytest.fixture
-    def done(self, captioner, inputs, tmp_path) -> Path:
-        process_shards(captioner, inputs, str(tmp_path / "out"))
+    def done(self, image_captioner, inputs, tmp_path) -> Path:
+        process_shards(image_captioner, inputs, str(tmp_path / "out"))
         return tmp_path / "out"
 
     @pytest.mark.parametrize(
@@ -307,12 +318,43 @@ class TestOutput:
         with pytest.raises(ValueError, match=message):
             OutputFolder(place)
 
-    def test_an_output_among_tables_would_be_an_input(self, captioner, tmp_path):
+    @pytest.mark.parametrize("method", ["exists", "info", "ls", "put_file", "cat", "open"])
+    def test_an_output_that_cannot_be_reached_is_named_with_the_remedy(
+        self, image_captioner, inputs, tmp_path, monkeypatch, method
+    ):
+        """Clients of stores raise classes of their own, whose texts do not say what was written."""
+
+        class ConnectError(Exception):
+            pass
+
+        def failing(*arguments, **options):
+            raise ConnectError("Name or service not known")
+
+        inputs, place = replace(inputs, images_per_shard=1), f"memory:/{tmp_path}"
+        process_shards(image_captioner, inputs, place, process=(0, 2))
+        monkeypatch.setattr(fsspec.get_filesystem_class("memory"), method, failing)
+        with pytest.raises(
+            OSError, match=r"this output cannot be used now \(.*\); the same command resumes"
+        ) as caught:
+            process_shards(image_captioner, inputs, place)
+        assert str(caught.value).startswith(f"{place}: ")
+
+    def test_a_full_disk_of_temporary_files_is_named(self, image_captioner, inputs, tmp_path, monkeypatch):
+        def full(*arguments):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            process_shards(image_captioner, inputs, f"memory:/{tmp_path}")
+        assert str(caught.value.filename).startswith(f"{tempfile.gettempdir()}/difnet-")
+
+    def test_an_output_among_tables_would_be_an_input(self, image_captioner, tmp_path):
         table_of(tmp_path / "t.parquet", image=[image_file(1)])
         with pytest.raises(ValueError, match=r"lies within the input .*, whose files it would be taken for"):
-            process_shards(captioner, InputConfig((str(tmp_path),)), str(tmp_path / "out"))
+            process_shards(image_captioner, InputConfig((str(tmp_path),)), str(tmp_path / "out"))
         assert (
-            process_shards(captioner, InputConfig((str(tmp_path / "t.parquet"),)), str(tmp_path / "out")).images == 1
+            process_shards(image_captioner, InputConfig((str(tmp_path / "t.parquet"),)), str(tmp_path / "out")).images
+            == 1
         )
 
     @pytest.mark.parametrize(
@@ -327,39 +369,81 @@ class TestOutput:
             lambda said: said.update(first_errors=[{"key": 1}]),
         ],
     )
-    def test_a_manifest_that_was_edited_is_made_again(self, captioner, inputs, done, edit: Callable[[dict], object]):
+    def test_a_manifest_that_was_edited_is_made_again(
+        self, image_captioner, inputs, done, edit: Callable[[dict], object]
+    ):
         path = done / "manifests" / "00001.json"
         before = json.loads(path.read_text())
         said = dict(before)
         edit(said)
         path.write_text(json.dumps(said))
-        assert process_shards(captioner, inputs, str(done)).images == 2
+        assert process_shards(image_captioner, inputs, str(done)).images == 2
         assert json.loads(path.read_text())["sha256"] == before["sha256"]
 
-    def test_a_data_file_that_was_damaged_is_named_with_the_remedy(self, captioner, inputs, done):
+    def test_a_data_file_that_was_damaged_is_named_with_the_remedy(self, image_captioner, inputs, done):
         path = done / data_name(1, 3, "parquet")
         path.write_bytes(bytes(path.stat().st_size))
         (done / "summary.json").unlink()
         with pytest.raises(ValueError, match=r"captions-00001-of-00003.parquet: damaged .*; remove it, and the same"):
-            process_shards(captioner, inputs, str(done))
+            process_shards(image_captioner, inputs, str(done))
         path.unlink()
-        assert process_shards(captioner, inputs, str(done)).images == 2
+        assert process_shards(image_captioner, inputs, str(done)).images == 2
         assert len(rows_of(done)) == 6
 
-    def test_a_run_whose_record_is_missing_is_not_replaced(self, model, captioner, inputs, done):
+    @pytest.mark.skipif(shutil.which("jq") is None, reason="needs jq")
+    def test_the_line_of_the_docs_names_files_that_are_damaged_at_equal_size(self, image_captioner, inputs, done):
+        guide = (Path(__file__).parent.parent / "docs" / "large_scale.md").read_text(encoding="utf-8")
+        (line,) = [line for line in guide.splitlines() if "sha256sum --check" in line]
+        line = line.replace("cd captions", f"cd {shlex.quote(str(done))}")
+        assert subprocess.run(line, shell=True, capture_output=True, text=True).stdout == ""
+        path = done / data_name(1, 3, "parquet")
+        content = bytearray(path.read_bytes())
+        content[10] ^= 1
+        path.write_bytes(content)
+        said = subprocess.run(line, shell=True, capture_output=True, text=True).stdout
+        assert said == f"{path.relative_to(done)}: FAILED\n"
+        path.unlink()
+        assert process_shards(image_captioner, inputs, str(done)).images == 2
+        assert subprocess.run(line, shell=True, capture_output=True, text=True).stdout == ""
+
+    def test_the_output_of_another_command_is_named(self, inputs, done):
+        maker = FeatureMaker(FeatureConfig("bulk_campaign:make_backbone", device="cpu"))
+        with pytest.raises(ValueError, match="out: the output of another command, which has captions; choose"):
+            process_shards(maker, inputs, str(done))
+
+    @pytest.mark.parametrize("format", ["parquet", "jsonl"])
+    def test_however_a_data_file_is_damaged_it_is_named(self, image_captioner, inputs, tmp_path, format):
+        """Not by Arrow, which has other errors for a footer, a page and a text."""
+        process_shards(image_captioner, inputs, str(tmp_path / "out"), format=format)
+        path, rng = tmp_path / "out" / data_name(1, 3, format), np.random.default_rng(0)
+        content = path.read_bytes()
+        problems = []
+        for _ in range(100):
+            damaged = np.frombuffer(content, np.uint8).copy()
+            damaged[rng.integers(0, len(content), 5)] = rng.integers(0, 256, 5)
+            path.write_bytes(damaged.tobytes())
+            (tmp_path / "out" / "summary.json").unlink(missing_ok=True)
+            try:
+                process_shards(image_captioner, inputs, str(tmp_path / "out"), format=format)
+            except ValueError as error:
+                problems.append(str(error))
+        assert len(problems) > 20
+        assert {problem.partition(" (")[0] for problem in problems} == {f"{path}: damaged"}
+
+    def test_a_run_whose_record_is_missing_is_not_replaced(self, captioner_folder, image_captioner, inputs, done):
         (done / "run.json").unlink()
         before = {path: path.read_bytes() for path in (done / "data").iterdir()}
         with pytest.raises(ValueError, match=r"holds another run, whose run.json is missing; restore it, or choose"):
-            process_shards(ImageCaptioner(config_of(model, num_captions=2)), inputs, str(done))
+            process_shards(ImageCaptioner(config_of(captioner_folder, num_captions=2)), inputs, str(done))
         assert {path: path.read_bytes() for path in (done / "data").iterdir()} == before
-        assert process_shards(captioner, inputs, str(done)).images == 0
+        assert process_shards(image_captioner, inputs, str(done)).images == 0
 
-    def test_what_is_printed_and_strict_are_of_all_its_shards(self, captioner, images, inputs, tmp_path, capsys):
+    def test_what_is_printed_and_strict_are_of_all_its_shards(self, image_captioner, images, inputs, tmp_path, capsys):
         (images / "1.jpg").write_bytes(b"")
         out = str(tmp_path / "out")
-        process_shards(captioner, inputs, out, process=(0, 2))
+        process_shards(image_captioner, inputs, out, process=(0, 2))
         for images_now in (2, 0):
-            summary = process_shards(captioner, inputs, out)
+            summary = process_shards(image_captioner, inputs, out)
             assert (summary.images, summary.images_of_part, summary.errors_of_part) == (images_now, 6, 1)
             assert report(summary, out, strict=True) == 2
             said = capsys.readouterr().out
@@ -371,21 +455,23 @@ class TestOutput:
         with pytest.raises(ValueError, match="nothing could be done: all 3 images have an error"):
             report(RunSummary(1, finished=1, images_of_part=3, errors_of_part=3), "out")
 
-    def test_an_empty_name_of_the_command_writes_nothing(self, model, images, tmp_path, monkeypatch, capsys):
+    def test_an_empty_name_of_the_command_writes_nothing(
+        self, captioner_folder, images, tmp_path, monkeypatch, capsys
+    ):
         monkeypatch.chdir(tmp_path)
-        words = [str(images), "--model", str(model), "--grid-backbone", "bulk_campaign:make_backbone"]
+        words = [str(images), "--model", str(captioner_folder), "--grid-backbone", "bulk_campaign:make_backbone"]
         assert caption_main([*words, "--output", ""]) == 2
         assert "error: --output has an empty name" in capsys.readouterr().err
         assert sorted(path.name for path in tmp_path.iterdir()) == ["images"]
 
 
-def test_an_input_that_is_away_while_it_is_measured_is_one_line(captioner, images, tmp_path):
+def test_an_input_that_is_away_while_it_is_measured_is_one_line(image_captioner, images, tmp_path):
     path = tar_of(tmp_path / "0.tar", {"1.jpg": image_file(1)})
     inputs = InputConfig((str(path),))
     shards = plan_shards(inputs)
     path.unlink()
     with pytest.raises(UnreadableShard) as caught:
-        forecast(captioner, inputs, shards, 4)
+        forecast(image_captioner, inputs, shards, 4)
     assert describe(caught.value) == f"{path}: No such file or directory"
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -146,6 +148,31 @@ def test_mistakes_are_named(model, capsys, arguments, message):
         code = stopped.code
     assert code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (
+            "original",
+            "original: a folder, where a file is expected; give --features original/grids.hdf5 --segmentation",
+        ),
+        ("shards", "shards: a folder, where a file is expected; folders of features need --output FOLDER"),
+        ("shards/data/*.parquet", "shards/data/*.parquet: features of URLs and patterns need --output FOLDER"),
+        ("s3://bucket/0.parquet", "s3://bucket/0.parquet: features of URLs and patterns need --output FOLDER"),
+        ("named.parquet", "the key a.jpg has no image id, such as 42 or COCO_val2014_000000000042.jpg"),
+    ],
+)
+def test_features_that_need_an_output_name_it(model, tmp_path, monkeypatch, capsys, features, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "original" / "segmentations").mkdir(parents=True)
+    (tmp_path / "original" / "grids.hdf5").touch()
+    (tmp_path / "shards" / "data").mkdir(parents=True)
+    pq.write_table(pa.table({"key": ["a.jpg"], "grid_features": [[[0.0] * 2048]]}), tmp_path / "named.parquet")
+    assert run("--features", features, "--model", model) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert "--output" in said or "--segmentation original/segmentations" in said
 
 
 def test_features_without_their_segmentation_are_refused(model, tmp_path, capsys):

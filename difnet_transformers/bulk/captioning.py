@@ -36,6 +36,7 @@ from ..evaluation.image_captions import (
 from ..evaluation.runtime_captioner import RuntimeCaptioner
 from ..stage_times import StageTimes
 from ..vision.image_batches import NUM_THREADS, one_ahead
+from .fetching import Fetcher
 from .outputs import caption_schema
 from .readers import ImageItem
 from .rows import FailureWatch, Row, error_row, load_item
@@ -227,10 +228,12 @@ class ImageCaptioner:
         """
         times = times or StageTimes()
         pipeline, errors, watch = self.pipeline, ErrorsByPosition(), FailureWatch()
+        threads = NUM_THREADS if self.config.num_threads is None else self.config.num_threads
+        fetcher = Fetcher(self.config.allow_private_hosts, threads, times)
         heads: dict[int, ImageItem] = {}  # of images without a row, without their contents
 
         def numbered() -> Iterator[CaptionItem]:
-            for position, item in enumerate(items):
+            for position, item in enumerate(fetcher.fetched(items)):
                 heads[position] = item._replace(content=b"")
                 yield CaptionItem(position, None, position, partial(self._load, item))
 
@@ -241,11 +244,10 @@ class ImageCaptioner:
                 watch.look(error)
                 yield self._row(heads.pop(position), captions.get(position), error)
 
-        threads = NUM_THREADS if self.config.num_threads is None else self.config.num_threads
         batches = prepared_batches(pipeline, numbered(), self.config.batch_size, errors, times, threads)
         if overlap or (overlap is None and pipeline.device.type == "cuda"):
             batches = one_ahead(batches)
-        with contextlib.closing(batches):
+        with contextlib.closing(batches), fetcher:
             for prepared in batches:
                 with times.stage(CAPTIONING):
                     captions = self._caption_batch(prepared, errors)
@@ -257,7 +259,7 @@ class ImageCaptioner:
         pipeline = self.pipeline
         keep = pipeline.model.config.use_segmentation
         networks = (pipeline.grid_backbone, pipeline.segmenter)
-        return load_item(item, *networks, keep, self.config.allow_private_hosts)
+        return load_item(item, *networks, keep)
 
     def _caption_batch(self, prepared: Prepared, errors: ErrorsByPosition) -> dict[int, Row]:
         """Columns of images by their positions; those of a batch that fails are captioned one by one."""

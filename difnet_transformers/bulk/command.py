@@ -125,7 +125,8 @@ def print_plan(maker: RowMaker, inputs: InputConfig, *, sample: int, price_per_h
     found = forecast(maker, inputs, shards, sample)
     for line in found.examples:
         print(f"error: {printable(line, 500)}")
-    print(f"{found.images:,} images in {found.shards:,} shards, {size_text(found.images * found.bytes_in)}")
+    size = f", {size_text(found.images * found.bytes_in)}" if found.bytes_in else ""  # of URLs it is not known
+    print(f"{found.images:,} images in {found.shards:,} shards{size}")
     print(f"measured: {found.sampled:,} images, {found.errors:,} with an error, on {maker.device}")
     for name, seconds in sorted(found.seconds.items(), key=lambda each: -each[1]):
         beside = found.seconds_beside.get(name, 0.0)

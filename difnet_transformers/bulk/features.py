@@ -39,6 +39,7 @@ from ..vision.image_batches import (
     prefetch,
 )
 from ..vision.networks import open_grid_backbone, open_segmenter
+from .fetching import Fetcher
 from .outputs import feature_schema
 from .readers import ImageItem
 from .rows import FailureWatch, Row, error_row, load_item
@@ -174,11 +175,12 @@ class FeatureMaker:
         config, times, watch = self.config, times or StageTimes(), FailureWatch()
         networks = self.networks
         threads = NUM_THREADS if config.num_threads is None else config.num_threads
+        fetcher = Fetcher(config.allow_private_hosts, threads, times)
 
         def read(item: ImageItem) -> tuple[ImageItem, LoadedImage | Exception]:
             with times.stage(DECODING, beside=True) if threads else contextlib.nullcontext():
                 try:
-                    return item, load_item(item, *networks, networks[1] is not None, config.allow_private_hosts)
+                    return item, load_item(item, *networks, networks[1] is not None)
                 except Exception as error:
                     return item._replace(content=b""), error
 
@@ -186,7 +188,8 @@ class FeatureMaker:
             return pair[1].num_bytes if isinstance(pair[1], LoadedImage) else 0
 
         batch: list[tuple[ImageItem, LoadedImage | Exception]] = []
-        with contextlib.closing(prefetch(read, items, num_bytes, threads)) as ahead:
+        prefetched = prefetch(read, fetcher.fetched(items), num_bytes, threads)
+        with contextlib.closing(prefetched) as ahead, fetcher:
             while True:
                 with times.stage(DECODING):  # as far as the threads are not ahead
                     pair = next(ahead, None)

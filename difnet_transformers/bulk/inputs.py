@@ -368,10 +368,15 @@ def list_rows(lines: Iterator[str], path: str, header: Sequence[str] | None = No
     shown = printable(path, 300)
     suffix = path.partition("?")[0].rpartition(".")[2].lower()
     if suffix in ("csv", "tsv"):
+        reader = csv.DictReader(lines, header, delimiter="\t" if suffix == "tsv" else ",", strict=True)
+        last = 0
         try:
-            yield from csv.DictReader(lines, header, delimiter="\t" if suffix == "tsv" else ",", strict=True)
+            for row in reader:
+                yield row
+                last = reader.line_num
         except csv.Error as error:
-            raise ValueError(f"{shown}: a row cannot be read ({error})") from None
+            where = f", that from line {last + 1:,} on," if header is None else ""
+            raise ValueError(f"{shown}: a row{where} cannot be read ({error})") from None
     elif suffix == "jsonl":
         for line in lines:
             if line.strip():

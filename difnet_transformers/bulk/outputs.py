@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from ..command_line import requires
-from ..files import atomic_output, make_folder, printable
+from ..command_line import reason_of, requires
+from ..files import atomic_output, make_folder, name_file_in_errors, printable
 from ..stage_times import StageTimes
 from .places import file_system, is_local, is_web
 
@@ -173,11 +173,11 @@ class OutputFolder:
         found: dict[str, int] = {}
         if len(names) <= FEW_FILES:
             for name in names:
-                with contextlib.suppress(FileNotFoundError):
+                with self.named(), contextlib.suppress(FileNotFoundError):
                     found[name] = self.fs.info(f"{self.root}/{name}")["size"]
             return found
         for folder in {name.rpartition("/")[0] for name in names}:
-            with contextlib.suppress(FileNotFoundError):
+            with self.named(), contextlib.suppress(FileNotFoundError):
                 for entry in self.fs.ls(f"{self.root}/{folder}", detail=True, refresh=True):
                     found[f"{folder}/{entry['name'].rstrip('/').rpartition('/')[2]}"] = entry.get("size") or 0
         wanted = set(names)
@@ -185,10 +185,9 @@ class OutputFolder:
 
     def names(self, folder: str) -> list[str]:
         """The names of the files in one of its folders, from this one on; none where there is no such folder."""
-        try:
+        entries: list[str] = []
+        with self.named(), contextlib.suppress(FileNotFoundError, NotADirectoryError):
             entries = self.fs.ls(f"{self.root}/{folder}", detail=False, refresh=True)
-        except (FileNotFoundError, NotADirectoryError):
-            return []
         return [f"{folder}/{entry.rstrip('/').rpartition('/')[2]}" for entry in sorted(entries)]
 
     def read_json(self, names: Collection[str]) -> dict[str, dict[str, Any]]:
@@ -196,7 +195,8 @@ class OutputFolder:
         paths = {f"{self.root}/{name}".lstrip("/"): name for name in names}
         contents: dict[str, bytes] = {}
         if self.local is None and paths:
-            contents = self.fs.cat([f"{self.root}/{name}" for name in names], on_error="omit")
+            with self.named():
+                contents = self.fs.cat([f"{self.root}/{name}" for name in names], on_error="omit")
         if self.local is not None:
             for path, name in paths.items():
                 with contextlib.suppress(OSError):
@@ -211,7 +211,7 @@ class OutputFolder:
 
     def remove(self, name: str) -> None:
         """Removes a file, if it is there."""
-        with contextlib.suppress(FileNotFoundError):
+        with self.named(), contextlib.suppress(FileNotFoundError):
             self.fs.rm_file(f"{self.root}/{name}")
 
     def write_json(self, name: str, said: Mapping[str, Any], overwrite: bool = True) -> None:
@@ -236,18 +236,43 @@ class OutputFolder:
                 yield path
             return
         target = f"{self.root}/{name}"
-        if not overwrite and self.fs.exists(target):
-            raise FileExistsError(f"{printable(self.place)}/{name}")
+        with self.named():
+            if not overwrite and self.fs.exists(target):
+                raise FileExistsError(f"{printable(self.place)}/{name}")
         with tempfile.TemporaryDirectory(prefix="difnet-", ignore_cleanup_errors=True) as work:
             path = Path(work, "output")
-            yield path
-            self.fs.makedirs(target.rpartition("/")[0], exist_ok=True)
-            if self.is_object_store:
-                self.fs.put_file(str(path), target)
-            else:
-                folder, _, base = target.rpartition("/")
-                self.fs.put_file(str(path), f"{folder}/.{base}.unfinished")
-                self.fs.mv(f"{folder}/.{base}.unfinished", target)
+            with name_file_in_errors(path):
+                yield path
+            with self.named():
+                self._put(path, target)
+
+    def _put(self, path: Path, target: str) -> None:
+        folder, _, base = target.rpartition("/")
+        self.fs.makedirs(folder, exist_ok=True)
+        if self.is_object_store:
+            self.fs.put_file(str(path), target)
+        else:
+            self.fs.put_file(str(path), f"{folder}/.{base}.unfinished")
+            self.fs.mv(f"{folder}/.{base}.unfinished", target)
+
+    @contextlib.contextmanager
+    def named(self) -> Iterator[None]:
+        """Names the place in errors of file systems elsewhere, which often say neither what nor where.
+
+        Raises:
+            OSError: it cannot be read or written.
+        """
+        try:
+            yield
+        except (ValueError, ImportError, MemoryError, FileExistsError):
+            raise
+        except Exception as error:  # of aiohttp, botocore, gcsfs .., each with classes of its own
+            if self.local is not None:
+                raise
+            said = printable(reason_of(error), 300)
+            raise OSError(
+                f"{printable(self.place, 300)}: this output cannot be used now ({said}); the same command resumes"
+            ) from error
 
     @contextlib.contextmanager
     def lock(self, name: str) -> Iterator[bool]:

@@ -68,9 +68,11 @@ def named(place: str) -> Iterator[None]:
     except (ValueError, ImportError, MemoryError):
         raise
     except FileNotFoundError as error:
-        # A server that does not answer is no file either to fsspec.
-        said = "" if error.__cause__ is None else f" ({printable(reason_of(error.__cause__), 200)})"
-        raise ValueError(f"{printable(place, 300)}: no such file or folder{said}") from None
+        if error.__cause__ is None:
+            raise ValueError(f"{printable(place, 300)}: no such file or folder") from None
+        # To fsspec a file of a server that does not answer is none either.
+        said = printable(reason_of(error.__cause__), 200)
+        raise ValueError(f"{printable(place, 300)}: cannot be read ({said})") from None
     except Exception as error:  # of aiohttp, botocore, gcsfs .., each with classes of its own
         said = reason_of(error).removeprefix(f"{printable(place, 300)}: ")
         raise ValueError(f"{printable(place, 300)}: cannot be read ({printable(said, 200)})") from None
@@ -93,7 +95,11 @@ def expand(place: str, kind: str) -> Iterator[tuple[str, str]]:
         yield place, "dataset"
         return
     if is_web(place):  # which has no folders
-        yield place, kind_of_file(place.partition("?")[0], kind)
+        file = place.partition("?")[0]
+        found = kind_of_file(file, kind)
+        if "*" in file and found != "images":
+            raise ValueError(f"{shown}: of web servers single files are read, no patterns; name each")
+        yield place, found
         return
     with named(place):
         is_chain, has_pattern = "://" in place and "::" in place, any(each in place for each in "*?[")
@@ -208,7 +214,7 @@ def note(line: str) -> None:
 
 
 def is_web(place: str) -> bool:
-    return place.startswith(("http://", "https://"))
+    return place.lower().startswith(("http://", "https://"))
 
 
 def file_system(place: str) -> tuple[Any, str]:

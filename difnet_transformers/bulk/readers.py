@@ -201,8 +201,8 @@ def read_parquet(shard: InputShard, config: InputConfig) -> Iterator[ImageItem]:
             yield ImageItem(source, source, columns)
             continue
         for row, value in enumerate(columns[0]):
-            name = key_of(columns[1][row].as_py() if len(columns) > 1 else None, f"{source}#{first + row}")
-            content = content_of_value(value.as_py())
+            name = key_of(value_of(columns[1][row]) if len(columns) > 1 else None, f"{source}#{first + row}")
+            content = content_of_value(value_of(value))
             yield ImageItem(name, source, beside(shard.source, content) if isinstance(content, str) else content)
 
 
@@ -269,9 +269,22 @@ def read_list(shard: InputShard, config: InputConfig) -> Iterator[ImageItem]:
             yield ImageItem(name, source, beside(shard.source, place))
 
 
+def value_of(scalar: pa.Scalar) -> Any:
+    """A cell as Python's value. Text that is not UTF-8 keeps its bytes, as names of files do."""
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        if isinstance(scalar, pa.StructScalar):
+            return {name: value_of(each) for name, each in scalar.items()}
+        return scalar.as_buffer().to_pybytes().decode("utf-8", "surrogateescape")
+
+
 def key_of(value: Any, otherwise: str) -> str:
     """A key as text; `otherwise` in the place of one that is missing, so that no image is lost with it."""
-    return otherwise if value is None or value == "" else text_of(str(value))
+    if isinstance(value, bytes):  # text as Spark and WebDataset write it
+        value = value.decode("utf-8", "backslashreplace")
+    is_missing = value is None or value == "" or value != value  # of numbers NaN
+    return otherwise if is_missing else text_of(str(value))
 
 
 def beside(file: str, place: str) -> str:
@@ -309,4 +322,9 @@ def content_of_value(value: Any) -> bytes | str | Exception:
     """The content of a table's cell."""
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
-    return value if isinstance(value, bytes | str) and value else UnreadableImage("the row has no image")
+    if isinstance(value, bytes | str) and value:
+        return value
+    if value is None or isinstance(value, bytes | str):
+        return UnreadableImage("the row has no image")
+    kind = type(value).__name__
+    return UnreadableImage(f"the row has a value of the type {kind}, where bytes, a path or a URL are expected")

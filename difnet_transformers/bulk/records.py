@@ -29,6 +29,7 @@ with requires("data"):
     import pyarrow.parquet as pq
 
 RUN, SUMMARY = "run.json", "summary.json"
+MADE_BY = "DIFNet for Transformers, "
 NUM_LISTED = 20
 REMEDY = "give what it was begun with, or choose another --output"
 
@@ -100,7 +101,7 @@ def begin(
     said = run_identity(inputs, shards, maker, format)
     identity = hash_of([repr(sorted(said.items()))])
     record = {
-        "made_by": f"DIFNet for Transformers, {maker.what}",
+        "made_by": f"{MADE_BY}{maker.what}",
         "version": version("difnet-transformers"),
         "identity": identity,
         "inputs": list(inputs.places[:100]),
@@ -116,6 +117,9 @@ def begin(
         known = output.read_json([RUN]).get(RUN)
     if known is None or not isinstance(known.get("compared"), dict):
         raise ValueError(f"{shown}/{RUN} is damaged; restore it, or choose another --output")
+    if known.get("made_by") != record["made_by"]:
+        made = printable(str(known.get("made_by")).removeprefix(MADE_BY))
+        raise ValueError(f"{shown}: the output of another command, which has {made}; choose another --output")
     if known["compared"] == said:
         return identity
     for name, value in said.items():
@@ -306,8 +310,8 @@ def duplicate_keys(output: OutputFolder, files: Sequence[str]) -> dict[str, list
 
 def _columns(output: OutputFolder, file: str) -> dict[str, list[str]]:
     schema = pa.schema({"key": pa.string(), "source": pa.string()})
-    try:
-        with output.fs.open(f"{output.root}/{file}", "rb") as handle:
+    with output.named(), output.fs.open(f"{output.root}/{file}", "rb") as handle:
+        try:
             if file.endswith(".parquet"):
                 return pq.read_table(handle, columns=schema.names).to_pydict()
             if handle.seek(0, 2) == 0:  # a shard without an image
@@ -315,8 +319,10 @@ def _columns(output: OutputFolder, file: str) -> dict[str, list[str]]:
             handle.seek(0)
             options = pj.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
             return pj.read_json(handle, parse_options=options).to_pydict()
-    except pa.ArrowException as error:
-        said = printable(" ".join(str(error).split()), 200)
-        raise ValueError(
-            f"{printable(output.place, 300)}/{file}: damaged ({said}); remove it, and the same command makes it again"
-        ) from None
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            shown, said = printable(output.place, 300), printable(" ".join(str(error).split()), 200)
+            raise ValueError(
+                f"{shown}/{file}: damaged ({said}); remove it, and the same command makes it again"
+            ) from None

@@ -8,11 +8,11 @@ from typing import Any, Protocol, TypeAlias
 import torch
 
 from modeling_difnet.feature_networks_difnet import GridBackbone, Segmenter
-from modeling_difnet.images_difnet import UnreadableImage, open_image
+from modeling_difnet.images_difnet import open_image
 
 from ..stage_times import StageTimes
 from ..vision.image_batches import LoadedImage, load_image
-from .readers import ImageItem, content_of
+from .readers import ImageItem
 
 UNFORESEEN = "(--debug shows where)"
 ALIKE_FAILURES = 16
@@ -56,26 +56,20 @@ def load_item(
     backbone: GridBackbone | None,
     segmenter: Segmenter | None,
     keep: bool,
-    allow_private_hosts: bool = False,
 ) -> LoadedImage:
     """An image of the inputs, ready for the networks.
 
     Args:
-        item: of `read_shard`.
+        item: of `Fetcher.fetched`.
         backbone, segmenter: prepare the image for themselves.
         keep: whether the image itself is needed later.
-        allow_private_hosts: whether a URL may lead to this machine or a private network.
 
     Raises:
         Exception: what is wrong with it.
     """
     if isinstance(item.content, Exception):
         raise item.content
-    content = content_of(item.content) if isinstance(item.content, str) else item.content
-    try:
-        image = open_image(content, name=item.key, allow_private_hosts=allow_private_hosts)
-    except UnreadableImage as error:
-        raise UnreadableImage(str(error).replace("allow_private_hosts=True", "--allow-private-hosts")) from None
+    image = open_image(item.content, name=item.key)
     return load_image(image, backbone, segmenter, keep)._replace(
         remark=None
     )  # of one image in a million nobody reads it

@@ -20,21 +20,20 @@ import numpy as np
 from modeling_difnet.images_difnet import is_url
 
 from ..command_line import requires
-from ..data.feature_files import SEGMENTATIONS, GridFiles, SegmentationFiles, is_table
+from ..data.feature_files import HDF5_SUFFIXES, GridFiles, SegmentationFiles, is_table, options_of_folder
 from ..data.feature_records import FeatureRecords, provenance_of_dataset, records_in
-from ..data.feature_tables import METADATA_KEY, arrays_of
+from ..data.feature_tables import METADATA_KEY, arrays_of, files_of_output
 from ..data.packed_dataset import decode_segmentation
 from ..data.parquet import open_parquet
 from ..files import printable
 from .columns import FEATURE_COLUMN, key_column_of
 from .inputs import InputConfig, InputShard, local_stamp
 from .places import SUFFIXES_OF, expand, hash_of, stamp_of_place
-from .readers import ImageItem, key_of, rows_of_parquet, text_of
+from .readers import ImageItem, key_of, rows_of_parquet, text_of, value_of
 
 with requires("data"):
     import pyarrow as pa
 
-HDF5_SUFFIXES = (".hdf5", ".h5")
 FEATURE_COLUMNS = (FEATURE_COLUMN, "grid_cells", "segmentation_features")
 
 
@@ -81,7 +80,7 @@ def feature_files(place: str) -> list[str]:
     """The feature files that a place means; of what `difnet extract` or `difnet pack --parquet` made, those in `data`.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or not all.
     """
     shown = printable(place, 300)
     if is_url(place) and place.lower().endswith(HDF5_SUFFIXES):
@@ -89,15 +88,13 @@ def feature_files(place: str) -> list[str]:
     if os.path.isdir(place):
         if os.path.exists(os.path.join(place, "dataset_dict.json")):
             raise ValueError(f"{shown}: a packed dataset in Arrow; difnet pack --parquet makes files for this")
-        made = sorted(map(str, Path(place, "data").glob("*.parquet")))
+        made = files_of_output(place)
         if made:
             return made
         if not any(name.lower().endswith(SUFFIXES_OF["parquet"]) for _, _, names in os.walk(place) for name in names):
-            within = sorted(name for name in os.listdir(place) if name.lower().endswith(HDF5_SUFFIXES))
-            said = f"give {os.path.join(place, within[0])}" if within else "difnet extract makes features"
-            if within and os.path.isdir(os.path.join(place, SEGMENTATIONS)):
-                said += f" --segmentation {os.path.join(place, SEGMENTATIONS)}"
-            raise ValueError(f"{shown}: no Parquet files of features in this folder; {printable(said, 400)}")
+            options = options_of_folder(place)
+            said = "difnet extract makes features" if options is None else f"give {options}"
+            raise ValueError(f"{shown}: no Parquet files of features in this folder; {said}")
     return [file for file, _ in expand(place, "parquet")]
 
 
@@ -207,10 +204,10 @@ def read_table(shard: InputShard, config: InputConfig) -> Iterator[ImageItem]:
         if isinstance(columns, Exception):
             yield ImageItem(source, source, columns)
             continue
-        values = [_values(column) for column in columns]
+        values = [_values(column) for column in columns[: len(names)]]
         for row in range(len(columns[0])):
-            key = values[-1][row] if len(values) > len(names) else None
-            found = dict(zip(names, (each[row] for each in values), strict=False))
+            key = value_of(columns[-1][row]) if len(columns) > len(names) else None
+            found = dict(zip(names, (each[row] for each in values), strict=True))
             content: Any = features_of_row(found, records)
             yield ImageItem(key_of(key, f"{source}#{first + row}"), source, content)
 

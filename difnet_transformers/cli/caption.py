@@ -168,6 +168,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "caption.py") -> int:
     options = parse_options(CaptionOptions, argv, prog=prog, description=DESCRIPTION)
 
     def command() -> int:
+        from ..data.feature_files import check_are_files
         from ..evaluation.image_captions import (
             decoding_options,
             feature_items,
@@ -180,6 +181,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "caption.py") -> int:
 
         if options.explain is not None and (is_exported(options.model) or options.runtime in ("onnx", "openvino")):
             raise ValueError("--explain needs a checkpoint in PyTorch: exported captioners keep no attention weights")
+        check_are_files(options.features or ())
         quiet_transformers()
         warnings = warn_of_untrained(options.untrained)
         outputs = CaptionOutputs(options.json, options.contact_sheet, options.explain)
@@ -255,7 +257,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "caption.py") -> int:
 
     if options.output is None:
         return run_command(prog, command, options.debug)
-    return run_command(prog, many, options.debug, resume=resume_text(prog, argv))
+    return run_command(prog, many, options.debug, resume=None if options.plan else resume_text(prog, argv))
 
 
 if __name__ == "__main__":

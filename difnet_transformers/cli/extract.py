@@ -239,7 +239,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "extract_features.py") -
 
     if options.format == "original":
         return run_command(prog, run, options.debug, resume="the same command resumes from here")
-    return run_command(prog, many, options.debug, resume=resume_text(prog, argv))
+    return run_command(prog, many, options.debug, resume=None if options.plan else resume_text(prog, argv))
 
 
 if __name__ == "__main__":

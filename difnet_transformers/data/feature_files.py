@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from .feature_tables import FeatureTable
 
+HDF5_SUFFIXES = (".hdf5", ".h5")
 SEGMENTATIONS = "segmentations"  # folder of segmentation features in the output of `difnet extract`
 ARRAY_SIZE_LIMIT = 2**30  # bytes of one image's array; an unpooled map of a large image takes 30 MB
 
@@ -37,6 +38,28 @@ ARRAY_SIZE_LIMIT = 2**30  # bytes of one image's array; an unpooled map of a lar
 def is_table(path: str | os.PathLike) -> bool:
     """Whether a file of features is one that `difnet extract --format parquet` writes, by its name."""
     return os.fspath(path).lower().endswith(".parquet")
+
+
+def options_of_folder(folder: str) -> str | None:
+    """The options that name the HDF5 file of a folder, and the segmentation features beside it; `None` without one."""
+    names = sorted(name for name in os.listdir(folder) if name.lower().endswith(HDF5_SUFFIXES))
+    if not names:
+        return None
+    beside = os.path.join(folder, SEGMENTATIONS)
+    said = os.path.join(folder, names[0]) + (f" --segmentation {beside}" if os.path.isdir(beside) else "")
+    return printable(said, 400)
+
+
+def check_are_files(places: Sequence[str]) -> None:
+    """Raises `ValueError` where features are no files on a disk, which `difnet caption` takes with --output alone."""
+    for place in places:
+        shown = printable(place, 300)
+        if os.path.isdir(place):
+            options = options_of_folder(place)
+            said = "folders of features need --output FOLDER" if options is None else f"give --features {options}"
+            raise ValueError(f"{shown}: a folder, where a file is expected; {said}")
+        if not os.path.lexists(place) and ("://" in place or any(each in place for each in "*?[")):
+            raise ValueError(f"{shown}: features of URLs and patterns need --output FOLDER")
 
 
 def _open_table(path: str) -> FeatureTable:

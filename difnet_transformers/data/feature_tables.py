@@ -28,16 +28,39 @@ with requires("data"):
 SUFFIX = ".parquet"
 METADATA_KEY = b"difnet"
 GROUPS_KEPT = 4  # of 64 images, 13 MB each
+NUMBERED = re.compile(r"(.+)-[0-9]+-of-([0-9]{1,9})")
 KEY_WITH_ID = re.compile(r"(?:COCO_[a-z]+[0-9]+_)?([0-9]{1,18})")
 
 
 def expand_folders(paths: Sequence[str]) -> list[str]:
-    """Paths, of which outputs of `difnet extract --format parquet` are replaced by the files in them."""
+    """Paths, of which outputs of `difnet extract --format parquet` are replaced by the files in them.
+
+    Raises:
+        DataError: one of these is not finished.
+    """
     found: list[str] = []
     for path in paths:
-        files = sorted(map(str, Path(path, "data").glob(f"*{SUFFIX}"))) if os.path.isdir(path) else []
-        found += files or [path]
+        found += files_of_output(path) or [path]
     return found
+
+
+def files_of_output(folder: str) -> list[str]:
+    """The files of what `difnet extract --format parquet` or `difnet pack --parquet` made; none of anything else.
+
+    Raises:
+        DataError: it is not finished: `NAME-00003-of-00008` is there, and another one is not.
+    """
+    files = sorted(map(str, Path(folder, "data").glob(f"*{SUFFIX}"))) if os.path.isdir(folder) else []
+    matches = [match for file in files if (match := NUMBERED.fullmatch(Path(file).stem))]
+    for name, number in sorted({(match[1], match[2]) for match in matches}):
+        there = sum((match[1], match[2]) == (name, number) for match in matches)
+        if there < int(number):
+            raise DataError(
+                f"{printable(folder, 300)}: {there:,} of {int(number):,} files of {printable(name)} are there; the "
+                "command that made them resumes and makes the others (to take these alone, name them: "
+                f"{printable(folder, 300)}/data/*{SUFFIX})"
+            )
+    return files
 
 
 class FeatureTable:
@@ -63,7 +86,8 @@ class FeatureTable:
         if "key" not in names or not {"grid_features", "segmentation_features"} & set(names):
             raise DataError(
                 f"{printable(path)}: no columns key and grid_features or segmentation_features; "
-                "`difnet extract --format parquet` makes such files"
+                "`difnet extract --format parquet` makes such files (difnet caption --output takes those of difnet "
+                "pack --parquet too)"
             )
         self._rows: dict[int, int] | None = None
 
@@ -86,7 +110,8 @@ class FeatureTable:
                 if match is None:
                     raise DataError(
                         f"{printable(self.path)}: the key {printable(key)} has no image id, such as 42 or "
-                        "COCO_val2014_000000000042.jpg; extract with --key-column of the ids"
+                        "COCO_val2014_000000000042.jpg; extract with --key-column of the ids (difnet caption --output "
+                        "takes any key)"
                     )
                 twice += [int(match[1])] if int(match[1]) in found else []
                 found[int(match[1])] = row
