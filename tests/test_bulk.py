@@ -731,8 +731,8 @@ def test_killed_processes_leave_what_others_complete(captioner_folder, tmp_path,
     memory = bulk_campaign.run_whole(captioner_folder, tmp_path / "tars", tmp_path / "whole")
     rows = rows_of(tmp_path / "whole")
     bulk_campaign.check_rows(rows, num_images, broken)
-    if num_images > 1000:  # fewer are all warm-up
-        assert max(map(bulk_campaign.growth_of, memory)) < bulk_campaign.FLAT
+    if num_images > 1000:  # fewer are all warm-up, as are the first 3,000 for allocators
+        assert max(bulk_campaign.growth_of(each, warm_up=0.3) for each in memory) < bulk_campaign.FLAT
     done = bulk_campaign.run_killed(captioner_folder, tmp_path / "tars", tmp_path / "killed", kills, mean)
     assert done == kills
     assert bulk_campaign.bytes_of(rows_of(tmp_path / "killed")) == bulk_campaign.bytes_of(rows)
