@@ -10,7 +10,7 @@ from difnet_transformers.cli.main import main
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "coming_from_the_original.md").read_text(encoding="utf-8")
 SPANS = re.findall(r"`([^`]+)`", PAGE)
-OURS = re.compile(r"(?:accelerate launch scripts/|difnet )(\w[\w-]*)")
+OURS = re.compile(r"(?:accelerate launch -m difnet_transformers |difnet )(\w[\w-]*)")
 # The original's options, from the parsers of its train.py, test.py, generate_caption.py, lrp_total.py and show_lrp.py.
 ORIGINAL = set(
     """--exp_name --batch_size --workers --m --head --warmup --resume_last --resume_best --features_path --pixel_path
