@@ -56,8 +56,8 @@ DECODING_BESIDE = 0.0125
 PHOTOGRAPH = 160e3
 
 
-def settle(number: int) -> None:
-    """Gives a forked process its core, and nobody its progress."""
+def pin(number: int) -> None:
+    """Gives a forked process one core and one thread, and hides its progress."""
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[number]})
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     torch.set_num_threads(1)
@@ -68,7 +68,7 @@ def run(model: Path, images: Path, output: Path, num_processes: int) -> float:
     barrier, queue = FORK.Barrier(num_processes), FORK.SimpleQueue()
 
     def work(number: int) -> None:
-        settle(number)
+        pin(number)
         captioner = ImageCaptioner(campaign.config_of(model, **OPTIONS))
         captioner([{"key": 0, "image": campaign.image_file(0)}])
         barrier.wait()
@@ -90,7 +90,7 @@ def forecast_of(model: Path, images: Path, sample: int) -> Forecast:
     queue = FORK.SimpleQueue()
 
     def work() -> None:
-        settle(0)
+        pin(0)
         inputs = InputConfig((str(images),))
         captioner = ImageCaptioner(campaign.config_of(model, **OPTIONS))
         queue.put(forecast(captioner, inputs, plan_shards(inputs), sample))
